@@ -1,0 +1,26 @@
+"""``python -m minildm <command>``: the smaller tools. Each command is a function here that imports what it needs."""
+
+import sys
+
+from minildm.errors import exit_cleanly
+
+COMMANDS = {}
+
+
+def usage():
+    lines = [f"  {name:<12} {function.__doc__.strip().splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join(["usage: python -m minildm <command> [--help]", "", *lines])
+
+
+def main(arguments):
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"error: unknown command {arguments[0]!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return COMMANDS[arguments[0]](arguments[1:])
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, sys.argv[1:])

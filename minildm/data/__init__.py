@@ -1,0 +1,1 @@
+"""Images, prompts and data sets: from a publisher's folder to training pairs."""

@@ -1,0 +1,26 @@
+"""A user's mistake is answered in one line: what came, what was expected, what to do."""
+
+import sys
+
+
+class InputError(ValueError):
+    """Something the user gave (a file, a flag, a prompt) cannot be used; the message says what to change."""
+
+
+def exit_cleanly(main, *arguments):
+    """Run a command's ``main``: exit code 2 and one line for a user's mistake, 130 for Ctrl-C; our own bugs keep
+    their traceback."""
+    try:
+        sys.exit(main(*arguments))
+    except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        sys.exit(_fail(2, f"error: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(_fail(130, "stopped by Ctrl-C"))
+    except BrokenPipeError:  # the reader (head, less) has gone
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _fail(code, message):
+    print("\n".join(message.splitlines()), file=sys.stderr)
+    return code

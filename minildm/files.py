@@ -1,0 +1,51 @@
+"""Files that are whole or absent: everything is written beside its place and then renamed."""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written_beside(path):
+    """Yield a temporary path next to ``path``; rename it there when the block ends well, delete it when it does not.
+
+    The temporary name keeps the suffix, so writers that look at it (Pillow, numpy) behave the same.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before the name points to it: survives a power cut
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def writable_folder(path):
+    """Make ``path`` a folder and prove that files can be written there. Raises PermissionError / NotADirectoryError
+    in words before any work is done, not after."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".minildm-write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except FileExistsError:
+        raise NotADirectoryError(f"{path} is a file, but a folder for the results was expected; give another --out") \
+            from None
+    except NotADirectoryError:
+        raise NotADirectoryError(f"a parent of {path} is a file, not a folder; give another --out") from None
+    except OSError as error:
+        raise PermissionError(f"cannot write into {path} ({error.strerror}); give another --out") from None
+    return path
+
+
+def sha256(path, chunk_bytes=1 << 20):
+    """SHA-256 of a file's bytes, as 64 hex digits; constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(chunk_bytes):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Metrics: FID and what a small test set can honestly say."""
