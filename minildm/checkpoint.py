@@ -101,16 +101,19 @@ class TensorFile:
 
 def _read_pickle(path):
     """Tensors of a .ckpt / .pt / .bin, by the loader that runs no code. {name: tensor}, memory-mapped."""
+    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch believes that name, whatever is inside
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with open(path, "rb") as file:
+            state = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL |global )([\w.]+)", str(error))
         raise InputError(f"{path} is a pickle that would run code when loaded"
                          f"{f' ({wanted[1]})' if wanted else ''}, which minildm refuses; use the .safetensors file of "
                          "the same release, or convert this one on a machine you can afford to lose") from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a torch checkpoint ({str(error).splitlines()[0]}); it may be cut "
-                         "short: get it again") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path} cannot be read as a torch checkpoint ({reason}); it may be cut short: get it again") \
+            from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors")
@@ -160,12 +163,12 @@ def _inspect_folder(path):
     if missing:
         raise InputError(f"{path} is not a diffusers-layout model: no {', '.join(name + '/' for name in missing)} in "
                          "it; expected unet/, vae/, text_encoder/ and scheduler/")
-    text_encoder = settings.text_encoder_from_json(_read_json(path / "text_encoder" / "config.json"))
+    text_encoder = _read_settings(path / "text_encoder" / "config.json", settings.text_encoder_from_json)
     config = ModelConfig(
-        unet=settings.unet_from_json(_read_json(path / "unet" / "config.json")),
-        vae=settings.vae_from_json(_read_json(path / "vae" / "config.json")),
+        unet=_read_settings(path / "unet" / "config.json", settings.unet_from_json),
+        vae=_read_settings(path / "vae" / "config.json", settings.vae_from_json),
         text_encoder=text_encoder,
-        schedule=settings.schedule_from_json(_read_json(path / "scheduler" / "scheduler_config.json")),
+        schedule=_read_settings(path / "scheduler" / "scheduler_config.json", settings.schedule_from_json),
         pad_token_id=_pad_token_id(path / "tokenizer", text_encoder))
     sources, unused, files = {}, [], {}
     for network in NETWORKS:
@@ -218,9 +221,23 @@ def _read_json(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a diffusers-layout folder needs it")
     try:
-        return json.loads(path.read_text())
+        document = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from None
+        raise InputError(f"{path} is not valid JSON ({error}); get it again") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds a {type(document).__name__}, expected a JSON object; get it again")
+    return document
+
+
+def _read_settings(path, from_json):
+    """A network's settings by ``from_json``, which trusts the document to have the published keys and types."""
+    document = _read_json(path)
+    try:
+        return from_json(document)
+    except KeyError as error:
+        raise InputError(f"{path} has no {error}, which every published one has; get it again") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path} holds a value of the wrong kind ({error}); get it again") from None
 
 
 def _refuse_other_models(file):
@@ -257,7 +274,7 @@ def _refuse_other_models(file):
 def _is_known_extra(name, config):
     """Tensors that published single files carry and that no network here reads: training's moving average (the main
     weights of "ema-only" files already are the average), schedule tables, and the unused ends of the text encoders."""
-    last_block = f"cond_stage_model.model.transformer.resblocks.{config.text_encoder.n_layers}."
+    last_block = f"cond_stage_model.model.transformer.resblocks.{config.text_encoder.n_layers}."  # of a whole tower
     return (name.startswith(("model_ema.", "first_stage_model.loss.", last_block))
             or name.endswith("position_ids")
             or name in ("cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection",
@@ -288,17 +305,19 @@ def _config_of_single_file(file):
     n_blocks = (downs[0] if downs else blocks) - 1
     firsts = [1 + level * (n_blocks + 1) for level in range(len(downs) + 1)]
     widths = tuple(shape(f"{unet}.input_blocks.{i}.0.out_layers.0.weight")[0] for i in firsts)
-    attention = tuple(f"{unet}.input_blocks.{i}.1.norm.weight" in shapes for i in firsts)
+    attention = tuple(any(name.startswith(f"{unet}.input_blocks.{i}.1.") for name in shapes) for i in firsts)
     context = next((n for n in shapes if n.startswith(unet) and n.endswith("attn2.to_k.weight")), None)
     if context is None:
         raise InputError(f"{file.path}: no cross-attention in the U-Net; it is not a text-to-image model")
-    linear = len(shapes[f"{context.split('.transformer_blocks')[0]}.proj_in.weight"]) == 2
+    linear = len(shape(f"{context.split('.transformer_blocks')[0]}.proj_in.weight")) == 2
 
     v2 = "cond_stage_model.model.token_embedding.weight" in shapes
     if v2:
         text = "cond_stage_model.model"
         width, mlp = shape(f"{text}.ln_final.weight")[0], shape(f"{text}.transformer.resblocks.0.mlp.c_fc.weight")[0]
-        n_layers = count(rf"{text}\.transformer\.resblocks\.(\d+)\.") - 1  # the last one's output is not used
+        n_layers = count(rf"{text}\.transformer\.resblocks\.(\d+)\.")
+        if f"{text}.text_projection" in shapes or n_layers == 24:  # a whole text tower, whose last layer is not used;
+            n_layers -= 1  # files converted from a folder hold only what is used
         vocabulary = shape(f"{text}.token_embedding.weight")[0]
     else:
         text = "cond_stage_model.transformer.text_model"
@@ -437,14 +456,14 @@ def _require_match(checkpoint, expected):
             if source is None or source.name not in source.file.shapes:
                 missing.append(f"{network}/{ours}" if source is None else source.name)
                 continue
-            shape = source.file.shapes[source.name]
+            shape, wanted = source.file.shapes[source.name], tuple(parameter.shape)
             if source.third is not None:
-                shape = (shape[0] / 3, *shape[1:])
-            if shape not in (wanted := tuple(parameter.shape), (*wanted, 1, 1)):
-                misshapen.append(f"{source.name} {tuple(shape)} (expected {wanted})")
-    problems = [f"{len(names)} {what}: {', '.join(names)}" for what, names in
-                (("missing", missing), ("not used by the model", checkpoint.unused), ("of another shape", misshapen))
-                if names]
+                wanted = (3 * wanted[0], *wanted[1:])
+            if shape not in (wanted, (*wanted, 1, 1)):
+                misshapen.append(f"{source.name} {shape} (expected {wanted})")
+    problems = [f"{len(names)} {what}: {', '.join(names)}" for what, names in  # each once: q, k, v share one
+                (("missing", dict.fromkeys(missing)), ("not used by the model", checkpoint.unused),
+                 ("of another shape", dict.fromkeys(misshapen))) if names]
     if problems:
         raise InputError(f"{checkpoint.path} does not fit the model it looks like; tensors {'; '.join(problems)}")
 
