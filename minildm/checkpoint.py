@@ -49,6 +49,7 @@ class Checkpoint:
     """What a base consists of, before any tensor is read."""
     path: Path
     config: ModelConfig
+    networks: dict[str, torch.nn.Module]  # unet, vae, text_encoder: built, but on the meta device, without memory
     sources: dict[str, dict[str, Source]]  # network -> parameter name -> source
     hashed_file: Path  # the file whose SHA-256 stands for the whole
     unused: list[str] = field(default_factory=list)  # tensors nobody asked for: an error when loading
@@ -142,7 +143,8 @@ def _inspect_single_file(path, prediction):
     config = _config_of_single_file(file)
     if prediction == "v" and config.text_encoder.activation == "gelu":
         config = replace(config, unet=replace(config.unet, latent_size=96))  # of v2.x, those that predict v draw 768 px
-    names = single_file_names(config)
+    networks = build_networks(config)
+    names = single_file_names(config, networks)
     sources = {network: {} for network in NETWORKS}
     used = set()
     bare = "cond_stage_model.transformer.embeddings.token_embedding.weight" in file.shapes  # no `text_model.` in it
@@ -152,7 +154,7 @@ def _inspect_single_file(path, prediction):
             sources[network][ours] = Source(file, theirs, third)
             used.add(theirs)
     unused = [name for name in file.shapes if name not in used and not _is_known_extra(name, config)]
-    return Checkpoint(path, config, sources, path, unused)
+    return Checkpoint(path, config, networks, sources, path, unused)
 
 
 def _inspect_folder(path):
@@ -167,16 +169,15 @@ def _inspect_folder(path):
         text_encoder=text_encoder,
         schedule=settings.schedule_from_json(_read_json(path / "scheduler" / "scheduler_config.json")),
         pad_token_id=_pad_token_id(path / "tokenizer", text_encoder))
-    sources, unused, files = {}, [], {}
-    for network in NETWORKS:
+    networks, sources, unused, files = build_networks(config), {}, [], {}
+    for network, module in networks.items():
         files[network] = file = TensorFile(_weights_file(path / network))
-        with torch.device("meta"):
-            expected = NETWORKS[network](getattr(config, network)).state_dict()
+        expected = module.state_dict()
         sources[network] = {_modern_name(name, network): Source(file, name) for name in file.shapes
                             if not name.endswith("position_ids")}
         unused += [f"{network}/{sources[network].pop(name).name}" for name in list(sources[network])
                    if name not in expected]
-    return Checkpoint(path, config, sources, files["unet"].path, unused)
+    return Checkpoint(path, config, networks, sources, files["unet"].path, unused)
 
 
 def _weights_file(folder):
@@ -333,10 +334,9 @@ OPEN_CLIP_PARTS = [("text_model.embeddings.token_embedding", "token_embedding"),
                    ("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("self_attn", "attn")]
 
 
-def single_file_names(config):
-    """{network: {our parameter name: (single-file name, None or which third of it)}} for a model of this config."""
-    with torch.device("meta"):
-        ours = {network: build(getattr(config, network)).state_dict() for network, build in NETWORKS.items()}
+def single_file_names(config, networks):
+    """{network: {our parameter name: (single-file name, None or which third of it)}} for a model's networks."""
+    ours = {network: module.state_dict() for network, module in networks.items()}
     v2 = config.text_encoder.activation == "gelu"
     unet_modules = _unet_modules(config.unet)
     return {"unet": {name: (_unet_name(name, unet_modules), None) for name in ours["unet"]},
@@ -395,16 +395,20 @@ def _open_clip_name(name):
 
 
 # --- loading and saving ----------------------------------------------------------------------------------------------
+def build_networks(config):
+    """The three networks of a ModelConfig on the meta device: shapes and no memory."""
+    with torch.device("meta"):
+        return {network: build(getattr(config, network)) for network, build in NETWORKS.items()}
+
+
 def load_networks(checkpoint, device, dtype):
-    """Build the three networks and fill them: {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, in eval mode.
+    """Fill the checkpoint's networks: {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, frozen, in eval mode.
 
     Raises InputError naming every tensor that is missing, unused or of another shape.
     """
-    with torch.device("meta"):  # shapes only, no memory
-        networks = {network: build(getattr(checkpoint.config, network)) for network, build in NETWORKS.items()}
-    expected = {network: module.state_dict() for network, module in networks.items()}
+    expected = {network: module.state_dict() for network, module in checkpoint.networks.items()}
     _require_match(checkpoint, expected)
-    for network, module in networks.items():
+    for network, module in checkpoint.networks.items():
         sources = checkpoint.sources[network]
         ours_of = {}
         for ours, source in sources.items():
@@ -416,7 +420,7 @@ def load_networks(checkpoint, device, dtype):
             del tensor
         module.load_state_dict(state, strict=True, assign=True)
         module.eval().requires_grad_(False)
-    return networks
+    return checkpoint.networks
 
 
 def _converted(tensor, third, shape, device, dtype):

@@ -83,9 +83,9 @@ def diffusers_scheduler(model, sampler, karras=False):
 def single_file_state(model, extras=True):
     """The model's tensors under single-file names, with what published files carry besides."""
     state = {}
-    ours = {name: network.state_dict() for name, network in
-            (("unet", model.unet), ("vae", model.vae), ("text_encoder", model.text_encoder))}
-    for network, table in checkpoint.single_file_names(model.config).items():
+    ours_networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    ours = {name: network.state_dict() for name, network in ours_networks.items()}
+    for network, table in checkpoint.single_file_names(model.config, ours_networks).items():
         thirds = {}
         for name, (theirs, third) in table.items():
             tensor = ours[network][name]
