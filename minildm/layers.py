@@ -15,8 +15,9 @@ from torch import nn
 def timestep_embedding(timesteps, dim):
     """Sinusoids of the timestep at dim / 2 frequencies from 1 to 1/10000, cosines first: (B,) -> (B, dim) float32.
     Vaswani et al. 2017, arXiv:1706.03762, section 3.5."""
-    exponent = torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device) / (dim // 2)
-    angles = timesteps[:, None].float() * torch.exp(-math.log(10000.0) * exponent)  # (B, dim / 2)
+    # In the published order of operations: another one rounds the angles near t = 1000 6e-5 apart.
+    exponent = -math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device) / (dim // 2)
+    angles = timesteps[:, None].float() * torch.exp(exponent)  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
