@@ -142,7 +142,9 @@ def plan(args, prompts, model):
         if not path.exists():
             todo.append((prompt, seed, path, parameters))
         elif read_parameters(path) != parameters:
-            raise InputError(f"{path} was made otherwise than this command would make it; give another --out")
+            settings_of = [(text or "no parameters").splitlines()[-1] for text in (read_parameters(path), parameters)]
+            raise InputError(f"{path} is there and was made otherwise ({settings_of[0]}) than this command would make "
+                             f"it ({settings_of[1]}), or from another prompt; give another --out")
     return todo
 
 

@@ -46,7 +46,7 @@ class UNetConfig:
 
     @staticmethod
     def tiny(**changes):
-        """A real network small enough for a test: two attention levels, 0.6 M parameters."""
+        """A real network small enough for a test: one attention level, 0.8 M parameters."""
         return UNetConfig(**({"widths": (32, 64), "attention": (True, False), "n_heads": (4, 4), "layers_per_block": 1,
                               "context_dim": 32, "latent_size": 8} | changes))
 

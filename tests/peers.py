@@ -229,25 +229,6 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(document | changes))
 
 
-def peer_class_unet(unet, device, dtype):
-    """diffusers' U-Net with this one's weights, as diffusers itself would hold them in memory."""
-    from diffusers import UNet2DConditionModel
-    return _filled(UNet2DConditionModel, settings.unet_to_json(unet.config), unet, device, dtype)
-
-
-def peer_class_vae(vae, device, dtype):
-    from diffusers import AutoencoderKL
-    return _filled(AutoencoderKL, settings.vae_to_json(vae.config), vae, device, dtype)
-
-
-def _filled(kind, document, module, device, dtype):
-    with torch.device("meta"):
-        peer = kind.from_config(document)
-    state = {name: tensor.to(device, dtype).contiguous() for name, tensor in module.state_dict().items()}
-    peer.load_state_dict(state, strict=True, assign=True)
-    return peer.eval().requires_grad_(False)
-
-
 def write_tokenizer(folder):
     """vocab.json and merges.txt for transformers' tokenizer, from open_clip's file of merges."""
     import gzip

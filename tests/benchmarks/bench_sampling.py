@@ -129,16 +129,16 @@ def bench_startup_and_loading(table, folder, small, turns):
 
 def bench_unet(table, device, dtypes, sides, batches):
     import torch
-    from peers import peer_class_unet
+    from peers import diffusers_unet
 
     from minildm.config import UNetConfig
     from minildm.unet import UNet
     for dtype in dtypes:
         unet = UNet(UNetConfig()).to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        peer = peer_class_unet(unet, device, dtype)
+        peer = diffusers_unet(unet).to(memory_format=torch.contiguous_format)  # as diffusers loads it
         variants = [("", unet, peer)]
         if device == "cuda":
-            peer_fast = peer_class_unet(unet, device, dtype).to(memory_format=torch.channels_last)
+            peer_fast = diffusers_unet(unet)  # channels-last, as its own guide advises
             variants.append((" compiled", torch.compile(unet), torch.compile(peer_fast)))
         for side in sides:
             for batch in batches:
@@ -169,19 +169,19 @@ def flops(unet, x, t, context):
 
 def bench_vae(table, device, dtypes):
     import torch
-    from peers import peer_class_vae
+    from peers import diffusers_vae
 
     from minildm.config import VAEConfig
     from minildm.vae import VAE
     for dtype in dtypes:
         vae = VAE(VAEConfig()).to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        peer = peer_class_vae(vae, device, dtype)
+        peer = diffusers_vae(vae).to(memory_format=torch.contiguous_format)
         z = torch.randn(1, 4, 64, 64, device=device, dtype=dtype)
         table.add(f"VAE decode, 512 px, {str(dtype)[6:]}",
                   *by_turns(lambda: vae.decode(z), lambda: peer.decode(z, return_dict=False), device))
 
 
-def bench_small_picture(table, device, small):
+def bench_small_picture(table, device, small, what):
     import torch
     from peers import diffusers_pipeline
 
@@ -195,7 +195,7 @@ def bench_small_picture(table, device, small):
     def theirs():
         pipe("chest x-ray", num_inference_steps=20, guidance_scale=7.5, generator=torch.Generator().manual_seed(0))
 
-    table.add("20-step DDIM picture of a small model, 128 px", *by_turns(ours, theirs, device, seconds=15))
+    table.add(f"20-step guided DDIM picture, {what}", *by_turns(ours, theirs, device, seconds=15))
 
 
 def bench_machine(device):
@@ -216,19 +216,18 @@ def bench_machine(device):
 
 
 def write_models(folder):
-    """An SD v1.5-sized folder in fp16 and a small one in fp32, random weights, with tokenizer files for the peer."""
+    """Random weights: an SD v1.5-sized folder in fp16, and two small ones in fp32 with the peer's tokenizer files."""
     import torch
     from peers import random_model, write_folder, write_tokenizer
 
     from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
-    small = random_model(ModelConfig(UNetConfig(**SMALL), VAEConfig.tiny(), TextEncoderConfig(
-        width=128, n_layers=4, n_heads=4, mlp_width=512)))
-    write_folder(small, folder / "small")
-    write_tokenizer(folder / "small" / "tokenizer")
-    torch.set_default_dtype(torch.float16)
+    small = ModelConfig(UNetConfig(**SMALL), VAEConfig.tiny(), TextEncoderConfig(
+        width=128, n_layers=4, n_heads=4, mlp_width=512))
+    for name, config in (("small", small), ("toy", ModelConfig.tiny())):
+        write_folder(random_model(config), folder / name)
+        write_tokenizer(folder / name / "tokenizer")
     write_folder(random_model(ModelConfig()), folder / "sd15", torch.float16)
-    torch.set_default_dtype(torch.float32)
-    return folder / "sd15", folder / "small"
+    return folder / "sd15", folder / "small", folder / "toy"
 
 
 def main():
@@ -251,11 +250,12 @@ def main():
     table = Table()
     with tempfile.TemporaryDirectory() as folder:
         if "start" in args.only or "picture" in args.only:
-            full, small = write_models(Path(folder))
+            full, small, toy = write_models(Path(folder))
             if "start" in args.only:
                 bench_startup_and_loading(table, full, small, args.turns)
             if "picture" in args.only:
-                bench_small_picture(table, args.device, small)
+                bench_small_picture(table, args.device, toy, "0.8 M U-Net, 64 px")
+                bench_small_picture(table, args.device, small, "5.9 M U-Net, 128 px")
     if "unet" in args.only:
         bench_unet(table, args.device, dtypes, args.sides, (1,) if args.device == "cpu" else (2, 8))
     if "vae" in args.only:
