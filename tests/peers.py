@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minildm import checkpoint
+from minildm import checkpoint, single_file
 from minildm import config as settings
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.latent_diffusion import LatentDiffusion
@@ -181,9 +181,9 @@ def diffusers_scheduler(sampler, prediction="epsilon", karras=False, **changes):
 def single_file_state(model, extras=True):
     """The model's tensors under single-file names, with what published files carry besides."""
     state = {}
-    ours = {name: network.state_dict() for name, network in
-            (("unet", model.unet), ("vae", model.vae), ("text_encoder", model.text_encoder))}
-    for network, table in checkpoint.single_file_names(model.config).items():
+    ours_networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    ours = {name: network.state_dict() for name, network in ours_networks.items()}
+    for network, table in single_file.names(model.config, ours_networks).items():
         thirds = {}
         for name, (theirs, third) in table.items():
             tensor = ours[network][name]
@@ -227,3 +227,36 @@ def write_folder(model, path, dtype=torch.float32):
 def edit_json(path, **changes):
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | changes))
+
+
+def write_tokenizer(folder):
+    """vocab.json and merges.txt for transformers' tokenizer, from open_clip's file of merges."""
+    import gzip
+    import importlib.util
+    from pathlib import Path
+
+    from minildm.tokenizer import _byte_pair_encoder
+    folder.mkdir(parents=True, exist_ok=True)
+    package = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0])
+    packed = (package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    merges = gzip.decompress(packed).decode().split("\n")[1:49152 - 256 - 2 + 1]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): i for token, i in _byte_pair_encoder().encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    return folder
+
+
+def diffusers_pipeline(folder):
+    """diffusers' StableDiffusionPipeline with DDIM, from a folder that holds a tokenizer too."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    parts = {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
+    pipe = StableDiffusionPipeline(
+        **parts, tokenizer=CLIPTokenizer(f"{folder}/tokenizer/vocab.json", f"{folder}/tokenizer/merges.txt",
+                                         model_max_length=77),
+        scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler"), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

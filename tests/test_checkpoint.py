@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import minildm
 from minildm import checkpoint
-from minildm.checkpoint import TensorFile, inspect, load_networks, save_folder, single_file_names
+from minildm.checkpoint import TensorFile, build_networks, inspect, load_networks, save_folder
 from minildm.config import (
     ModelConfig,
     ScheduleConfig,

@@ -174,9 +174,9 @@ def test_the_network_is_fed_in_its_own_precision_and_answers_in_float32():
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind, steps, draws", [("ddim", 20, 0), ("ddim, eta 0.7", 20, 20), ("ddim, eta 0.7", 1000, 999),
-                                                ("ddpm", 20, 20), ("ddpm", 1000, 999), ("plms", 20, 0),
-                                                ("dpm++", 20, 0)])
+@pytest.mark.parametrize("kind, steps, draws", [
+    ("ddim", 20, 0), ("ddim, eta 0.7", 20, 20), ("ddim, eta 0.7", 1000, 999), ("ddpm", 20, 20), ("ddpm", 1000, 999),
+    ("plms", 20, 0), ("dpm++", 20, 0)])
 def test_noise_is_drawn_once_a_stochastic_step_while_t_is_positive(kind, steps, draws):
     drawn = []
 
