@@ -38,7 +38,7 @@ SETTLED = 2.0   # seconds: a younger file could change again within the clock's 
 
 
 def fingerprint(module):
-    """SHA-256 over a module's weights: names, types, shapes and bytes, wherever they were loaded from. 64 hex digits."""
+    """SHA-256 over a module's weights (names, types, shapes, bytes), wherever they were loaded from. 64 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -82,7 +82,7 @@ class Rows:
     def add(self, keys, rows):
         """Write rows (n, ...) under ``keys`` as one shard."""
         if not torch.isfinite(rows).all() or rows.abs().max() > torch.finfo(torch.float16).max:
-            raise InputError("the network gave values that are not finite in float16; run it in float32 (--dtype float32)")
+            raise InputError("the network gave values float16 cannot hold; run it in float32 (--dtype float32)")
         tensors = {"keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32).copy()),
                    "rows": rows.half().contiguous()}
         name = hashlib.sha256(b"".join(keys)).hexdigest()[:24]
@@ -203,7 +203,8 @@ def _encode_block(records, todo, keys, bad, rows, transform, vae, batch_size, po
         encode()
     for i in todo:
         if records[i].path is not None and i not in bad and _state(records[i]) != states[i]:
-            raise InputError(f"{records[i].path} changed while the cache was being built; start again when it is at rest")
+            raise InputError(f"{records[i].path} changed while the cache was being built; start again when it is at "
+                             "rest")
     if new_rows:
         rows.add(new_keys, torch.cat(new_rows))
 

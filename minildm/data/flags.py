@@ -1,5 +1,6 @@
 """The command line's data flags, one place for train.py, ``check`` and ``prompts``."""
 
+from minildm.data.prompts import TEMPLATES
 from minildm.data.reading import Transform
 from minildm.data.records import open_data_set
 from minildm.data.splits import SPLITS
@@ -14,11 +15,11 @@ def add_data_flags(parser):
     group.add_argument("--exclude", metavar="FILE", help="names to leave out, one a line, as check writes them")
     group.add_argument("--skip-bad", action="store_true", help="go on without absent or undecodable pictures")
     group.add_argument("--prompt-template", metavar="TEXT",
-                       help='"chest x-ray, age {age} {sex}" or a level: plain, person, view, diagnosis, full, montgomery,'
-                            " findings, impression; default: the data set's own")
+                       help=f'"chest x-ray, age {{age}} {{sex}}", or a level: {", ".join(TEMPLATES)}; '
+                            "default: the data set's own")
     group.add_argument("--split", default="80/16/4", choices=tuple(SPLITS), help="shares, by patient")
     group.add_argument("--size", type=int, default=512, help="pixels, a multiple of 8")
-    group.add_argument("--fit", default="crop", choices=("crop", "pad"), help="to a square by centre crop or black bars")
+    group.add_argument("--fit", default="crop", choices=("crop", "pad"), help="to a square: centre crop, or black bars")
     group.add_argument("--greys", default="declared", choices=("declared", "percentiles"),
                        help="how deep greys become 8 bits: what the file declares, or its percentiles")
 

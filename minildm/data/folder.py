@@ -27,8 +27,8 @@ def records(root):
     for row_number, row in rows:
         column = column or next((name for name in IMAGE_COLUMNS if name in row), None)
         if column is None:
-            raise InputError(f"{table}: no column {', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]} that names the "
-                             f"image; its columns are: {', '.join(row)}")
+            raise InputError(f"{table}: no column {', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]} that names "
+                             f"the image; its columns are: {', '.join(row)}")
         if column not in row:
             raise InputError(f"{table}, row {row_number}: no image in column {column}")
         name = row.pop(column)
@@ -87,7 +87,7 @@ def _beside(root):
 
 
 def default_prompt(records):
-    """The captions themselves where every record has one; else the full chest X-ray prompt from the fields there are."""
+    """The captions where every record has one; else the full chest X-ray prompt from the fields there are."""
     if all("text" in record.fields for record in records):
         return "{text}"
     if any(record.fields.keys() & {"age", "sex", "view", "diagnosis"} for record in records):

@@ -1,6 +1,6 @@
 """IU X-ray (Open-i, Indiana University): 7,470 pictures with reports (Demner-Fushman et al. 2016).
 
-Two layouts: the Kaggle tables (``indiana_reports.csv``, ``indiana_projections.csv``, ``images/images_normalized/*.png``)
+Two layouts: Kaggle's tables (``indiana_reports.csv``, ``indiana_projections.csv``, ``images/images_normalized/*.png``)
 and the publisher's XML (``NLMCXR_reports/ecgen-radiology/*.xml`` with ``<image id>.png``). The XML does not say which
 picture is frontal (nor does the DICOM header: 1,368 lateral pictures are marked PA there), so frontal training on it
 needs ``indiana_projections.csv`` beside it. Reports without findings are left out: the SeLoRA paper (arXiv:2408.07196)

@@ -10,8 +10,8 @@ from minildm.data.reading import read, to_tensor
 
 class TrainingPairs(Dataset):
     """Item i is a dict: ``index`` i, ``prompt``, and
-    ``images`` float32 (3, size, size) in [-1, 1], or ``mean`` and ``logvar`` float32 (4, h, w) where latents are cached;
-    ``context`` float32 (77, D) where contexts are cached.
+    ``images`` float32 (3, size, size) in [-1, 1], or, where latents are cached, ``mean`` and ``logvar`` float32
+    (4, h, w); and ``context`` float32 (77, D) where contexts are cached.
 
     Args: records and prompts in one order; transform: reading.Transform; latents: cache.CachedLatents of these records;
     contexts: cache.CachedContexts of these prompts. Give a transform or latents.
@@ -45,7 +45,8 @@ def epoch_order(n, seed, epoch, classes=None):
             without a class do not come.
     Returns: int64 (n,) indices.
     """
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7], "big"))
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     if classes is None:
         return torch.randperm(n, generator=generator)
     members = {}
@@ -82,6 +83,6 @@ class StepBatches(Sampler):
 
 
 def training_batches(pairs, batch_size, seed, first_step, last_step, workers=0, classes=None):
-    """A DataLoader over the steps [first_step, last_step). Workers only read ahead: the batches do not depend on them."""
+    """A DataLoader over the steps [first_step, last_step). Workers only read ahead: no batch depends on them."""
     sampler = StepBatches(len(pairs), batch_size, seed, first_step, last_step, classes)
     return DataLoader(pairs, batch_sampler=sampler, num_workers=workers, pin_memory=torch.cuda.is_available())

@@ -2,7 +2,8 @@
 
 Layout of MIMIC-CXR-JPG (PhysioNet): ``mimic-cxr-2.0.0-metadata.csv`` (.gz too), ``mimic-cxr-2.0.0-chexpert.csv`` if
 it is there, ``files/p10/p10000032/s50414267/<dicom_id>.jpg`` (or .dcm), and MIMIC-CXR's reports as
-``files/p10/p10000032/s50414267.txt``, also below ``mimic-cxr-reports``. Age and sex are not in it (they are in MIMIC-IV).
+``files/p10/p10000032/s50414267.txt``, also below ``mimic-cxr-reports``. Age and sex are not in it
+(MIMIC-IV has them).
 """
 
 import re

@@ -1,6 +1,6 @@
 """Caption fields -> prompts, by a template in which a missing field leaves no hole.
 
-A template is text with fields: ``chest x-ray, age {age} {sex}, view {view}``. ``{Sex}`` writes the value with a capital.
+A template is text with fields: ``chest x-ray, age {age} {sex}, view {view}``. ``{Sex}`` gives the value a capital.
 It is cut into pieces at ``,`` and ``;``. Inside a piece a field owns the words before it (and what touches it behind,
 as in ``{age}-year-old``): when it is missing they go with it. A piece that had fields and lost them all goes with its
 comma. So without an age the example reads ``chest x-ray, male, view PA``, and with nothing known ``chest x-ray``.
@@ -70,8 +70,8 @@ def prompts_for(data_set, template=None):
     check_template(template, data_set.records)
     prompts = [render(template, record.fields) for record in data_set.records]
     if empty := [record.name for record, prompt in zip(data_set.records, prompts) if not prompt.strip()]:
-        raise InputError(f"{len(empty):,} of {len(prompts):,} prompts are empty with the template {template!r}, such as "
-                         f"that of {empty[0]}; give a --prompt-template with fields that are known")
+        raise InputError(f"{len(empty):,} of {len(prompts):,} prompts are empty with the template {template!r}, such "
+                         f"as that of {empty[0]}; give a --prompt-template with fields that are known")
     return prompts
 
 

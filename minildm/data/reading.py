@@ -57,9 +57,10 @@ class Transform:
         return f"reading {READING}, {self.size} px, {self.fit}, greys {self.greys}"
 
 
-def read(record, transform):
+def read(record, transform, whole=False):
     """Read one record's picture.
 
+    Args: whole: decode large JPEGs at their full size, for measuring, where a run takes a shortcut.
     Returns: (pixels uint8 (size, size, 3), Picture as decoded, SHA-256 of the file's bytes: 32 bytes).
     Raises: InputError naming the file when it cannot be read.
     """
@@ -70,7 +71,7 @@ def read(record, transform):
     else:
         data = file_bytes(record.path)
         key = hashlib.sha256(data).digest()
-        picture = decode(data, record.path, transform.greys, at_least=transform.size)
+        picture = decode(data, record.path, transform.greys, at_least=None if whole else transform.size)
     return fit(picture.pixels, transform), picture, key
 
 
@@ -222,7 +223,7 @@ def to_8_bit(values, name, greys, ignored=None):
 
 def _check_size(name, width, height):
     if width * height > MOST_PIXELS:
-        raise InputError(f"{name}: unpacks to {width} x {height} pixels, more than {MOST_PIXELS:,}; scale it down first")
+        raise InputError(f"{name}: unpacks to {width} x {height} pixels, over {MOST_PIXELS:,}; scale it down first")
 
 
 def fit(pixels, transform):

@@ -53,7 +53,7 @@ def open_data_set(spec, views="frontal", drop_pediatric=False, min_age=None, lim
         drop_pediatric: leave out what PadChest flags as paediatric. That flag is no age test: see ``min_age``.
         min_age: leave out who is younger, in years, and whose age is not known.
         limit: keep this many records, drawn with ``seed``.
-        exclude: a file of record names, one a line (what follows a tab is a remark), to leave out: ``check`` writes one.
+        exclude: a file of record names to leave out, one a line, a tab before a remark: ``check`` writes one.
         skip_bad: go on without images that are listed but absent.
     Returns: DataSet. Raises: InputError in one line for whatever a user can put right.
     """
@@ -150,7 +150,7 @@ def read_table(path, columns):
         try:
             header = [name.strip() for name in next(reader, [])]
             if missing := [name for name in columns if name not in header]:
-                raise InputError(f"{path}: no column {', '.join(missing)}; its columns are: {', '.join(header) or 'none'}")
+                raise InputError(f"{path}: no column {', '.join(missing)}; its columns: {', '.join(header) or 'none'}")
             row_number = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(header):

@@ -15,6 +15,7 @@ MOST_SATURATED = 0.45  # share of pixels at one of the two ends
 WIDEST_BORDER = 0.25   # share of the area that uniform rows and columns at the edges take
 WIDEST_ASPECT = 1.6    # longer side by shorter side
 HASH_SIDE = 16         # a perceptual hash of 16 x 16 bits
+BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint16)
 NEAR = 15              # bits in which two pictures of one exposure may differ, of 256
 
 
@@ -61,7 +62,9 @@ def perceptual_hash(pixels):
     Scaling, mild compression and brightness leave nearly all bits as they are."""
     grey = Image.fromarray(pixels).convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
     grey = np.asarray(grey, dtype=np.int16)
-    return np.packbits(grey[:, 1:] > grey[:, :-1])
+    bits = grey[:, 1:] > grey[:, :-1]
+    # 16 bits that are compared as a word (near_duplicates) come from all rows and columns: diagonals, not flat edges
+    return np.packbits(np.stack([np.roll(row, shift) for shift, row in enumerate(bits)]).T)
 
 
 def near_duplicates(hashes):
@@ -78,9 +81,10 @@ def near_duplicates(hashes):
         same = defaultdict(list)
         for i, word in enumerate(words[:, column].tolist()):
             same[word].append(i)
-        for members in same.values():
-            for place, i in enumerate(members[:-1]):
-                others = np.array(members[place + 1:])
-                bits = np.unpackbits(hashes[others] ^ hashes[i], axis=1).sum(axis=1)
-                near.update({(i, int(j)): int(b) for j, b in zip(others[bits <= NEAR], bits[bits <= NEAR])})
+        for members in map(np.array, same.values()):
+            for place, i in enumerate(members[:-1].tolist()):
+                others = members[place + 1:]
+                bits = BITS[hashes[others] ^ hashes[i]].sum(axis=1)
+                close = bits <= NEAR
+                near.update({(i, j): b for j, b in zip(others[close].tolist(), bits[close].tolist())})
     return sorted((i, j, bits) for (i, j), bits in near.items())
