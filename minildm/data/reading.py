@@ -237,7 +237,7 @@ def fit(pixels, transform):
         image = image.resize(scaled, Image.Resampling.LANCZOS)
     left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     image = image.crop((left, top, left + size, top + size))  # beyond the picture's edge: black
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def to_tensor(pixels):

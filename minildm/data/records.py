@@ -144,7 +144,7 @@ def read_table(path, columns):
     """
     opener = gzip.open if path.suffix == ".gz" else open
     delimiter = "\t" if ".tsv" in path.suffixes else ","
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+    with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         row_number = 1
         try:
@@ -153,12 +153,13 @@ def read_table(path, columns):
                 raise InputError(f"{path}: no column {', '.join(missing)}; its columns: {', '.join(header) or 'none'}")
             row_number = reader.line_num + 1
             for row in reader:
+                "".join(row).encode()  # fails for what was not UTF-8, here where the row is known
                 if row and len(row) != len(header):
                     raise InputError(f"{path}, row {row_number}: {len(row)} fields where the header has {len(header)}")
                 values = {name: value.strip() for name, value in zip(header, row)}
                 yield row_number, {name: value for name, value in values.items() if value not in ("", "nan", "None")}
                 row_number = reader.line_num + 1
-        except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        except (csv.Error, UnicodeEncodeError, EOFError, gzip.BadGzipFile) as error:
             raise InputError(f"{path}, row {row_number}: not readable as CSV in UTF-8 ({error})") from None
 
 

@@ -16,8 +16,8 @@ SPLITS = {
 def split_by_patient(records, preset="80/16/4", seed=0):
     """Share the records out so that no patient is in two splits.
 
-    Patients come in an order that depends only on (seed, patient); each goes to the split that is furthest below its
-    share of the pictures, so the shares are met to within one patient's pictures.
+    Patients come in an order that depends only on (seed, patient); each goes to the split that still lacks most
+    pictures, so the shares are met to within one patient's pictures.
     Returns: {split name: list of indices into ``records``, ascending}.
     Raises: InputError for an unknown preset or a split that stays empty.
     """
@@ -25,14 +25,12 @@ def split_by_patient(records, preset="80/16/4", seed=0):
         raise InputError(f"unknown split {preset!r}; one of: {', '.join(SPLITS)}")
     shares = SPLITS[preset]
     pictures = Counter(record.patient for record in records)
-    counts = dict.fromkeys(shares, 0)
+    lacking = {name: share * len(records) for name, share in shares.items()}
     split_of = {}
     for patient in sorted(pictures, key=lambda patient: order_key(seed, patient)):
-        # the patient goes where, counted with it, the split would be the least over-full
-        split = min(shares, key=lambda name: (counts[name] + pictures[patient]) / shares[name])
-        split_of[patient] = split
-        counts[split] += pictures[patient]
-    if empty := [name for name, count in counts.items() if count == 0]:
+        split_of[patient] = max(lacking, key=lacking.get)
+        lacking[split_of[patient]] -= pictures[patient]
+    if empty := [name for name in shares if name not in split_of.values()]:
         raise InputError(f"the {empty[0]} split is empty: {len(records)} pictures of {len(pictures)} patients are too "
                          f"few for {preset}; give more data or another --split ({', '.join(SPLITS)})")
     return {name: [i for i, record in enumerate(records) if split_of[record.patient] == name] for name in shares}
