@@ -55,8 +55,10 @@ def test_a_missing_field_leaves_no_hole(missing, prompt):
     ("{age}-year-old {sex} patient; {view} view", (), "47-year-old male patient; PA view"),
     ("{age}-year-old {sex} patient; {view} view", ("age",), "male patient; PA view"),
     ("{age}-year-old {sex} patient; {view} view", ("sex", "view"), "47-year-old patient"),
-    ("{sex}, {view}, {loc}", ("sex",), "PA, right upper lobe"), ("{sex}, {view}, {loc}", ("view",), "male, right upper lobe"),
-    (" age:{age}, gender:{Sex}", ("age",), " gender:Male"), ("a film, {sex}, of a chest", ("sex",), "a film, of a chest")])
+    ("{sex}, {view}, {loc}", ("sex",), "PA, right upper lobe"),
+    ("{sex}, {view}, {loc}", ("view",), "male, right upper lobe"),
+    (" age:{age}, gender:{Sex}", ("age",), " gender:Male"),
+    ("a film, {sex}, of a chest", ("sex",), "a film, of a chest")])
 def test_templates_of_other_shapes_leave_no_hole_either(template, missing, prompt):
     assert render(template, without(*missing)) == prompt
 
@@ -73,7 +75,7 @@ def test_every_subset_of_fields_of_the_full_prompt_reads_as_its_parts():
         for names in itertools.combinations(FIELDS, count):
             kept = {name: FIELDS[name] for name in names}
             person = " ".join(part for part in ("age 47" if "age" in kept else "", kept.get("sex", "")) if part)
-            rest = [f"{name} {kept[name]}" for name in ("view", "projection", "modality", "diagnosis", "loc") if name in kept]
+            rest = [f"{name} {kept[name]}" for name in list(FIELDS)[2:] if name in kept]
             assert render("full", kept) == ", ".join(part for part in ("chest x-ray", person, *rest) if part)
 
 
@@ -82,21 +84,21 @@ def test_an_unknown_field_lists_the_known_ones(tmp_path):
     with pytest.raises(InputError, match=r"unknown field \{agee\} .* known: age, diagnosis, finding, findings,"):
         prompts_for(data_set, "chest x-ray, age {agee}")
     assert prompts_for(data_set, "x-ray, {finding} in {sex}")[1] == "x-ray, Edema in female"
-    with pytest.raises(InputError, match="a brace that is no field"):
+    with pytest.raises(InputError, match=r"a brace that is no field"):
         check_template("chest {", data_set.records)
-    with pytest.raises(InputError, match="neither a prompt template nor one of: plain, person, view"):
+    with pytest.raises(InputError, match=r"neither a prompt template nor one of: plain, person, view"):
         check_template("fulll", data_set.records)
 
 
 def test_empty_prompts_are_an_error_not_a_caption(tmp_path):
     data_set = open_data_set(f"folder:{made_data.folder(tmp_path, 3)}")
-    with pytest.raises(InputError, match=r"3 of 3 prompts are empty with the template '\{loc\}', such as that of images/"):
+    with pytest.raises(InputError, match=r"3 of 3 prompts are empty with the template '\{loc\}', such as that of "):
         prompts_for(data_set, "{loc}")
 
 
 def test_images_without_captions_need_a_template(tmp_path):
     made_data.save(tmp_path / "a.png")
     data_set = open_data_set(f"folder:{tmp_path}")
-    with pytest.raises(InputError, match="has no captions; give --prompt-template"):
+    with pytest.raises(InputError, match=r"has no captions; give --prompt-template"):
         prompts_for(data_set)
     assert prompts_for(data_set, "chest x-ray") == ["chest x-ray"]

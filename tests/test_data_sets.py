@@ -179,8 +179,8 @@ def test_a_folder_with_metadata_csv_is_read(tmp_path):
 @pytest.mark.parametrize("column", ["file_name", "file", "image", "path"])
 def test_metadata_jsonl_and_every_name_of_the_image_column_are_read(tmp_path, column):
     made_data.save(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({column: "a.png", "text": "né\nau", "age": 3, "sex": None}) + "\n\n",
-                                             encoding="utf-8")
+    row = {column: "a.png", "text": "né\nau", "age": 3, "sex": None}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n\n", encoding="utf-8")
     data_set = open_data_set(f"folder:{tmp_path}")
     assert data_set.records[0].fields == {"text": "né au", "age": "3"}
     assert "every picture counts as a patient of its own" in data_set.notes[0]
@@ -208,9 +208,9 @@ def test_the_real_folder_is_read(shared_data):
 
 # --- what can be wrong ------------------------------------------------------------------------------------------------
 def test_an_unknown_data_set_lists_the_known_ones():
-    with pytest.raises(InputError, match="unknown data set 'padchst'; .* phantom, folder, iu-xray, montgomery, padchest"):
+    with pytest.raises(InputError, match=r"unknown data set 'padchst'; .* phantom, folder, iu-xray, montgomery"):
         open_data_set("padchst:/data")
-    with pytest.raises(InputError, match="needs a path: padchest:/where/it/is"):
+    with pytest.raises(InputError, match=r"needs a path: padchest:/where/it/is"):
         open_data_set("padchest")
 
 
@@ -219,16 +219,16 @@ def test_a_path_that_is_not_the_data_set_says_what_was_looked_for_and_what_is_th
     (tmp_path / "notes.doc").touch()
     with pytest.raises(InputError, match=r"does not hold .*(csv|txt).*; it holds notes.doc"):
         open_data_set(f"{name}:{tmp_path}")
-    with pytest.raises(InputError, match="is not a folder; .* expects the folder that holds"):
+    with pytest.raises(InputError, match=r"is not a folder; .* expects the folder that holds"):
         open_data_set(f"{name}:{tmp_path / 'absent'}")
 
 
 def test_a_missing_column_is_named(tmp_path):
     table = made_data.write_csv(tmp_path / "PADCHEST_x.csv", ["ImageID", "PatientID"], [])
-    with pytest.raises(InputError, match=r"PADCHEST_x.csv: no column PatientBirth, .*; its columns: ImageID, PatientID"):
+    with pytest.raises(InputError, match=r"PADCHEST_x.csv: no column PatientBirth, .*; its columns: ImageID, Pa"):
         open_data_set(f"padchest:{table.parent}")
     made_data.write_csv(tmp_path / "metadata.csv", ["picture", "text"], [["a.png", "b"]])
-    with pytest.raises(InputError, match="no column file_name, file, image or path that names the image; .* picture"):
+    with pytest.raises(InputError, match=r"no column file_name, file, image or path that names the image; .* picture"):
         open_data_set(f"folder:{tmp_path}")
 
 
@@ -242,7 +242,7 @@ def test_an_unreadable_row_is_named(tmp_path, row):
 def test_a_value_that_cannot_be_understood_is_named(tmp_path):
     table = next(made_data.padchest(tmp_path).glob("*.csv"))
     table.write_text(table.read_text().replace("['alveolar pattern', 'exclude']", "['alveolar"))
-    with pytest.raises(InputError, match="row 4: cannot be understood"):
+    with pytest.raises(InputError, match=r"row 4: cannot be understood"):
         open_data_set(f"padchest:{tmp_path}")
 
 
@@ -250,21 +250,21 @@ def test_absent_images_are_counted_and_the_first_five_named(tmp_path):
     made_data.folder(tmp_path, 12)
     for i in range(2, 9):
         (tmp_path / "images" / f"{i:03}.png").unlink()
-    with pytest.raises(InputError, match=r"7 of 12 images listed .* are absent, such as images/002.png, .*006.png; --skip"):
+    with pytest.raises(InputError, match=r"7 of 12 images listed .* are absent, such as .*/002.png, .*006.png; --skip"):
         open_data_set(f"folder:{tmp_path}")
     data_set = open_data_set(f"folder:{tmp_path}", skip_bad=True)
-    assert len(data_set) == 5 and data_set.notes[0].startswith("7 of 12 left out: listed but absent, such as images/002")
+    assert len(data_set) == 5 and data_set.notes[0].startswith("7 of 12 left out: listed but absent, such as images/")
 
 
 def test_no_usable_picture_is_an_error_that_says_why(tmp_path):
     made_data.padchest(tmp_path)
-    with pytest.raises(InputError, match="holds no usable picture; 1 of 5 left out.*younger than 200"):
+    with pytest.raises(InputError, match=r"holds no usable picture; 1 of 5 left out.*younger than 200"):
         open_data_set(f"padchest:{tmp_path}", min_age=200)
 
 
 def test_a_picture_listed_twice_is_an_error(tmp_path):
     made_data.write_csv(tmp_path / "metadata.csv", ["file_name"], [["a.png"], ["a.png"]])
-    with pytest.raises(InputError, match="row 3: a.png is listed twice"):
+    with pytest.raises(InputError, match=r"row 3: a.png is listed twice"):
         open_data_set(f"folder:{tmp_path}")
 
 
@@ -281,5 +281,5 @@ def test_what_a_person_excluded_is_left_out(tmp_path):
     (tmp_path / "flagged.txt").write_text("images/002.png\tlow contrast\n")
     assert len(open_data_set(spec, exclude=tmp_path / "flagged.txt")) == 3
     (tmp_path / "flagged.txt").write_text("elsewhere.png\n")
-    with pytest.raises(InputError, match="none of the 1 names in .* is in the data set"):
+    with pytest.raises(InputError, match=r"none of the 1 names in .* is in the data set"):
         open_data_set(spec, exclude=tmp_path / "flagged.txt")

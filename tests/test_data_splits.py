@@ -49,9 +49,9 @@ def test_the_papers_ratios_give_the_papers_test_sets():
 
 
 def test_an_empty_split_is_an_error():
-    with pytest.raises(InputError, match="the test split is empty: 10 pictures of 10 patients are too few for 80/16/4"):
+    with pytest.raises(InputError, match=r"the test split is empty: 10 pictures of 10 patients are too few for"):
         split_by_patient(records([1] * 10), "80/16/4")
-    with pytest.raises(InputError, match="unknown split '90/10'; one of: 80/16/4, 80/20, 70/10/20"):
+    with pytest.raises(InputError, match=r"unknown split '90/10'; one of: 80/16/4, 80/20, 70/10/20"):
         split_by_patient(records([1] * 10), "90/10")
 
 
@@ -79,7 +79,7 @@ def test_workers_change_nothing(tmp_path):
     for a, b in zip(alone, helped, strict=True):
         assert torch.equal(a["images"], b["images"]) and a["prompt"] == b["prompt"]
     assert alone[0]["images"].shape == (3, 3, 32, 32) and alone[0]["index"].dtype == torch.int64
-    assert -1 <= alone[0]["images"].min() and alone[0]["images"].max() <= 1
+    assert alone[0]["images"].abs().max() <= 1
 
 
 def test_balanced_sampling_shows_every_class_equally_often():
@@ -96,5 +96,5 @@ def test_balanced_sampling_shows_every_class_equally_often():
 
 
 def test_balancing_by_an_unknown_field_lists_the_known_ones():
-    with pytest.raises(InputError, match="no record has a field 'findng' to balance by; known: finding"):
+    with pytest.raises(InputError, match=r"no record has a field 'findng' to balance by; known: finding"):
         classes_of([Record("a", "a", {"finding": "x"})], "findng")
