@@ -113,7 +113,7 @@ def mimic(root):
                                  "p10/p10000764/s57375967/d3.jpg", "p10/p10000764/s57375968/d4.jpg")):
         save(root / "files" / name, seed)
     report = root / "files" / "p10" / "p10000032" / "s50414267.txt"
-    report.write_text("              FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  ___F with cough\n\n"
+    report.write_text("            FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  ___F with cough\n\n"
                       " FINDINGS: \n \n There is no focal consolidation.\n The heart is normal: no change.\n \n"
                       " IMPRESSION: \n \n No acute process.\n", encoding="utf-8")
     return root
