@@ -9,7 +9,7 @@ from PIL import Image
 
 from minildm.data.reading import decode, file_bytes
 from minildm.data.records import open_data_set
-from minildm.data.screening import looks_inverted, near_duplicates, perceptual_hash, reasons
+from minildm.data.screening import looks_inverted, near_duplicates, near_hashes, perceptual_hash, reasons, small_grey
 
 
 def bordered():
@@ -32,11 +32,15 @@ def test_near_duplicates_are_found_and_others_are_not():
     buffer = io.BytesIO()
     Image.fromarray(made[7]).resize((150, 150)).point(lambda value: value * 0.9 + 10).save(buffer, "JPEG", quality=60)
     made.append(np.asarray(Image.open(buffer)))
-    pairs = near_duplicates(np.stack([perceptual_hash(pixels) for pixels in made]))
-    assert [(i, j) for i, j, _ in pairs] == [(7, 300)]
+    assert duplicates(made) == [(7, 300)]
 
 
-def test_near_duplicates_equal_the_comparison_of_all_pairs():
+def duplicates(pictures):
+    return near_duplicates(np.stack([perceptual_hash(pixels) for pixels in pictures]),
+                           np.stack([small_grey(pixels) for pixels in pictures]))
+
+
+def test_near_hashes_equal_the_comparison_of_all_pairs():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 256, (40, 32), np.uint8)
     for copy in range(1, 20):  # copies with 0 to 19 bits changed
@@ -44,8 +48,7 @@ def test_near_duplicates_equal_the_comparison_of_all_pairs():
         bits[rng.choice(256, copy, replace=False)] ^= 1
         hashes[copy] = np.packbits(bits)
     distances = np.unpackbits(hashes[:, None] ^ hashes, axis=2).sum(axis=2)
-    expected = [(i, j, int(distances[i, j])) for i in range(40) for j in range(i + 1, 40) if distances[i, j] <= 15]
-    assert near_duplicates(hashes) == expected
+    assert near_hashes(hashes) == [(i, j) for i in range(40) for j in range(i + 1, 40) if distances[i, j] <= 15]
 
 
 def test_real_chest_x_rays_pass_and_their_negatives_are_found(shared_data):
@@ -58,4 +61,9 @@ def test_real_chest_x_rays_pass_and_their_negatives_are_found(shared_data):
     found = sum(looks_inverted(255 - grey) for grey in small)
     assert wrong <= 3 and found >= 0.9 * len(small)  # 1 and 271 of 289
     assert sum(bool(reasons(grey)) for grey in small) <= 5
-    assert near_duplicates(np.stack([perceptual_hash(grey) for grey in small])) == []
+    assert duplicates(small) == []
+
+
+def test_real_brain_slices_of_different_people_are_no_duplicates(shared_data):
+    data_set = open_data_set(f"folder:{shared_data / 'brats' / 'trainset'}")
+    assert duplicates([decode(file_bytes(record.path), record.path).pixels for record in data_set.records]) == []

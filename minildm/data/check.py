@@ -27,6 +27,7 @@ from minildm.files import writable_folder, written_beside
 from minildm.tokenizer import Tokenizer
 
 DEIDENTIFIED = re.compile(r"XXXX|_{3,}|\[REDACTED\]")  # what Open-i, MIMIC-CXR and others put for removed words
+COMMON = 0.2  # of the pictures
 THUMBNAIL, COLUMNS, SAMPLE, FLAGGED = 144, 10, 60, 30  # pixels, pictures a row, pictures of each kind on the sheet
 
 
@@ -42,7 +43,7 @@ def main(arguments):
     out = writable_folder(arguments.out)
     data_set = data_set_from(arguments, arguments.data)
 
-    pictures, thumbnails = examine(data_set.records, transform, arguments.workers)
+    pictures = examine(data_set.records, transform, arguments.workers)
     good = [i for i, picture in enumerate(pictures) if "error" not in picture]
     flags = flagged(data_set.records, pictures, good)
     faults = []  # what would stop a run
@@ -62,7 +63,7 @@ def main(arguments):
     report = {
         "data": arguments.data, "pictures": len(data_set), "notes": list(data_set.notes), "transform": str(transform),
         "patients": len({record.patient for record in data_set.records}),
-        "broken": broken, "flagged": flags["reasons"], "identical": flags["identical"],
+        "broken": broken, "flagged": flags["reasons"], "common": flags["common"], "identical": flags["identical"],
         **describe_pictures([pictures[i] for i in good]), "fields": describe_fields(data_set.records),
         "template": TEMPLATES.get(template := arguments.prompt_template or data_set.prompt, template),
         "captions": captions, "splits": splits, "faults": faults}
@@ -71,8 +72,7 @@ def main(arguments):
     with written_beside(out / "flagged.txt") as path:
         path.write_text("".join(f"{name}\t{'; '.join(why)}\n" for name, why in flags["reasons"].items()),
                         encoding="utf-8")
-    names = [record.name for record in data_set.records]
-    sheet = contact_sheet(thumbnails, [names.index(name) for name in flags["reasons"]])
+    sheet = contact_sheet([data_set.records[i] for i in good], flags["reasons"], transform)
     with written_beside(out / "contact_sheet.png") as path:
         sheet.save(path)
     print("\n".join(as_text(report)))
@@ -83,30 +83,31 @@ def main(arguments):
 
 
 def examine(records, transform, workers):
-    """Decode every picture.
-
-    Returns: one dict a picture ({"error": ...} where it cannot be decoded), and its thumbnails (None where broken).
-    """
+    """Decode every picture. Returns: one dict a picture, {"error": ...} where it cannot be decoded; 2 KB each."""
     def one(record):
         try:
             # decoded whole, then measured and fitted: a run's shortcut for large JPEGs would hide the real size
-            pixels, picture, key = read(record, transform, whole=True)
+            _, picture, key = read(record, transform, whole=True)
         except InputError as error:
-            return {"error": str(error)}, None
+            return {"error": str(error)}
         height, width = picture.pixels.shape[:2]
-        thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         return {"width": width, "height": height, "kind": picture.kind, "greys": picture.greys, "key": key.hex(),
-                "hash": screening.perceptual_hash(picture.pixels),
-                "reasons": screening.reasons(picture.pixels)}, thumbnail
+                "hash": screening.perceptual_hash(picture.pixels), "small": screening.small_grey(picture.pixels),
+                "reasons": screening.reasons(picture.pixels)}
 
     with ThreadPoolExecutor(workers) as pool:
-        results = list(tqdm(pool.map(one, records), total=len(records), desc="decoding", unit="picture"))
-    return [picture for picture, _ in results], [thumbnail for _, thumbnail in results]
+        return list(tqdm(pool.map(one, records), total=len(records), desc="decoding", unit="picture"))
 
 
 def flagged(records, pictures, good):
-    """What a person should look at: {"reasons": {name: phrases}, "identical": groups, "pairs": near-duplicates}."""
-    reasons = {records[i].name: list(pictures[i]["reasons"]) for i in good if pictures[i]["reasons"]}
+    """What a person should look at: {"reasons": {name: phrases}, "common": {phrase: count}, "identical": groups of
+    names, "pairs": near-duplicates}. What more than COMMON of the pictures have is how this data set is, not a flaw."""
+    counts = Counter(phrase(why) for i in good for why in pictures[i]["reasons"])
+    common = {why: count for why, count in counts.items() if count > COMMON * len(good)}
+    reasons = {}
+    for i in good:
+        if odd := [why for why in pictures[i]["reasons"] if phrase(why) not in common]:
+            reasons[records[i].name] = odd
     contents = {}
     for i in good:
         contents.setdefault(pictures[i]["key"], []).append(records[i].name)
@@ -114,12 +115,17 @@ def flagged(records, pictures, good):
     for first, *others in identical:
         for name in others:
             reasons.setdefault(name, []).append(f"the same file as {first}")
-    hashes = np.stack([pictures[i]["hash"] for i in good]) if good else np.zeros((0, 32), np.uint8)
-    pairs = [(good[a], good[b]) for a, b, _ in screening.near_duplicates(hashes)]
+    pairs = [(good[a], good[b]) for a, b in screening.near_duplicates(
+        *(np.stack([pictures[i][name] for i in good]) for name in ("hash", "small")))] if good else []
     for i, j in pairs:
         if pictures[i]["key"] != pictures[j]["key"]:
             reasons.setdefault(records[j].name, []).append(f"nearly the same picture as {records[i].name}")
-    return {"reasons": reasons, "identical": identical, "pairs": pairs}
+    return {"reasons": reasons, "common": common, "identical": identical, "pairs": pairs}
+
+
+def phrase(reason):
+    """A reason without its numbers and names: what is counted."""
+    return re.split(r":| as ", reason)[0]
 
 
 def describe_pictures(pictures):
@@ -173,13 +179,16 @@ def describe_splits(records, pictures, good, pairs, arguments):
         for name, members in splits.items()}}
 
 
-def contact_sheet(thumbnails, flags):
+def contact_sheet(records, flagged_names, transform):
     """Up to SAMPLE pictures spread over the data set, then up to FLAGGED of the flagged ones in red frames."""
-    whole = [i for i, thumbnail in enumerate(thumbnails) if thumbnail is not None]
-    sample = [whole[k * len(whole) // min(SAMPLE, len(whole))] for k in range(min(SAMPLE, len(whole)))]
-    cells = [thumbnails[i] for i in sample]
+    def thumbnail(record, side):
+        return Image.fromarray(read(record, transform)[0]).resize((side, side), Image.Resampling.BOX)
+
+    count = min(SAMPLE, len(records))
+    cells = [thumbnail(records[k * len(records) // count], THUMBNAIL) for k in range(count)]
     cells += [None] * (-len(cells) % COLUMNS)  # the flagged ones begin a row
-    cells += [ImageOps.expand(thumbnails[i].resize((THUMBNAIL - 6, THUMBNAIL - 6)), 3, "red") for i in flags[:FLAGGED]]
+    cells += [ImageOps.expand(thumbnail(record, THUMBNAIL - 6), 3, "red")
+              for record in [record for record in records if record.name in flagged_names][:FLAGGED]]
     sheet = Image.new("RGB", (COLUMNS * THUMBNAIL, max(1, -(-len(cells) // COLUMNS)) * THUMBNAIL), "white")
     for k, cell in enumerate(cells):
         if cell is not None:
@@ -203,8 +212,9 @@ def as_text(report):
     yield f"broken: {len(report['broken']):,}"
     yield from (f"  {error}" for error in report["broken"][:5])
     yield f"identical files: {len(report['identical'])} groups; flagged to look at: {len(report['flagged'])}"
-    phrases = Counter(re.split(r":| as ", why)[0] for reasons in report["flagged"].values() for why in reasons)
-    yield from (f"  {count:,} x {phrase}" for phrase, count in phrases.most_common())
+    phrases = Counter(phrase(why) for reasons in report["flagged"].values() for why in reasons)
+    yield from (f"  {count:,} x {why}" for why, count in phrases.most_common())
+    yield from (f"  not flagged, so is this data set: {count:,} x {why}" for why, count in report["common"].items())
     yield "fields:"
     for name, field in report["fields"].items():
         values = top(field["most"], 4) if field["different"] <= report["pictures"] // 2 else "mostly different"
