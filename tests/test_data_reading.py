@@ -227,7 +227,7 @@ def test_any_shape_becomes_the_square(height, width, size, how, colour):
     pixels = np.full((height, width, 3) if colour else (height, width), 200, np.uint8)
     square = fit(pixels, Transform(size, how))
     assert square.shape == (size, size, 3) and square.dtype == np.uint8
-    assert (square == 200).all() if how == "crop" else square[size // 2, size // 2, 0] == 200
+    assert (square == 200).all() if how == "crop" else square.max() == 200
 
 
 def test_crop_takes_the_centre_of_the_shortest_side_and_pad_keeps_all():

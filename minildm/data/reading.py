@@ -228,15 +228,17 @@ def _check_size(name, width, height):
 
 def fit(pixels, transform):
     """uint8 (H, W) or (H, W, 3) of any size -> uint8 (size, size, 3), filtered (Lanczos), aspect ratio kept."""
-    size = transform.size
-    height, width = pixels.shape[:2]
-    side = min(height, width) if transform.fit == "crop" else max(height, width)
-    scaled = tuple(max(1, round(length * size / side)) for length in (width, height))
-    image = Image.fromarray(pixels)
-    if scaled != image.size:
+    size, image = transform.size, Image.fromarray(pixels)
+    width, height = image.size
+    if transform.fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    else:
+        scaled = [max(1, round(length * size / max(width, height))) for length in (width, height)]
         image = image.resize(scaled, Image.Resampling.LANCZOS)
-    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-    image = image.crop((left, top, left + size, top + size))  # beyond the picture's edge: black
+        left, top = (size - scaled[0]) // 2, (size - scaled[1]) // 2
+        image = image.crop((-left, -top, size - left, size - top))  # beyond the picture's edge: black
     return np.array(image.convert("RGB"))
 
 
