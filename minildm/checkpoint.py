@@ -5,8 +5,8 @@ Two layouts are in use, told apart by what is in them, never by their names:
 - the *folder* of diffusers: unet/, vae/, text_encoder/ (each config.json + weights), scheduler/scheduler_config.json.
   Our parameter names are these files' own, so they load with no map (older files name the VAE's attention otherwise);
 - the *single file* of CompVis and Stability: ``model.diffusion_model.*``, ``first_stage_model.*``,
-  ``cond_stage_model.*``. `single_file_names` is the one table that translates. It says neither heads nor prediction
-  type: v1 has 8 heads everywhere, v2 64 channels a head, and v-prediction must be named by the user.
+  ``cond_stage_model.*``; `single_file.py` translates. It says neither heads nor prediction type: v1 has 8 heads
+  everywhere, v2 64 channels a head, and v-prediction must be named by the user.
 
 Loading is strict (every missing, unused or misshapen tensor is named) and lean: the networks are built without memory
 and every tensor goes from the memory-mapped file straight to its dtype and device.
@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minildm import config as settings
-from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minildm import single_file
+from minildm.config import ModelConfig
 from minildm.errors import InputError
 from minildm.files import written_beside
 from minildm.text_encoder import TextEncoder
@@ -49,6 +50,7 @@ class Checkpoint:
     """What a base consists of, before any tensor is read."""
     path: Path
     config: ModelConfig
+    networks: dict[str, torch.nn.Module]  # unet, vae, text_encoder: built, but on the meta device, without memory
     sources: dict[str, dict[str, Source]]  # network -> parameter name -> source
     hashed_file: Path  # the file whose SHA-256 stands for the whole
     unused: list[str] = field(default_factory=list)  # tensors nobody asked for: an error when loading
@@ -101,16 +103,19 @@ class TensorFile:
 
 def _read_pickle(path):
     """Tensors of a .ckpt / .pt / .bin, by the loader that runs no code. {name: tensor}, memory-mapped."""
+    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch believes that name, whatever is inside
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with open(path, "rb") as file:
+            state = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL |global )([\w.]+)", str(error))
         raise InputError(f"{path} is a pickle that would run code when loaded"
                          f"{f' ({wanted[1]})' if wanted else ''}, which minildm refuses; use the .safetensors file of "
                          "the same release, or convert this one on a machine you can afford to lose") from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a torch checkpoint ({str(error).splitlines()[0]}); it may be cut "
-                         "short: get it again") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path} cannot be read as a torch checkpoint ({reason}); it may be cut short: get it again") \
+            from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors")
@@ -139,10 +144,11 @@ def inspect(path, prediction=None):
 def _inspect_single_file(path, prediction):
     file = TensorFile(path)
     _refuse_other_models(file)
-    config = _config_of_single_file(file)
+    config = single_file.read_config(file)
     if prediction == "v" and config.text_encoder.activation == "gelu":
         config = replace(config, unet=replace(config.unet, latent_size=96))  # of v2.x, those that predict v draw 768 px
-    names = single_file_names(config)
+    networks = build_networks(config)
+    names = single_file.names(config, networks)
     sources = {network: {} for network in NETWORKS}
     used = set()
     bare = "cond_stage_model.transformer.embeddings.token_embedding.weight" in file.shapes  # no `text_model.` in it
@@ -151,8 +157,8 @@ def _inspect_single_file(path, prediction):
             theirs = theirs.replace("text_model.", "") if bare else theirs
             sources[network][ours] = Source(file, theirs, third)
             used.add(theirs)
-    unused = [name for name in file.shapes if name not in used and not _is_known_extra(name, config)]
-    return Checkpoint(path, config, sources, path, unused)
+    unused = [name for name in file.shapes if name not in used and not single_file.is_known_extra(name, config)]
+    return Checkpoint(path, config, networks, sources, path, unused)
 
 
 def _inspect_folder(path):
@@ -160,23 +166,22 @@ def _inspect_folder(path):
     if missing:
         raise InputError(f"{path} is not a diffusers-layout model: no {', '.join(name + '/' for name in missing)} in "
                          "it; expected unet/, vae/, text_encoder/ and scheduler/")
-    text_encoder = settings.text_encoder_from_json(_read_json(path / "text_encoder" / "config.json"))
+    text_encoder = _read_settings(path / "text_encoder" / "config.json", settings.text_encoder_from_json)
     config = ModelConfig(
-        unet=settings.unet_from_json(_read_json(path / "unet" / "config.json")),
-        vae=settings.vae_from_json(_read_json(path / "vae" / "config.json")),
+        unet=_read_settings(path / "unet" / "config.json", settings.unet_from_json),
+        vae=_read_settings(path / "vae" / "config.json", settings.vae_from_json),
         text_encoder=text_encoder,
-        schedule=settings.schedule_from_json(_read_json(path / "scheduler" / "scheduler_config.json")),
+        schedule=_read_settings(path / "scheduler" / "scheduler_config.json", settings.schedule_from_json),
         pad_token_id=_pad_token_id(path / "tokenizer", text_encoder))
-    sources, unused, files = {}, [], {}
-    for network in NETWORKS:
+    networks, sources, unused, files = build_networks(config), {}, [], {}
+    for network, module in networks.items():
         files[network] = file = TensorFile(_weights_file(path / network))
-        with torch.device("meta"):
-            expected = NETWORKS[network](getattr(config, network)).state_dict()
+        expected = module.state_dict()
         sources[network] = {_modern_name(name, network): Source(file, name) for name in file.shapes
                             if not name.endswith("position_ids")}
         unused += [f"{network}/{sources[network].pop(name).name}" for name in list(sources[network])
                    if name not in expected]
-    return Checkpoint(path, config, sources, files["unet"].path, unused)
+    return Checkpoint(path, config, networks, sources, files["unet"].path, unused)
 
 
 def _weights_file(folder):
@@ -218,9 +223,23 @@ def _read_json(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a diffusers-layout folder needs it")
     try:
-        return json.loads(path.read_text())
+        document = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from None
+        raise InputError(f"{path} is not valid JSON ({error}); get it again") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds a {type(document).__name__}, expected a JSON object; get it again")
+    return document
+
+
+def _read_settings(path, from_json):
+    """A network's settings by ``from_json``, which trusts the document to have the published keys and types."""
+    document = _read_json(path)
+    try:
+        return from_json(document)
+    except KeyError as error:
+        raise InputError(f"{path} has no {error}, which every published one has; get it again") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path} holds a value of the wrong kind ({error}); get it again") from None
 
 
 def _refuse_other_models(file):
@@ -254,157 +273,21 @@ def _refuse_other_models(file):
                                                           "cond_stage_model.*")
 
 
-def _is_known_extra(name, config):
-    """Tensors that published single files carry and that no network here reads: training's moving average (the main
-    weights of "ema-only" files already are the average), schedule tables, and the unused ends of the text encoders."""
-    last_block = f"cond_stage_model.model.transformer.resblocks.{config.text_encoder.n_layers}."
-    return (name.startswith(("model_ema.", "first_stage_model.loss.", last_block))
-            or name.endswith("position_ids")
-            or name in ("cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection",
-                        "cond_stage_model.model.attn_mask")
-            or "." not in name)  # betas, alphas_cumprod, sqrt_..., posterior_..., lvlb_weights, logvar, scale_factor
-
-
-# --- single file -----------------------------------------------------------------------------------------------------
-def _config_of_single_file(file):
-    """Read the networks' sizes off the shapes of a single file's tensors."""
-    shapes = file.shapes
-
-    def shape(name):
-        if name not in shapes:
-            raise InputError(f"{file.path}: tensor {name} is missing; the file is not a whole Stable Diffusion model")
-        return shapes[name]
-
-    def count(pattern):
-        """1 + the largest number where the pattern has its group."""
-        return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
-
-    unet = "model.diffusion_model"
-    if shape(f"{unet}.input_blocks.0.0.weight")[1] != 4:
-        raise InputError(f"{file.path}: " + settings.other_inputs(shape(f"{unet}.input_blocks.0.0.weight")[1]))
-    # Walk down: every level is n_blocks blocks and, but for the last level, one strided convolution.
-    blocks = count(rf"{unet}\.input_blocks\.(\d+)\.")
-    downs = [i for i in range(blocks) if f"{unet}.input_blocks.{i}.0.op.weight" in shapes]
-    n_blocks = (downs[0] if downs else blocks) - 1
-    firsts = [1 + level * (n_blocks + 1) for level in range(len(downs) + 1)]
-    widths = tuple(shape(f"{unet}.input_blocks.{i}.0.out_layers.0.weight")[0] for i in firsts)
-    attention = tuple(f"{unet}.input_blocks.{i}.1.norm.weight" in shapes for i in firsts)
-    context = next((n for n in shapes if n.startswith(unet) and n.endswith("attn2.to_k.weight")), None)
-    if context is None:
-        raise InputError(f"{file.path}: no cross-attention in the U-Net; it is not a text-to-image model")
-    linear = len(shapes[f"{context.split('.transformer_blocks')[0]}.proj_in.weight"]) == 2
-
-    v2 = "cond_stage_model.model.token_embedding.weight" in shapes
-    if v2:
-        text = "cond_stage_model.model"
-        width, mlp = shape(f"{text}.ln_final.weight")[0], shape(f"{text}.transformer.resblocks.0.mlp.c_fc.weight")[0]
-        n_layers = count(rf"{text}\.transformer\.resblocks\.(\d+)\.") - 1  # the last one's output is not used
-        vocabulary = shape(f"{text}.token_embedding.weight")[0]
-    else:
-        text = "cond_stage_model.transformer.text_model"
-        text = text if f"{text}.final_layer_norm.weight" in shapes else "cond_stage_model.transformer"
-        width, mlp = shape(f"{text}.final_layer_norm.weight")[0], shape(f"{text}.encoder.layers.0.mlp.fc1.weight")[0]
-        n_layers = count(rf"{re.escape(text)}\.encoder\.layers\.(\d+)\.")
-        vocabulary = shape(f"{text}.embeddings.token_embedding.weight")[0]
-
-    vae = "first_stage_model"
-    levels = count(rf"{vae}\.encoder\.down\.(\d+)\.")
-    vae_widths = tuple(shape(f"{vae}.encoder.down.{i}.block.0.conv2.weight")[0] for i in range(levels))
-    return ModelConfig(
-        unet=UNetConfig(widths=widths, attention=attention, layers_per_block=n_blocks,
-                        n_heads=tuple(max(w // 64, 1) for w in widths) if v2 else (8,) * len(widths),
-                        context_dim=shapes[context][1], linear_projection=linear),
-        vae=VAEConfig(widths=vae_widths, layers_per_block=count(rf"{vae}\.encoder\.down\.0\.block\.(\d+)\.")),
-        text_encoder=TextEncoderConfig(width=width, n_layers=n_layers, n_heads=max(width // 64, 1), mlp_width=mlp,
-                                       activation="gelu" if v2 else "quick_gelu", vocabulary=vocabulary),
-        pad_token_id=0 if v2 else 49407)
-
-
-RESNET_PARTS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-                "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-VAE_PARTS = [("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"),
-             ("mid_block.attentions.0", "mid.attn_1"), ("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"),
-             ("to_k", "k"), ("to_v", "v"), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
-             (".resnets.", ".block."), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
-             ("down_blocks", "down"), ("up_blocks", "up")]
-OPEN_CLIP_PARTS = [("text_model.embeddings.token_embedding", "token_embedding"),
-                   ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-                   ("text_model.final_layer_norm", "ln_final"), ("text_model.encoder.layers", "transformer.resblocks"),
-                   ("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("self_attn", "attn")]
-
-
-def single_file_names(config):
-    """{network: {our parameter name: (single-file name, None or which third of it)}} for a model of this config."""
-    with torch.device("meta"):
-        ours = {network: build(getattr(config, network)).state_dict() for network, build in NETWORKS.items()}
-    v2 = config.text_encoder.activation == "gelu"
-    unet_modules = _unet_modules(config.unet)
-    return {"unet": {name: (_unet_name(name, unet_modules), None) for name in ours["unet"]},
-            "vae": {name: (_vae_name(name, config.vae), None) for name in ours["vae"]},
-            "text_encoder": {name: _open_clip_name(name) if v2 else (f"cond_stage_model.transformer.{name}", None)
-                             for name in ours["text_encoder"]}}
-
-
-def _unet_modules(config):
-    """Our block -> the single file's, which numbers all blocks of the way down (and up) in one row."""
-    table = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
-             "time_embedding.linear_2": "time_embed.2", "mid_block.resnets.0": "middle_block.0",
-             "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
-             "conv_norm_out": "out.0", "conv_out": "out.2"}
-    n, levels = config.layers_per_block, len(config.widths)
-    for level in range(levels):
-        down, up = 1 + level * (n + 1), level * (n + 1)
-        for i in range(n):
-            table[f"down_blocks.{level}.resnets.{i}"] = f"input_blocks.{down + i}.0"
-            table[f"down_blocks.{level}.attentions.{i}"] = f"input_blocks.{down + i}.1"
-        table[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{down + n}.0.op"
-        for i in range(n + 1):
-            table[f"up_blocks.{level}.resnets.{i}"] = f"output_blocks.{up + i}.0"
-            table[f"up_blocks.{level}.attentions.{i}"] = f"output_blocks.{up + i}.1"
-        position = 2 if config.attention[levels - 1 - level] else 1  # after the resnet and the attention, if any
-        table[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{up + n}.{position}.conv"
-    return table
-
-
-def _unet_name(name, modules):
-    ours = next(module for module in modules if name.startswith(f"{module}."))
-    rest = name[len(ours) + 1:]
-    if "resnets" in ours:
-        part, tensor = rest.rsplit(".", 1)
-        rest = f"{RESNET_PARTS[part]}.{tensor}"
-    return f"model.diffusion_model.{modules[ours]}.{rest}"
-
-
-def _vae_name(name, config):
-    if match := re.match(r"decoder\.up_blocks\.(\d+)", name):  # the single file counts the decoder's levels backwards
-        level = len(config.widths) - 1 - int(match[1])
-        name = f"decoder.up_blocks.{level}{name[match.end():]}"
-    for ours, theirs in VAE_PARTS:
-        name = name.replace(ours, theirs)
-    return f"first_stage_model.{name}"
-
-
-def _open_clip_name(name):
-    third = None
-    for i, projection in enumerate(("q_proj.", "k_proj.", "v_proj.")):
-        if f"self_attn.{projection}" in name:
-            name, third = name.replace(projection, "in_proj_"), i
-    for ours, theirs in OPEN_CLIP_PARTS:
-        name = name.replace(ours, theirs)
-    return f"cond_stage_model.model.{name}", third
-
-
 # --- loading and saving ----------------------------------------------------------------------------------------------
+def build_networks(config):
+    """The three networks of a ModelConfig on the meta device: shapes and no memory."""
+    with torch.device("meta"):
+        return {network: build(getattr(config, network)) for network, build in NETWORKS.items()}
+
+
 def load_networks(checkpoint, device, dtype):
-    """Build the three networks and fill them: {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, in eval mode.
+    """Fill the checkpoint's networks: {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, frozen, in eval mode.
 
     Raises InputError naming every tensor that is missing, unused or of another shape.
     """
-    with torch.device("meta"):  # shapes only, no memory
-        networks = {network: build(getattr(checkpoint.config, network)) for network, build in NETWORKS.items()}
-    expected = {network: module.state_dict() for network, module in networks.items()}
+    expected = {network: module.state_dict() for network, module in checkpoint.networks.items()}
     _require_match(checkpoint, expected)
-    for network, module in networks.items():
+    for network, module in checkpoint.networks.items():
         sources = checkpoint.sources[network]
         ours_of = {}
         for ours, source in sources.items():
@@ -416,7 +299,7 @@ def load_networks(checkpoint, device, dtype):
             del tensor
         module.load_state_dict(state, strict=True, assign=True)
         module.eval().requires_grad_(False)
-    return networks
+    return checkpoint.networks
 
 
 def _converted(tensor, third, shape, device, dtype):
@@ -437,14 +320,14 @@ def _require_match(checkpoint, expected):
             if source is None or source.name not in source.file.shapes:
                 missing.append(f"{network}/{ours}" if source is None else source.name)
                 continue
-            shape = source.file.shapes[source.name]
+            shape, wanted = source.file.shapes[source.name], tuple(parameter.shape)
             if source.third is not None:
-                shape = (shape[0] / 3, *shape[1:])
-            if shape not in (wanted := tuple(parameter.shape), (*wanted, 1, 1)):
-                misshapen.append(f"{source.name} {tuple(shape)} (expected {wanted})")
-    problems = [f"{len(names)} {what}: {', '.join(names)}" for what, names in
-                (("missing", missing), ("not used by the model", checkpoint.unused), ("of another shape", misshapen))
-                if names]
+                wanted = (3 * wanted[0], *wanted[1:])
+            if shape not in (wanted, (*wanted, 1, 1)):
+                misshapen.append(f"{source.name} {shape} (expected {wanted})")
+    problems = [f"{len(names)} {what}: {', '.join(names)}" for what, names in  # each once: q, k, v share one
+                (("missing", dict.fromkeys(missing)), ("not used by the model", checkpoint.unused),
+                 ("of another shape", dict.fromkeys(misshapen))) if names]
     if problems:
         raise InputError(f"{checkpoint.path} does not fit the model it looks like; tensors {'; '.join(problems)}")
 

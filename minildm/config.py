@@ -46,7 +46,7 @@ class UNetConfig:
 
     @staticmethod
     def tiny(**changes):
-        """A real network small enough for a test: two attention levels, 0.6 M parameters."""
+        """A real network small enough for a test: one attention level, 0.8 M parameters."""
         return UNetConfig(**({"widths": (32, 64), "attention": (True, False), "n_heads": (4, 4), "layers_per_block": 1,
                               "context_dim": 32, "latent_size": 8} | changes))
 
@@ -236,7 +236,8 @@ def schedule_to_json(config):
     return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "num_train_timesteps": config.n_timesteps,
             "beta_start": config.beta_start, "beta_end": config.beta_end, "beta_schedule": "scaled_linear",
             "prediction_type": "v_prediction" if config.prediction == "v" else "epsilon",
-            "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None}
+            "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None,
+            "clip_sample": False}
 
 
 def _require_fixed(config, fixed, file):

@@ -37,7 +37,7 @@ def load(base=None, device=None, dtype=None, prediction=None):
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     plan = checkpoint.inspect(find_base() if base is None else base, prediction)
-    return LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan)
+    return LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
 
 
 def find_base(folder=WEIGHTS):

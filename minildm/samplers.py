@@ -63,10 +63,10 @@ def ddim(denoise, latents, schedule, steps, draw_noise, eta=0.0):
 def ddpm(denoise, latents, schedule, steps, draw_noise):
     """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, Algorithm 2) on a subsequence of the timesteps (Nichol and
     Dhariwal 2021, arXiv:2102.09672, section 4), with the smaller of the paper's two variances and no clipping."""
-    timesteps, stride = leading_timesteps(schedule, steps)
-    for t in timesteps:
+    timesteps, _ = leading_timesteps(schedule, steps)
+    for t, t_prev in zip(timesteps, [*timesteps[1:], None]):
         alpha_bar = schedule.alpha_bar[t]
-        alpha_bar_prev = schedule.alpha_bar[t - stride] if t >= stride else 1.0
+        alpha_bar_prev = 1.0 if t_prev is None else schedule.alpha_bar[t_prev]  # the last step goes to no noise at all
         alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
         clean = schedule.clean_latents(denoise(latents, t), latents, alpha_bar)  # Eq. 15
@@ -144,9 +144,10 @@ def _alpha_and_sigma(ratio):
 
 
 def _linspace_steps(schedule, steps):
-    """Timesteps 999, 949, ..., 50 (for 20) and their sigma / alpha, with a final 0."""
+    """Timesteps 999, 949, ..., 50 (for 20) and their sigma / alpha, with a final 0. All 1000 steps are 999, ..., 0:
+    spaced like the others, 500 would come twice."""
     last = schedule.n_timesteps - 1
-    timesteps = [round(last * i / steps) for i in range(steps, 0, -1)]
+    timesteps = [round(last * i / steps) if steps <= last else i - 1 for i in range(steps, 0, -1)]
     return timesteps, [_ratio(schedule.alpha_bar[t]) for t in timesteps] + [0.0]
 
 

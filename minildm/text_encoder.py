@@ -59,13 +59,19 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # a normal draw without memory would import 2 s of torch for nothing
+            nn.init.normal_(self.weight, std=0.02)
+
+
 class Embeddings(nn.Module):
     """Token plus position: (B, 77) -> (B, 77, D)."""
 
     def __init__(self, config):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
-        self.position_embedding = nn.Embedding(MAX_TOKENS, config.width)
+        self.token_embedding = Embedding(config.vocabulary, config.width)
+        self.position_embedding = Embedding(MAX_TOKENS, config.width)
 
     def forward(self, token_ids):
         return self.token_embedding(token_ids) + self.position_embedding.weight
