@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from minildm.data import check
+from minildm.data.records import open_data_set
 from minildm.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,3 +115,13 @@ def test_an_output_folder_that_cannot_be_written_is_said_first(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises((InputError, NotADirectoryError)):
         check.main(["folder:/nowhere", "--out", str(tmp_path / "file")])
+
+
+def test_the_classes_to_balance_by_are_counted_and_an_unknown_field_is_a_fault(tmp_path):
+    root = made_data.folder(tmp_path / "data", 30)
+    field = next(iter(open_data_set(f"folder:{root}").records[0].fields))
+    _, report = run(tmp_path, f"folder:{root}", "--balance", field)
+    assert sum(report["classes"].values()) >= 30
+    code, report = run(tmp_path, f"folder:{root}", "--balance", "nonsense")
+    assert code == 1
+    assert "nonsense" in report["faults"][0] and field in report["faults"][0]

@@ -21,7 +21,7 @@ from minildm.data import screening
 from minildm.data.flags import add_data_flags, data_set_from, transform_from
 from minildm.data.prompts import TEMPLATES, prompts_for
 from minildm.data.reading import read
-from minildm.data.splits import split_by_patient
+from minildm.data.splits import classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 from minildm.tokenizer import Tokenizer
@@ -50,7 +50,12 @@ def main(arguments):
     broken = [picture["error"] for picture in pictures if "error" in picture]
     if broken and not arguments.skip_bad:
         faults.append(f"{len(broken):,} pictures cannot be decoded (--skip-bad goes on without them)")
-    captions = splits = None
+    captions = splits = classes = None
+    try:
+        if arguments.balance:
+            classes = describe_classes(data_set.records, arguments.balance)
+    except InputError as error:
+        faults.append(str(error))
     try:
         captions = describe_captions(prompts_for(data_set, arguments.prompt_template))
     except InputError as error:
@@ -66,7 +71,7 @@ def main(arguments):
         "broken": broken, "flagged": flags["reasons"], "common": flags["common"], "identical": flags["identical"],
         **describe_pictures([pictures[i] for i in good]), "fields": describe_fields(data_set.records),
         "template": TEMPLATES.get(template := arguments.prompt_template or data_set.prompt, template),
-        "captions": captions, "splits": splits, "faults": faults}
+        "captions": captions, "splits": splits, "classes": classes, "faults": faults}
     with written_beside(out / "check.json") as path:
         path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     with written_beside(out / "flagged.txt") as path:
@@ -78,7 +83,7 @@ def main(arguments):
     print("\n".join(as_text(report)))
     print(f"\nwritten: {out / 'check.json'}, {out / 'contact_sheet.png'}, {out / 'flagged.txt'}")
     print("would fail: " + "; ".join(faults) if faults else
-          f"a run would start; next: python train.py --adapter selora --data {arguments.data}")
+          f"a run would start with this; next: python -m minildm prompts {arguments.data}")
     return 1 if faults else 0
 
 
@@ -153,6 +158,11 @@ def describe_fields(records):
             for name, values in sorted(fields.items())}
 
 
+def describe_classes(records, field):
+    """{class: pictures} of the field to balance by, most frequent first; "" = not known."""
+    return dict(Counter(name for names in classes_of(records, field) for name in names or ("",)).most_common())
+
+
 def describe_captions(prompts):
     """Token lengths (begin and end included), what is cut at 77, what repeats, what de-identification left behind."""
     tokenizer = Tokenizer()
@@ -219,6 +229,8 @@ def as_text(report):
     for name, field in report["fields"].items():
         values = top(field["most"], 4) if field["different"] <= report["pictures"] // 2 else "mostly different"
         yield f"  {name}: known {field['known']:,}, {field['different']:,} different: {values[:100]}"
+    if report["classes"]:
+        yield f"balanced by their classes, pictures: {top(report['classes'], 20)}"
     yield f"prompts from {report['template']!r}:"
     if captions := report["captions"]:
         tokens, share = captions["tokens"], captions["cut"] / report["pictures"]

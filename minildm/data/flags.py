@@ -12,6 +12,7 @@ def add_data_flags(parser):
     group.add_argument("--drop-pediatric", action="store_true", help="leave out what PadChest flags as paediatric")
     group.add_argument("--min-age", type=int, metavar="YEARS", help="leave out younger patients and unknown ages")
     group.add_argument("--limit", type=int, metavar="N", help="use N pictures, drawn with --seed")
+    group.add_argument("--balance", metavar="FIELD", help="draw every class of this caption field as often")
     group.add_argument("--exclude", metavar="FILE", help="names to leave out, one a line, as check writes them")
     group.add_argument("--skip-bad", action="store_true", help="go on without absent or undecodable pictures")
     group.add_argument("--prompt-template", metavar="TEXT",
