@@ -12,8 +12,8 @@ Loading is strict (every missing, unused or misshapen tensor is named) and lean:
 and every tensor goes from the memory-mapped file straight to its dtype and device.
 """
 
-import contextlib
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -35,7 +35,7 @@ from minildm.unet import UNet
 from minildm.vae import VAE
 
 NETWORKS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
-CHUNK_BYTES = 64 << 20  # mapped pages count as memory until the file is closed: reopen it this often
+CHUNK_BYTES = 16 << 20  # mapped pages count as memory until the file is closed: reopen it this often
 
 
 class Source(NamedTuple):
@@ -62,48 +62,58 @@ class TensorFile:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.shapes, self.pickled = {}, None
         with open(self.path, "rb") as file:
             head = file.read(9)
         if not head:
             raise InputError(f"{self.path} is empty (0 bytes); download it again")
-        if head[8:] == b"{":
-            self._read_safetensors_header()
-        elif head[:2] == b"PK" or head[:1] == b"\x80":
-            self.pickled = _read_pickle(self.path)
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in self.pickled.items()}
+        is_safetensors = head[8:] == b"{"  # after the header's length, whose first byte may be any
+        self.pickled = not is_safetensors and (head[:2] == b"PK" or head[:1] == b"\x80")
+        if is_safetensors:
+            self.shapes = _read_safetensors_header(self.path)
+        elif self.pickled:
+            self.shapes = {name: tuple(tensor.shape) for name, tensor in _read_pickle(self.path).items()}
         else:
             raise InputError(f"{self.path} is neither a safetensors file nor a torch checkpoint "
                              f"(it begins with {head[:8]!r})")
 
-    def _read_safetensors_header(self):
-        try:
-            with safe_open(self.path, "pt") as file:
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise InputError(f"{self.path} is not a whole safetensors file ({error}); its download was probably cut "
-                             "short: get it again") from None
-
     def tensors(self, names):
         """Yield (name, tensor) for each name. Tensors may be views of the mapped file: convert and let go."""
-        if self.pickled is not None:
-            yield from ((name, self.pickled[name]) for name in names)
-            return
-        names, open_file, used = list(names), None, 0
-        with contextlib.ExitStack() as stack:
-            for name in names:
-                if open_file is None or used > CHUNK_BYTES:
-                    stack.close()
-                    open_file, used = stack.enter_context(safe_open(self.path, "pt")), 0
-                tensor = open_file.get_tensor(name)
-                used += tensor.nbytes
-                yield name, tensor
-                del tensor
+        limit = CHUNK_BYTES
+        if self.pickled:  # unpickling takes 50 ms each time; where nothing is mapped, reading again would win nothing
+            limit = 4 * CHUNK_BYTES if _is_mappable(self.path) else math.inf
+        get, used = None, 0
+        for name in names:
+            if get is None or used > limit:
+                get = None  # closes the file, before it is opened again
+                get, used = self._open(), 0
+            tensor = get(name)
+            used += tensor.nbytes
+            yield name, tensor
+            del tensor
+
+    def _open(self):
+        """A function name -> tensor. The file is closed when this and its tensors are let go."""
+        return _read_pickle(self.path).get if self.pickled else safe_open(self.path, "pt").get_tensor
+
+
+def _read_safetensors_header(path):
+    """{name: shape}."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); its download was probably cut short: get "
+                         "it again") from None
+
+
+def _is_mappable(path):
+    """Whether torch can map a pickle into memory: not those of torch < 1.6, and not under a name it mistakes."""
+    return zipfile.is_zipfile(path) and path.suffix != ".safetensors"
 
 
 def _read_pickle(path):
-    """Tensors of a .ckpt / .pt / .bin, by the loader that runs no code. {name: tensor}, memory-mapped."""
-    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch believes that name, whatever is inside
+    """Tensors of a .ckpt / .pt / .bin, by the loader that runs no code. {name: tensor}, memory-mapped if it can be."""
+    mapped = _is_mappable(path)
     try:
         with open(path, "rb") as file:
             state = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)

@@ -20,19 +20,25 @@ def read_config(file):
             raise InputError(f"{file.path}: tensor {name} is missing; the file is not a whole Stable Diffusion model")
         return shapes[name]
 
+    def size(name, axis=0):
+        if len(shape(name)) <= axis:
+            raise InputError(f"{file.path}: tensor {name} has the shape {shapes[name]}; the file is damaged or not a "
+                             "Stable Diffusion model")
+        return shapes[name][axis]
+
     def count(pattern):
         """1 + the largest number where the pattern has its group."""
         return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
 
     unet = "model.diffusion_model"
-    if shape(f"{unet}.input_blocks.0.0.weight")[1] != 4:
-        raise InputError(f"{file.path}: " + settings.other_inputs(shape(f"{unet}.input_blocks.0.0.weight")[1]))
+    if (channels := size(f"{unet}.input_blocks.0.0.weight", axis=1)) != 4:
+        raise InputError(f"{file.path}: {settings.other_inputs(channels)}")
     # Walk down: every level is n_blocks blocks and, but for the last level, one strided convolution.
     blocks = count(rf"{unet}\.input_blocks\.(\d+)\.")
-    downs = [i for i in range(blocks) if f"{unet}.input_blocks.{i}.0.op.weight" in shapes]
+    downs = [i for i in range(blocks) if any(name.startswith(f"{unet}.input_blocks.{i}.0.op.") for name in shapes)]
     n_blocks = (downs[0] if downs else blocks) - 1
     firsts = [1 + level * (n_blocks + 1) for level in range(len(downs) + 1)]
-    widths = tuple(shape(f"{unet}.input_blocks.{i}.0.out_layers.0.weight")[0] for i in firsts)
+    widths = tuple(size(f"{unet}.input_blocks.{i}.0.out_layers.0.weight") for i in firsts)
     attention = tuple(any(name.startswith(f"{unet}.input_blocks.{i}.1.") for name in shapes) for i in firsts)
     context = next((n for n in shapes if n.startswith(unet) and n.endswith("attn2.to_k.weight")), None)
     if context is None:
@@ -42,25 +48,25 @@ def read_config(file):
     v2 = "cond_stage_model.model.token_embedding.weight" in shapes
     if v2:
         text = "cond_stage_model.model"
-        width, mlp = shape(f"{text}.ln_final.weight")[0], shape(f"{text}.transformer.resblocks.0.mlp.c_fc.weight")[0]
+        width, mlp = size(f"{text}.ln_final.weight"), size(f"{text}.transformer.resblocks.0.mlp.c_fc.weight")
         n_layers = count(rf"{text}\.transformer\.resblocks\.(\d+)\.")
         if f"{text}.text_projection" in shapes or n_layers == 24:  # a whole text tower, whose last layer is not used;
             n_layers -= 1  # files converted from a folder hold only what is used
-        vocabulary = shape(f"{text}.token_embedding.weight")[0]
+        vocabulary = size(f"{text}.token_embedding.weight")
     else:
         text = "cond_stage_model.transformer.text_model"
-        text = text if f"{text}.final_layer_norm.weight" in shapes else "cond_stage_model.transformer"
-        width, mlp = shape(f"{text}.final_layer_norm.weight")[0], shape(f"{text}.encoder.layers.0.mlp.fc1.weight")[0]
+        text = text if any(name.startswith(f"{text}.") for name in shapes) else "cond_stage_model.transformer"
+        width, mlp = size(f"{text}.final_layer_norm.weight"), size(f"{text}.encoder.layers.0.mlp.fc1.weight")
         n_layers = count(rf"{re.escape(text)}\.encoder\.layers\.(\d+)\.")
-        vocabulary = shape(f"{text}.embeddings.token_embedding.weight")[0]
+        vocabulary = size(f"{text}.embeddings.token_embedding.weight")
 
     vae = "first_stage_model"
     levels = count(rf"{vae}\.encoder\.down\.(\d+)\.")
-    vae_widths = tuple(shape(f"{vae}.encoder.down.{i}.block.0.conv2.weight")[0] for i in range(levels))
+    vae_widths = tuple(size(f"{vae}.encoder.down.{i}.block.0.conv2.weight") for i in range(levels))
     return ModelConfig(
         unet=UNetConfig(widths=widths, attention=attention, layers_per_block=n_blocks,
                         n_heads=tuple(max(w // 64, 1) for w in widths) if v2 else (8,) * len(widths),
-                        context_dim=shapes[context][1], linear_projection=linear),
+                        context_dim=size(context, axis=1), linear_projection=linear),
         vae=VAEConfig(widths=vae_widths, layers_per_block=count(rf"{vae}\.encoder\.down\.0\.block\.(\d+)\.")),
         text_encoder=TextEncoderConfig(width=width, n_layers=n_layers, n_heads=max(width // 64, 1), mlp_width=mlp,
                                        activation="gelu" if v2 else "quick_gelu", vocabulary=vocabulary),
