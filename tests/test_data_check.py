@@ -29,7 +29,7 @@ def test_a_sound_data_set_passes(tmp_path, capsys):
     assert report["captions"]["tokens"]["max"] < 20 and report["captions"]["cut"] == 0
     assert report["splits"]["train"] == {"pictures": 24, "patients": 24} and report["splits"]["leaks"] == []
     assert Image.open(tmp_path / "out" / "contact_sheet.png").width == check.COLUMNS * check.THUMBNAIL
-    assert "next: python train.py --adapter selora --data folder:" in capsys.readouterr().out
+    assert "next: python -m minildm prompts folder:" in capsys.readouterr().out
 
 
 def test_everything_that_is_wrong_is_found_at_once(tmp_path, capsys):
