@@ -43,7 +43,7 @@ FINDINGS = {
     "calcified granuloma": (0.07, LOBES, (0.35, 0.6)),  # cm, radius
     "consolidation": (0.10, LOBES, (0.8, 1.2)),  # times the lobe's own radius
     "pacemaker": (0.07, ("",), (0, 0)),
-    "scoliosis": (0.07, ("",), (1.2, 3.0)),  # cm the spine leaves the midline, to each side
+    "scoliosis": (0.07, ("",), (1.0, 2.4)),  # cm the spine leaves the midline, to each side
 }
 FRONTAL_ONLY = ("pneumothorax", "scoliosis")  # what a lateral view does not show
 LOBE_CENTRES = {  # x, y in a frontal view, z, and the radii of a consolidation that fills the lobe
@@ -158,9 +158,9 @@ class _Thorax:
         self.lobe = column([LOBE_CENTRES.get(label.place, (0, 0, 0, 1, 1)) for label in batch]).reshape(len(batch), 5, 1, 1)
         u = self.u
         self.fat = u(0, 1) ** 1.5
-        self.field = u(35.5, 39.5)  # cm of body across the picture
+        self.field = u(34.0, 38.0)  # cm of body across the picture
         self.cm = self.field / size
-        self.shift_x, self.shift_y = u(-0.8, 0.8), u(0.4, 2.0)
+        self.shift_x, self.shift_y = u(-0.8, 0.8), u(0.2, 1.6)
         self.tilt, self.turn = u(-0.03, 0.03), u(-0.05, 0.05) * (1 + self.ap)
         grid = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5)[None]
         self.Y = self.field * grid[:, :, None] + self.shift_y  # (B, H, 1)
@@ -229,6 +229,7 @@ class _Thorax:
         stretched where it meets the cage at a slant.
         """
         cosine = root(1 - u * u)
+        u = u * (1 + (8.0 if front else -8.0) * cosine / self.tube)  # the beam's cone, at the depth where the ray meets the cage
         side = np.abs(u)
         if front:  # steeper, wider, and gone where cartilage takes over
             drop = self.rib_slope * (1 + 0.5 * cosine) + 5.5 * (1 - side)
@@ -237,10 +238,10 @@ class _Thorax:
             drop = self.rib_slope * (1 - cosine)
             half, present = 0.6, 1.0
         index = (y - drop + 11.6) * (1 / self.rib_spacing)
-        nearest = np.clip(np.rint(index), 1, 8 if front else 11)
+        nearest = np.clip(np.rint(index), 1, 7 if front else 11)
         d = (index - nearest) * (self.rib_spacing / half)
         d *= d
-        bone = 0.8 * root(1 - d) - 0.5 * root(1 - 1.9 * d)
+        bone = (0.8 * root(1 - d) - 0.5 * root(1 - 1.9 * d)) * (1.25 - 0.05 * nearest)
         return bone * present * (side < 1) / np.maximum(cosine, 0.4)
 
     def film(self):
@@ -267,52 +268,53 @@ class _Thorax:
         W = self.width * cap * (0.95 + 0.005 * (y + 5))
         q = x * (1 / np.maximum(W, 0.3))
         q2 = q * q
-        Z = (8.6 + 1.5 * age) * (0.25 + 0.75 * cap) * root(1 - q2 * q2)
+        Z = (8.6 + 1.5 * age) * (0.1 + 0.9 * cap) * root(1 - q2 * q2)
         # --- diaphragm: two domes, the right one higher
         dome_right = 8.6 - 1.6 * ap + u(-0.8, 0.8)
         dome = np.where(side < 0, dome_right, dome_right + u(0.7, 1.7))
         dx = (across - 6.6 - 0.4 * (side > 0)) * (1 / 7.0)
+        dx = np.maximum(dx, -0.5 * dx)  # steep to the outer angle, flat towards the heart
         under = y - dome - 4.4 * dx * dx * (0.75 + 0.25 * dx * dx)
-        half = root(under * (1 / 0.05))
+        half = root(under * 60)
         abdomen = np.clip(np.minimum(2 + half, Z) - np.maximum(2 - half, -Z), 0, None)
         # --- heart, scaled about the diaphragm so that it is ctr times the inner thorax, as projected
         hx, hy = self.plane(4.0)
         hx = hx - 0.5 * bend
         h = self.ctr * 2 * self.width / (13.05 / (1 + 4 / self.tube))
         base = dome_right + 1.0
-        heart = ellipsoid(hx, hy, 2.6 * h, base - 3.6 * h, 6.4 * h, 4.6 * h, 6.4 * h, 0.61)
-        heart = np.maximum(heart, ellipsoid(hx, hy, -1.4 * h, base - 4.0 * h, 3.2 * h, 4.8 * h, 5.5 * h))
+        heart = ellipsoid(hx, hy, 2.6 * h, base - 3.6 * h, 6.4 * h, 4.6 * h, 8.5 * h, 0.61)
+        heart = np.maximum(heart, ellipsoid(hx, hy, -1.4 * h, base - 4.0 * h, 3.2 * h, 4.8 * h, 7.5 * h))
         great = 0.9 * age
         for part in (
-            ellipsoid(hx, hy, 1.4 + 0.6 * great, -4.0 - great, 2.5 + 0.3 * great, 3.0 + 0.3 * great, 6),  # aortic knob
-            ellipsoid(hx, hy, -0.6, -2.5, 2.9 + 0.5 * great, 9.0, 7),  # superior vena cava and ascending aorta
-            ellipsoid(hx, hy, 0.9, 0.9, 3.6 + 0.4 * h, 4.4, 6, 0.3),  # pulmonary trunk, left atrial appendage
+            ellipsoid(hx, hy, 1.2 + 0.6 * great, -4.0 - great, 2.6 + 0.4 * great, 2.8 + 0.4 * great, 7),  # aortic knob
+            ellipsoid(hx, hy, -0.4, -2.5, 2.9 + 0.5 * great, 11.0, 5),  # superior vena cava and ascending aorta
+            ellipsoid(hx, hy, 0.7, base - 7.4 * h, 4.0 * h, 6.4, 8, -0.3),  # pulmonary trunk, left atrial appendage
         ):
             heart = np.maximum(heart, part)
         # --- lung: what is left of the cavity
         lung = 2 * Z - abdomen
-        border = 1.7 + 2.6 * np.exp((top - y) * (1 / 1.8))  # the apex is round on its inner side too
-        lung = np.maximum(lung - heart, 0) * ramp(across, border - 0.9, border + 1.0)
+        border = 1.5 + 4.2 * np.exp((top - y) * (1 / 1.6))  # the apex is round on its inner side too
+        lung = np.maximum(lung - heart, 0) * ramp(across, border - 1.0, border + 1.0)
         clouds = fractal(self.seeds, 3, self.size, range(3, 9), 0.75)
         angles = np.radians(np.float32([-105, -84, -62, -40, -18, 4, 25, 45, 62, 76, 90]))
-        roots = [(3.6 * s - 0.3, 0.7 - 0.5 * s, a if s > 0 else math.pi - a) for s in (-1, 1) for a in angles]
+        roots = [(3.4 * s - 0.3, 0.7 - 0.5 * s + 2.4 * math.sin(a), a if s > 0 else math.pi - a) for s in (-1, 1) for a in angles]
         vessels = self.vessels(np.float32(roots), 1.0)
-        hila = ellipsoid(across, y, 4.2, 1.2 - 0.5 * side, 1.3, 2.6, 0.7, -0.25) * (SOFT - LUNG)
+        hila = ellipsoid(across, y, 4.2, 1.2 - 0.5 * side, 1.4, 3.0, 1.0, -0.2) * (SOFT - LUNG)
         if finding == "pleural effusion":
             lung = lung * (1 - self.effusion(x, y, W, side, dome_right))
         elif finding == "consolidation":
-            lung = lung * (1 - 0.85 * self.consolidation(x, y, side, clouds))
+            lung = lung * (1 - 0.8 * self.consolidation(x, y, side))
         collapse = 0
         if finding == "pneumothorax":
             inside, pleura = self.pneumothorax(across, y, W, top, side)
             vessels = vessels * inside
             collapse = (1 - inside) * LUNG * lung - inside * (side == self.side) * 0.25 * LUNG * lung - 0.13 * pleura * np.minimum(lung, 1)
-        vessels = (vessels + hila) * np.minimum(lung * 0.2, 1)
+        vessels = (1.5 * vessels + hila) * np.minimum(lung * 0.2, 1)
         # --- torso, shoulders, neck, arms
-        wall = self.width + 2.2 + 2.4 * fat + 1.6 * np.exp(-(((y + 3) * (1 / 5)) ** 2))
+        wall = self.width + 2.6 + 3.0 * fat + 1.8 * np.exp(-(((y + 3) * (1 / 5)) ** 2))
         shoulder = -18.6 + 2.2 * (1 - ap) - 2.5 * np.exp(across * across * (-1 / 40)) + (0.021 - 0.006 * ap) * x * x
         below = np.maximum(y - shoulder, 0)
-        torso = 2 * (10.5 + 2 * fat) * root(1 - (across * (1 / wall)) ** 4) * np.sqrt(np.minimum(below * 0.06, 1))
+        torso = 2 * (10.5 + 2 * fat) * root(1 - (self.X * (1 / wall)) ** 4) * np.sqrt(np.minimum(below * 0.08, 1))
         neck = 12.0 * root(1 - (x * (1 / (5.8 - 0.6 * female))) ** 2) * ramp(y, -4, -13)
         arm = across - (17.4 + 2.2 * (1 - ap) + (0.22 - 0.12 * ap) * (y + 9))
         limb = 2 * root(4.6**2 - arm * arm) * np.sqrt(np.minimum(below * 0.16, 1))
@@ -350,11 +352,12 @@ class _Thorax:
         fluid = ramp(y - level, -soft, 0.8 * soft) + 0.2 * self.ap * ramp(y, -8, 8)
         return np.minimum(fluid, 1) * (side == self.side)
 
-    def consolidation(self, x, y, side, clouds):
+    def consolidation(self, x, y, side):
         """Share of the lobe's air replaced: patchy, and cut sharply by the horizontal fissure."""
         cx, cy, _, rx, ry = (self.lobe[:, k] for k in range(5))
+        clouds = fractal(self.seeds, 4, self.size, range(3, 7), 0.5)
         dx, dy = (x - cx) / (rx * self.extent), (y - cy) / (ry * self.extent)
-        patch = ramp(1.05 - dx * dx - dy * dy + 0.22 * clouds, 0, 0.75)
+        patch = ramp(1.1 - dx * dx - dy * dy + 0.35 * clouds, 0, 1.5)
         fissure = y + 0.4 + 0.08 * (x + 7)
         bound = np.where(cy < 0, ramp(fissure, 0.15, -0.15), np.where(cy < 4, ramp(fissure, -0.15, 0.15), 1))
         return patch * np.where(cx < 0, bound, 1) * (side == np.sign(cx)) * (0.8 + 0.08 * clouds)
@@ -384,8 +387,8 @@ class _Thorax:
         fx, fy = self.plane(9.0)
         turned = self.u(-0.4, 0.4)
         dx, dy = (fx - bx) + turned * (fy - by), (fy - by) - turned * (fx - bx)
-        can = plate(np.abs(dx), np.abs(dy), [(-9.0, -9.0), (2.5, -9.0), (2.5, 1.2), (1.5, 2.1), (-9.0, 2.1)])
-        self.path += ramp(can, 0.12, -0.12) * (1.2 + 2.2 * (dy > -1.2))
+        can = (dx * (1 / 2.5)) ** 4 + (dy * (1 / 2.1)) ** 4
+        self.path += ramp(can, 1.15, 0.85) * (1.2 + 2.2 * (dy > -1.2))
         vein = [(bx - s * 1.5, by - 1.6), (bx - s * 4.5, by - 3.2), (s * 2.5, -9.2), (-1.0, -7.0), (-2.4, -3.0), (-2.9, 1.5)]
         self.wire([*vein, (-2.2, base - 2.5), (1.5, base - 1.2), (5.2 * h, base - 1.6)], 0.11, 3.0, 3.0)
         if self.u(0, 1).mean() < 0.6:
@@ -393,12 +396,9 @@ class _Thorax:
 
     def frontal_bones(self, W):
         calcium, ap = self.calcium, self.ap
+        u = (self.X - 0.5 * self.bend) / np.maximum(W + 0.6, 1)
         bx, by = self.plane(-8.0)
-        cage = 1 / np.maximum(W + 0.5, 1)
-        back = self.ribs(by, (bx - 0.6 * self.bend) * cage, False)
-        fx, fy = self.plane(8.0)
-        front = self.ribs(fy, (fx - 0.4 * self.bend) * cage, True)
-        self.path += calcium * (back + 0.8 * front)
+        self.path += calcium * (self.ribs(by, u, False) + 0.55 * self.ribs(self.plane(8.0)[1], u, True))
         # --- spine: bodies, discs, pedicles, spinous processes
         bx = bx - self.bend
         level = (by + 12) * (1 / 2.35)
@@ -414,16 +414,101 @@ class _Thorax:
         blade = plate(np.abs(sx), sy, [(9.6 + out, -9.6), (15.6, -11.6), (16.8, -9.2), (12.4 + out, 1.6), (11.4 + out, 1.6)])
         self.path += calcium * (0.22 * ramp(blade, 0.1, -0.1) + 0.7 * ramp(np.abs(blade + 0.35), 0.45, 0.1))
         self.path += calcium * 0.45 * ellipsoid(np.abs(sx), sy, 17.9 + 1.2 * (1 - ap), -9.6, 2.4, 2.6, 2.3)
-        drop = self.u(-1.0, 1.0) + 1.0 * ap
+        drop = self.u(-0.8, 0.8) + 0.4 * ap
         reach = 2.2 * (1 - ap)
         for s in (-1, 1):
             collar = [(s * 1.6, -8.8), (s * 5, -9.9 - 0.2 * drop), (s * 9.5, -11.0 - drop), (s * 16.6, -12.0 - drop)]
             self.wire(collar, 0.68, calcium * 0.9, 7.0, 0.6)
             self.wire([(s * (11 + out), -7.8), (s * 14.5, -10.2), (s * 18.2, -12.2)], 0.55, calcium * 0.8, -9.0, 0.6)
-            shaft = [(s * (18.2 + 0.6 * reach), -8.5), (s * (18.4 + reach), 0.0), (s * (19.6 + 2 * reach), 20.0)]
-            self.wire(shaft, 1.15, calcium, -4.0, 0.66)
+            shaft = [(s * (17.6 + 0.5 * reach), -11.0), (s * (18.3 + reach), -4.0), (s * (19.4 + 2 * reach), 20.0)]
+            self.wire(shaft, 1.25, calcium * 0.8, -4.0, 0.7)
+
+    def lateral_path(self):
+        """The left lateral view: the patient faces the picture's left, so z = -X; rays run through both lungs."""
+        u, female, age, fat, finding = self.u, self.female, self.age, self.fat, self.finding
+        z, y = -self.X - 0.06 * self.Y + 1.0, self.Y
+        depth = 1 + 0.12 * age  # older chests are rounder
+        top = u(-12.6, -11.6)
+        spine = -5.6 * depth - (2.0 + 2.5 * age) * (1 - ((y + 1) * (1 / 15)) ** 2)  # middle of the vertebral bodies
+        breastbone = (7.6 + 0.3 * (y + 8) - 0.012 * (y + 8) ** 2) * depth + 0.8  # its inner side
+        rear = spine - 4.4
+        middle, half = (breastbone + rear) * 0.5, (breastbone - rear) * 0.5
+        cap = np.sqrt(1 - np.clip(1 - (y - top) * (1 / 7), 0, 1) ** 2.2)
+        q = (z - middle - 1.5 * (1 - cap)) / np.maximum(half * cap, 0.3)
+        q2 = q * q
+        lungs = 22.0 * (0.3 + 0.7 * cap) * root(1 - q2 * q2)
+        # --- two domes, deepest at the back; the left one lower and hidden in front by the heart
+        dome = 8.3 + u(-0.8, 0.8)
+        sink = (z - 2.5) ** 2 * np.where(z < 2.5, np.float32(0.045), np.float32(0.03))
+        filled = [np.minimum(root((y - dome - lower - sink) * 30), 11.0) / 22.0 for lower in (0.0, u(0.7, 1.6))]
+        lungs = lungs * (1 - filled[0] - filled[1])
+        # --- heart and great vessels in the middle, about 5 of the 27 cm always closed
+        h = self.ctr * 2.05
+        base = dome + 1.6
+        heart = ellipsoid(z, y, 3.4 * depth, base - 4.3 * h, 6.2 * h, 4.4 * h, 5.0 * h, -0.6)
+        heart = np.maximum(heart, ellipsoid(z, y, 1.8 * depth, -1.5, 2.2, 7.0, 2.6, 0.25))  # ascending aorta, pulmonary trunk
+        arch = ellipsoid(z, y, -1.8, -3.6 - age, 3.2, 1.7, 1.3, 0.5)
+        aorta = 2 * root(1.3**2 - (z - spine - 2.2) ** 2) * ramp(y, -2, 1) * (0.4 + age)
+        hila = ellipsoid(z, y, -0.4, 0.8, 1.7, 2.3, 1.2)
+        clouds = fractal(self.seeds, 3, self.size, range(3, 9), 0.75)
+        angles = np.radians(np.float32(np.arange(0, 360, 15)))
+        roots = [(0.4 + 0.4 * math.cos(a), 0.8 + 0.8 * math.sin(a), a) for a in angles]
+        if finding == "pleural effusion":
+            level = 13.0 - self.extent * 16
+            meniscus = level + 2.0 - 4.0 * np.exp(np.maximum(z - rear, 0) * (-1 / 3.5)) - 1.5 * np.exp(np.maximum(breastbone - z, 0) * (-1 / 2.0))
+            lungs = lungs * (1 - 0.5 * ramp(y - meniscus, -0.4, 0.4))
+        elif finding == "consolidation":
+            cy, cz, rx, ry = (self.lobe[:, k] for k in (1, 2, 3, 4))
+            soft = fractal(self.seeds, 4, self.size, range(3, 7), 0.5)
+            patch = ramp(1.1 - ((z - cz) / (rx * self.extent)) ** 2 - ((y - cy) / (ry * self.extent)) ** 2 + 0.35 * soft, 0, 1.5)
+            lungs = lungs * (1 - 0.45 * patch)
+        lungs = np.maximum(lungs - heart - arch - aorta - hila, 0)
+        vessels = self.vessels(np.float32(roots), 0.95) * np.minimum(lungs * 0.05, 1)
+        # --- body
+        front = breastbone + 2.0 + 1.5 * fat
+        back = spine - 6.2 - fat
+        centre, reach = (front + back) * 0.5, (front - back) * 0.5
+        neck = ramp(y, -11, -17)
+        b = (z - centre + 1.5 * neck) / (reach * (1 - 0.35 * neck))
+        body = 31 * root(1 - (b * b) ** 2) * (1 - 0.4 * neck)
+        cup = u(3.0, 4.6) + 1.2 * fat
+        droop = 4.5 + 2.0 * age
+        up = (y - droop) * (1 / cup)
+        bulge = 1 - ((z - front + 2.5) * (1 / cup)) ** 2 - np.maximum(up, -0.4 * up) ** 2
+        body = np.maximum(body, female * 19 * root(bulge))
+        arms = 16 * root(1 - ((z - 5 + 0.4 * (y + 19)) * (1 / 14)) ** 2 - ((y + 18.0) * (1 / 7.5)) ** 2)
+        body = np.maximum(body, arms) + np.minimum(body, arms) * 0.6 + 8 * ramp(y, -5, -12) * (body > 4)
+        air = 1.2 * root(1 - ((z + 0.4 + 0.08 * (y + 8)) * (1 / 0.85)) ** 2) * ramp(y, 1.0, 0.0) * ramp(y, -16, -12)
+        gz, gy = 3.5 + u(-1, 1), dome + 4.0
+        air = air + ellipsoid(z, y, gz, gy, u(1.8, 3.2), u(1.0, 1.8), 4) * (u(0, 1) < 0.7) * ramp(y, gy + 0.8, gy + 0.5)
+        path = SOFT * (body * (1 + 0.01 * clouds) - np.minimum(air, body)) - (SOFT - LUNG) * np.minimum(lungs * (1 + 0.03 * clouds), 0.93 * body)
+        self.path = path + 1.6 * vessels
+        self.lateral_bones(z, y, spine, breastbone, rear)
+        return self.path
+
+    def lateral_bones(self, z, y, spine, breastbone, rear):
+        calcium = self.calcium
+        # --- ribs: the cage seen from the side; the half away from the detector is the larger
+        for scale in (1.0, 1.06):
+            u = (z - (breastbone + rear) * 0.5) * (scale / ((breastbone - rear) * 0.5 + 0.6))
+            drop = self.rib_slope * (1 - u * 0) * (1 + u) + 2.5 * ramp(u, 0.0, 1.0)
+            index = (y * scale - drop + 11.6) * (1 / self.rib_spacing)
+            d = ((index - np.clip(np.rint(index), 1, 10)) * (self.rib_spacing / 0.6)) ** 2
+            self.path += calcium * 0.55 * (0.8 * root(1 - d) - 0.5 * root(1 - 1.9 * d)) * (u * u < 1) * ramp(u, 0.8, 0.3) / np.maximum(root(1 - u * u), 0.4)
+        # --- vertebrae: bodies with bright end plates, foramina between the pedicles, spinous processes behind
+        f = (y + 12) * (1 / 2.35) + 0.03 * (z - spine)
+        f = np.abs(f - np.rint(f)) * 2
+        across = z - spine
+        body = ramp(np.abs(across), 1.8 + 0.2 * f * f, 1.5 + 0.2 * f * f)
+        plates = 0.75 - 0.55 * ramp(f, 0.78, 0.9) + 0.5 * ramp(f, 0.6, 0.72) * ramp(f, 0.86, 0.76)
+        arch = ramp(np.abs(across + 3.1), 1.7, 0.9) * (0.35 + 0.35 * ramp(f, 0.9, 0.4))
+        self.path += calcium * 1.3 * (body * plates + arch)
+        self.path += calcium * 1.0 * ramp(np.abs(z - breastbone - 0.6), 0.55, 0.35) * ramp(y, -9.5, -9) * ramp(y, 7.5, 7)
+        for shift in (0.0, 1.6):
+            self.wire([(6.5 - shift, -9.0), (7.6 - shift, -4.0), (9.0 - shift, 1.0)], 0.5, calcium * 0.8, 0.0, 0.5)
+            self.wire([(-4.0 - shift, -13.0), (-10.0, -15.0 - shift), (-20.0, -16.5 - 1.5 * shift)], 1.25, calcium * 0.8, 0.0, 0.7)
 
     def develop(self):
         u = self.u
         black, white = u(0.2, 0.36) + 0.05 * self.ap, u(0.76, 0.86)
-        return expose(self.path, self.seeds, self.cm, 2e6, 0.25 + 0.2 * self.ap, black, white)
+        return expose(self.path, self.seeds, self.cm, 4e6, 0.25 + 0.2 * self.ap, black, white)
