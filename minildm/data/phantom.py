@@ -157,8 +157,8 @@ class _Thorax:
         self.ctr = column(label.ctr for label in batch)
         self.lobe = column([LOBE_CENTRES.get(label.place, (0, 0, 0, 1, 1)) for label in batch]).reshape(len(batch), 5, 1, 1)
         u = self.u
-        self.fat = u(0, 1) ** 1.5
-        self.field = u(34.0, 38.0)  # cm of body across the picture
+        self.fat = u(0, 1)
+        self.field = u(33.0, 38.0)  # cm of body across the picture
         self.cm = self.field / size
         self.shift_x, self.shift_y = u(-0.8, 0.8), u(0.2, 1.6)
         self.tilt, self.turn = u(-0.03, 0.03), u(-0.05, 0.05) * (1 + self.ap)
@@ -186,21 +186,22 @@ class _Thorax:
         controls = [points[0], points[0], *points, points[-1], points[-1]]  # the spline begins and ends in its end points
         x, y = (np.concatenate([np.broadcast_to(np.float32(p[axis]), (n, 1, 1)) for p in controls], 2) for axis in (0, 1))
         length = (np.hypot(np.diff(x), np.diff(y)).sum(2) / self.cm[:, 0]).max()
-        weights = spline_weights(len(controls), int(length / 0.8) + 4).T
+        weights = spline_weights(len(controls), int(length / 0.5) + 4).T
         x, y = self.pixels(x @ weights, y @ weights, z)
         radius = np.broadcast_to(np.float32(radius) / self.cm, x.shape)[:, 0]
         tubes(self.path, np.arange(n), x[:, 0], y[:, 0], radius, (strength * self.cm)[:, 0], hollow)
 
-    def vessels(self, roots, spread, z=0.0):
+    def vessels(self, roots, scatter):
         """Arteries of the lungs as trees of tapering tubes: a (B, H, W) path of their own.
 
-        roots: rows (x, y, direction) of the first branches, (R, 3), direction in radians; spread scales every length.
+        roots: rows (x, y, direction) of the first branches, (R, 3), direction in radians; scatter in cm.
         """
         n, size = len(self.seeds), self.size
         canvas = np.zeros((n, size, size), np.float32)
-        chance = np.stack([generator(seed, 2).random((3, 15 * len(roots)), dtype=np.float32) for seed in self.seeds])
-        x, y, angle = (np.broadcast_to(roots[:, k], (n, len(roots))) for k in range(3))
-        radius, length, used = np.float32(0.5), 3.2 * spread, 0
+        chance = np.stack([generator(seed, 2).random((3, 16 * len(roots)), dtype=np.float32) for seed in self.seeds])
+        start = chance[:, :, -len(roots) :] * 2 - 1
+        x, y, angle = roots[:, 0] + start[:, 0] * scatter, roots[:, 1] + start[:, 1] * scatter, roots[:, 2] + 0.15 * start[:, 2]
+        radius, length, used = np.float32(0.5), 3.2, 0
         for level in range(4):
             a, b, c = chance[:, :, used : used + x.shape[1]].transpose(1, 0, 2) * 2 - 1
             used += x.shape[1]
@@ -212,7 +213,7 @@ class _Thorax:
             ds = reach[..., None] / points
             px, py = x[..., None] + np.cumsum(np.cos(bend), 2) * ds, y[..., None] + np.cumsum(np.sin(bend), 2) * ds
             width = radius * (1 + 0.3 * c[..., None]) * (1 - 0.3 * t) / self.cm
-            sx, sy = self.pixels(px, py, z)
+            sx, sy = self.pixels(px, py)
             owner = np.repeat(np.arange(n), x.shape[1])
             strength = ((SOFT - LUNG) * self.cm)[owner, 0]
             tubes(canvas, owner, *(v.reshape(-1, points) for v in (sx, sy, width)), strength)
@@ -233,21 +234,21 @@ class _Thorax:
         side = np.abs(u)
         if front:  # steeper, wider, and gone where cartilage takes over
             drop = self.rib_slope * (1 + 0.5 * cosine) + 5.5 * (1 - side)
-            half, present = 0.72, ramp(side, 0.36, 0.5)
+            half, present = 0.8, ramp(side, 0.36, 0.5)
         else:
             drop = self.rib_slope * (1 - cosine)
-            half, present = 0.6, 1.0
+            half, present = 0.68, 1.0
         index = (y - drop + 11.6) * (1 / self.rib_spacing)
         nearest = np.clip(np.rint(index), 1, 7 if front else 11)
         d = (index - nearest) * (self.rib_spacing / half)
         d *= d
-        bone = (0.8 * root(1 - d) - 0.5 * root(1 - 1.9 * d)) * (1.25 - 0.05 * nearest)
+        bone = (0.8 * root(1 - d) - 0.45 * root(1 - 1.7 * d)) * (1.25 - 0.05 * nearest)
         return bone * present * (side < 1) / np.maximum(cosine, 0.4)
 
     def film(self):
         """Path of the view, then the picture of it."""
         self.rib_slope, self.rib_spacing = self.u(3.6, 5.0), self.u(2.05, 2.3)
-        self.calcium = BONE * (0.8 - 0.25 * self.age * (1 + self.female) / 2)  # bones lose mineral, women's more
+        self.calcium = BONE * (0.66 - 0.2 * self.age * (1 + self.female) / 2)  # bones lose mineral, women's more
         self.path = self.lateral_path() if self.lateral else self.frontal_path()
         return self.develop()
 
@@ -262,7 +263,7 @@ class _Thorax:
         across = np.abs(x)
         # --- the chest cavity: half-width W(y), half-depth Z(x, y)
         top = u(-13.4, -12.6)
-        self.width = (13.6 - 1.0 * female) * u(0.97, 1.03)
+        self.width = (13.6 - 1.0 * female) * u(0.95, 1.05)
         cap = np.clip(1 - (y - top) * (1 / 14), 0, 1)
         cap = np.sqrt(1 - cap**2.5)
         W = self.width * cap * (0.95 + 0.005 * (y + 5))
@@ -270,11 +271,11 @@ class _Thorax:
         q2 = q * q
         Z = (8.6 + 1.5 * age) * (0.1 + 0.9 * cap) * root(1 - q2 * q2)
         # --- diaphragm: two domes, the right one higher
-        dome_right = 8.6 - 1.6 * ap + u(-0.8, 0.8)
+        dome_right = 8.6 - 1.6 * ap + u(-1.2, 1.0)
         dome = np.where(side < 0, dome_right, dome_right + u(0.7, 1.7))
         dx = (across - 6.6 - 0.4 * (side > 0)) * (1 / 7.0)
         dx = np.maximum(dx, -0.5 * dx)  # steep to the outer angle, flat towards the heart
-        under = y - dome - 4.4 * dx * dx * (0.75 + 0.25 * dx * dx)
+        under = y - dome - 4.4 * dx * dx * (0.75 + 0.25 * dx * dx) + 1.6 * ramp(across, 6, 1)
         half = root(under * 60)
         abdomen = np.clip(np.minimum(2 + half, Z) - np.maximum(2 - half, -Z), 0, None)
         # --- heart, scaled about the diaphragm so that it is ctr times the inner thorax, as projected
@@ -298,7 +299,7 @@ class _Thorax:
         clouds = fractal(self.seeds, 3, self.size, range(3, 9), 0.75)
         angles = np.radians(np.float32([-105, -84, -62, -40, -18, 4, 25, 45, 62, 76, 90]))
         roots = [(3.4 * s - 0.3, 0.7 - 0.5 * s + 2.4 * math.sin(a), a if s > 0 else math.pi - a) for s in (-1, 1) for a in angles]
-        vessels = self.vessels(np.float32(roots), 1.0)
+        vessels = self.vessels(np.float32(roots), 0.5)
         hila = ellipsoid(across, y, 4.2, 1.2 - 0.5 * side, 1.4, 3.0, 1.0, -0.2) * (SOFT - LUNG)
         if finding == "pleural effusion":
             lung = lung * (1 - self.effusion(x, y, W, side, dome_right))
@@ -311,10 +312,10 @@ class _Thorax:
             collapse = (1 - inside) * LUNG * lung - inside * (side == self.side) * 0.25 * LUNG * lung - 0.13 * pleura * np.minimum(lung, 1)
         vessels = (1.5 * vessels + hila) * np.minimum(lung * 0.2, 1)
         # --- torso, shoulders, neck, arms
-        wall = self.width + 2.6 + 3.0 * fat + 1.8 * np.exp(-(((y + 3) * (1 / 5)) ** 2))
+        wall = self.width + 3.0 + 4.0 * fat + 1.8 * np.exp(-(((y + 3) * (1 / 5)) ** 2))
         shoulder = -18.6 + 2.2 * (1 - ap) - 2.5 * np.exp(across * across * (-1 / 40)) + (0.021 - 0.006 * ap) * x * x
         below = np.maximum(y - shoulder, 0)
-        torso = 2 * (10.5 + 2 * fat) * root(1 - (self.X * (1 / wall)) ** 4) * np.sqrt(np.minimum(below * 0.08, 1))
+        torso = 2 * (10.5 + 1.5 * fat) * root(1 - (self.X * (1 / wall)) ** 4) * np.sqrt(np.minimum(below * 0.12, 1))
         neck = 12.0 * root(1 - (x * (1 / (5.8 - 0.6 * female))) ** 2) * ramp(y, -4, -13)
         arm = across - (17.4 + 2.2 * (1 - ap) + (0.22 - 0.12 * ap) * (y + 9))
         limb = 2 * root(4.6**2 - arm * arm) * np.sqrt(np.minimum(below * 0.16, 1))
@@ -327,7 +328,7 @@ class _Thorax:
         up = (by - droop) * (1 / cup)
         breast = np.maximum(1 - outer * outer - np.maximum(up, -0.55 * up) ** 2, 0)
         breast = breast + (np.sqrt(breast) - breast) * ramp(up, -0.5, 0.5)  # an edge below, none above
-        body = body + breast * (2.5 + 2.5 * fat) * female
+        body = body + breast * (2.0 + 2.0 * fat) * female
         body = body + (1 - female) * 1.2 * ellipsoid(np.abs(bx), by, 9.5, -4, 7, 5.0, 0.5, -0.5)
         # --- air ways and stomach
         air = 2 * root(0.85**2 - (x - 0.3) ** 2) * ramp(y, -0.6, -1.4)
@@ -445,8 +446,8 @@ class _Thorax:
         # --- heart and great vessels in the middle, about 5 of the 27 cm always closed
         h = self.ctr * 2.05
         base = dome + 1.6
-        heart = ellipsoid(z, y, 3.4 * depth, base - 4.3 * h, 6.2 * h, 4.4 * h, 5.0 * h, -0.6)
-        heart = np.maximum(heart, ellipsoid(z, y, 1.8 * depth, -1.5, 2.2, 7.0, 2.6, 0.25))  # ascending aorta, pulmonary trunk
+        heart = ellipsoid(z, y, 4.0 * depth, base - 3.5 * h, 6.4 * h, 5.0 * h, 4.5 * h, -0.6)
+        heart = np.maximum(heart, ellipsoid(z, y, 2.0 * depth, -1.0, 2.4, 6.5, 1.8, 0.25))  # ascending aorta, pulmonary trunk
         arch = ellipsoid(z, y, -1.8, -3.6 - age, 3.2, 1.7, 1.3, 0.5)
         aorta = 2 * root(1.3**2 - (z - spine - 2.2) ** 2) * ramp(y, -2, 1) * (0.4 + age)
         hila = ellipsoid(z, y, -0.4, 0.8, 1.7, 2.3, 1.2)
@@ -463,7 +464,7 @@ class _Thorax:
             patch = ramp(1.1 - ((z - cz) / (rx * self.extent)) ** 2 - ((y - cy) / (ry * self.extent)) ** 2 + 0.35 * soft, 0, 1.5)
             lungs = lungs * (1 - 0.45 * patch)
         lungs = np.maximum(lungs - heart - arch - aorta - hila, 0)
-        vessels = self.vessels(np.float32(roots), 0.95) * np.minimum(lungs * 0.05, 1)
+        vessels = self.vessels(np.float32(roots), 1.4) * np.minimum(lungs * 0.05, 1)
         # --- body
         front = breastbone + 2.0 + 1.5 * fat
         back = spine - 6.2 - fat
@@ -509,6 +510,26 @@ class _Thorax:
             self.wire([(-4.0 - shift, -13.0), (-10.0, -15.0 - shift), (-20.0, -16.5 - 1.5 * shift)], 1.25, calcium * 0.8, 0.0, 0.7)
 
     def develop(self):
-        u = self.u
-        black, white = u(0.2, 0.36) + 0.05 * self.ap, u(0.76, 0.86)
-        return expose(self.path, self.seeds, self.cm, 4e6, 0.25 + 0.2 * self.ap, black, white)
+        """Side marker, film, and the black frame of the collimator."""
+        u, size, n = self.u, self.size, len(self.seeds)
+        left = u(0, 1) < 0.75  # which letter, on its own side of the patient
+        edge, height = self.field * 0.5 - u(1.6, 3.2), self.shift_y - self.field * 0.5 + u(1.8, 4.0)
+        x = self.shift_x + np.where(left, edge, -edge) * np.where(self.ap + self.lateral > 1, -1, 1) + self.tilt * 0
+        if self.lateral:
+            x = self.shift_x - edge
+        letters = {True: [(0, -0.9), (0, 0.9), (1.0, 0.9)], False: [(0, 0.9), (0, -0.9), (0.9, -0.8), (0.9, 0.0), (0.1, 0.1), (1.0, 0.9)]}
+        for letter, strokes in letters.items():
+            if (left == letter).any():
+                for (x0, y0), (x1, y1) in zip(strokes, strokes[1:]):
+                    ends = [(x + x0, height + y0), (x + (x0 + x1) / 2, height + (y0 + y1) / 2), (x + x1, height + y1)]
+                    self.wire(ends, 0.17, 6.0 * (left == letter))
+        black = u(0.2, 0.52) + 0.04 * self.ap + 0.1 * self.lateral
+        white = u(0.74, 0.86) + 0.3 * (black - 0.36) - 0.06 * self.ap - 0.1 * self.lateral
+        images = expose(self.path, self.seeds, self.cm, 2e7, 0.25 + 0.2 * self.ap, black, white)
+        grid = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None]
+        across, down = grid[:, None, :], grid[:, :, None]
+        margins = [np.where(u(0, 1) < 0.25, u(0.0, 0.05), np.float32(-1)) for _ in range(4)]
+        soft = 0.6 / size
+        lit = ramp(across, margins[0] - soft, margins[0] + soft) * ramp(1 - across, margins[1] - soft, margins[1] + soft)
+        lit = lit * ramp(down, margins[2] - soft, margins[2] + soft) * ramp(1 - down, margins[3] - soft, margins[3] + soft)
+        return (images * lit + 0.5).astype(np.uint8) if n else images

@@ -113,7 +113,7 @@ def tubes(canvas, picture, x, y, radius, strength, hollow=0.0):
     size = canvas.shape[-1]
     dx, dy = np.gradient(x, axis=1), np.gradient(y, axis=1)
     step = np.maximum(np.hypot(dx, dy), 1e-6)
-    count = math.ceil(2.2 * float(radius.max())) + 1
+    count = math.ceil(2.5 * float(radius.max())) + 1
     offset = ((np.arange(count, dtype=np.float32) + 0.5) * (2 / count) - 1)[:, None, None]  # (F, 1, 1) in [-1, 1]
     chord = 2 * root(1 - offset**2) - 2 * root(hollow**2 - offset**2)
     mass = (strength * radius * radius * step * (2 / count)) * chord  # (F, N, K)
@@ -131,7 +131,7 @@ def tubes(canvas, picture, x, y, radius, strength, hollow=0.0):
     canvas += total[:, 1:-1, 1:-1]
 
 
-def expose(path, seeds, pixel, photons, scatter, black, white, squash=0.35, sharpen=0.5):
+def expose(path, seeds, pixel, photons, scatter, black, white, squash=0.35, sharpen=0.25):
     """Film of a path: scatter veil, quantum noise, logarithm, tone and edge processing, display curve -> uint8 (B, size, size).
 
     Args (numbers or (B, 1, 1)):
