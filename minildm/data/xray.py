@@ -13,15 +13,20 @@ from functools import lru_cache
 import numpy as np
 
 # Linear attenuation near 60 keV in 1/cm.
-SOFT, LUNG, FAT, METAL = 0.205, 0.050, 0.185, 8.0  # lung: soft tissue at a quarter of its density
+SOFT, LUNG = 0.205, 0.056  # lung: soft tissue at a quarter of its density
 BONE = 0.38  # cortical bone, *in addition to* the soft tissue it displaces
 
 
-class Draws:
-    """Uniform numbers for a batch, one row a picture, handed out column by column: picture b depends on ``seeds[b]`` alone."""
+def generators(seeds, stream):
+    """One source of random numbers a picture; a seed is a number or a tuple such as (set, index), a stream one use of it."""
+    return [np.random.default_rng([*(seed if isinstance(seed, tuple) else (seed,)), stream]) for seed in seeds]
 
-    def __init__(self, seeds, stream, count):
-        self.columns = np.stack([generator(seed, stream).random(count, dtype=np.float32) for seed in seeds])
+
+class Draws:
+    """Uniform numbers for a batch, one row a picture, handed out column by column: picture b depends on ``sources[b]`` alone."""
+
+    def __init__(self, sources, count):
+        self.columns = np.stack([source.random(count, dtype=np.float32) for source in sources])
         self.used = 0
 
     def __call__(self, low, high):
@@ -29,11 +34,6 @@ class Draws:
         self.used += 1
         assert self.used <= self.columns.shape[1], f"only {self.columns.shape[1]} numbers were drawn"
         return (low + (high - low) * self.columns[:, self.used - 1]).reshape(-1, 1, 1)
-
-
-def generator(seed, stream):
-    """The random numbers of one use (``stream``) of one picture (``seed``: a number or a tuple such as (set, index))."""
-    return np.random.default_rng([*(seed if isinstance(seed, tuple) else (seed,)), stream])
 
 
 def root(a):
@@ -50,9 +50,11 @@ def ramp(a, low, high):
 def ellipsoid(x, y, centre_x, centre_y, radius_x, radius_y, radius_z, angle=0.0):
     """Chord (cm) of rays along z through an ellipsoid that is turned by ``angle`` in the picture's plane."""
     dx, dy = x - centre_x, y - centre_y
-    cos, sin = np.cos(angle), np.sin(angle)
-    along, across = (cos / radius_x) * dx + (sin / radius_x) * dy, (cos / radius_y) * dy - (sin / radius_y) * dx
-    return 2 * radius_z * root(1 - along * along - across * across)
+    cos, sin = math.cos(angle), math.sin(angle)
+    along, across = dx * (cos / radius_x), dy * (cos / radius_y)
+    if angle:
+        along, across = along + dy * (sin / radius_x), across - dx * (sin / radius_y)
+    return (2 * radius_z) * root(1 - along * along - across * across)
 
 
 @lru_cache(maxsize=64)
@@ -69,34 +71,34 @@ def plate(x, y, corners):
     """Signed distance (cm, negative inside) to a convex polygon; corners [(x, y), ...] clockwise as seen with y down."""
     distance = None
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
-        length = np.sqrt((x1 - x0) ** 2 + (y1 - y0) ** 2)
+        length = ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5
         d = (x - x0) * ((y1 - y0) / length) - (y - y0) * ((x1 - x0) / length)
         distance = d if distance is None else np.maximum(distance, d)
     return distance
 
 
 def blur(images, knots):
-    """Low-pass by going down to a lattice of ``knots`` and back: two small matrix products an axis, edges kept fair."""
-    weights = spline_weights(knots, images.shape[-1])
-    smooth = weights @ (weights / weights.sum(0)).T  # (size, size), rows sum to 1
-    return smooth @ images @ smooth.T
+    """Low-pass by going down to a lattice of ``knots`` and back: small matrix products along each axis, edges kept fair."""
+    up = spline_weights(knots, images.shape[-1])
+    down = (up / up.sum(0)).T
+    return up @ (down @ images @ down.T) @ up.T
 
 
-def fractal(seeds, stream, size, octaves, persistence=0.55):
+def fractal(sources, size, octaves, persistence=0.7):
     """Power-law clouds, (B, size, size), about unit variance: octave k has 2^k cells a side and amplitude persistence^k.
 
-    Anatomy's texture has a power spectrum near 1/f^3 (Burgess 1999, J. Opt. Soc. Am. A 16, 633: 1/f^beta, beta about 3), which
-    persistence 2^(1 - beta/2) = 0.7 gives; the octaves a picture is too small for are left out, so that its size changes no shape.
+    Anatomy's texture has a power spectrum near 1/f^3 (Burgess 1999, J. Opt. Soc. Am. A 16, 633), which persistence
+    2^(1 - 3/2) = 0.7 gives. Octaves too fine for the pixels are left out, coarse ones drawn first: size changes no shape.
     """
-    knots = [2**k + 3 for k in octaves if 2**k <= size]
-    amplitude = np.float32([persistence**k for k in range(len(knots))])
-    amplitude /= math.sqrt(float((amplitude**2).sum()) * 0.23)  # a B-spline lattice keeps 0.23 of its variance
-    noise = [generator(seed, stream).standard_normal(sum(n * n for n in knots), dtype=np.float32) for seed in seeds]
-    noise, clouds = np.stack(noise), 0.0
+    knots = [2**k + 3 for k in octaves if 2 ** (k + 1) <= size]
+    amplitude = [persistence**k for k in range(len(knots))]
+    unit = math.sqrt(0.23 * sum(a * a for a in amplitude))  # a B-spline lattice keeps 0.23 of its variance
+    noise = np.stack([source.standard_normal(sum(n * n for n in knots), dtype=np.float32) for source in sources])
+    clouds = 0.0
     for n, a in zip(knots, amplitude):
         lattice, noise = noise[:, : n * n].reshape(-1, n, n), noise[:, n * n :]
-        weights = spline_weights(n, size) if n - 3 < size else np.eye(size, n, 1, dtype=np.float32)
-        clouds = clouds + weights @ (a * lattice) @ weights.T
+        weights = spline_weights(n, size)
+        clouds = clouds + weights @ ((a / unit) * lattice) @ weights.T
     return clouds
 
 
@@ -111,8 +113,9 @@ def tubes(canvas, picture, x, y, radius, strength, hollow=0.0):
         hollow: radius of the marrow space as a fraction.
     """
     size = canvas.shape[-1]
-    dx, dy = np.gradient(x, axis=1), np.gradient(y, axis=1)
-    step = np.maximum(np.hypot(dx, dy), 1e-6)
+    dx, dy = x[:, 1:] - x[:, :-1], y[:, 1:] - y[:, :-1]
+    dx, dy = np.concatenate([dx[:, :1], dx], 1), np.concatenate([dy[:, :1], dy], 1)
+    step = np.maximum(np.sqrt(dx * dx + dy * dy), 1e-6)
     count = math.ceil(2.5 * float(radius.max())) + 1
     offset = ((np.arange(count, dtype=np.float32) + 0.5) * (2 / count) - 1)[:, None, None]  # (F, 1, 1) in [-1, 1]
     chord = 2 * root(1 - offset**2) - 2 * root(hollow**2 - offset**2)
@@ -120,18 +123,19 @@ def tubes(canvas, picture, x, y, radius, strength, hollow=0.0):
     side = radius / step
     px, py = x - (side * dy) * offset, y + (side * dx) * offset
     px, py = np.clip(px + 0.5, 0, size + 0.99), np.clip(py + 0.5, 0, size + 0.99)  # a rim of one pixel takes what falls outside
-    ix, iy = px.astype(np.int32), py.astype(np.int32)
-    fx, fy = px - ix, py - iy
+    ix, iy = px.astype(np.int64), py.astype(np.int64)
+    fx, fy = px - ix.astype(np.float32), py - iy.astype(np.float32)
     rim = size + 2
-    first = picture.astype(np.int32)[:, None] * (rim * rim) + iy * rim + ix
-    right, left = mass * fx, mass * (1 - fx)
-    index = np.stack([first, first + 1, first + rim, first + rim + 1]).ravel()
-    weight = np.stack([left * (1 - fy), right * (1 - fy), left * fy, right * fy]).ravel()
-    total = np.bincount(index, weight, len(canvas) * rim * rim).reshape(len(canvas), rim, rim)
-    canvas += total[:, 1:-1, 1:-1]
+    first = picture[:, None] * (rim * rim) + iy * rim + ix
+    low, right = mass * fy, mass * fx
+    both = low * fx
+    index = np.stack([first, first + 1, first + rim, first + (rim + 1)])
+    weight = np.stack([mass - low - right + both, right - both, low - both, both])
+    total = np.bincount(index.ravel(), weight.ravel(), len(canvas) * rim * rim).reshape(len(canvas), rim, rim)
+    canvas += total[:, 1:-1, 1:-1].astype(np.float32)
 
 
-def expose(path, seeds, pixel, photons, scatter, black, white, squash=0.35, sharpen=0.25):
+def expose(path, sources, pixel, photons, scatter, black, white, squash=0.35, sharpen=0.25):
     """Film of a path: scatter veil, quantum noise, logarithm, tone and edge processing, display curve -> uint8 (B, size, size).
 
     Args (numbers or (B, 1, 1)):
@@ -143,9 +147,9 @@ def expose(path, seeds, pixel, photons, scatter, black, white, squash=0.35, shar
     primary = np.exp(-path)
     # The veil is what the body makes of the beam: wide, and nothing where the beam meets no body. (J. A. Seibert & J. M. Boone 2005,
     # J. Nucl. Med. Technol. 33, 3: scatter-to-primary ratio of chest regions.)
-    signal = primary + scatter * blur(primary * (1 - np.exp(-0.7 * path)), 9)
+    signal = primary + scatter * blur(primary * (1 - primary), 9)
     # Counts in a pixel are Poisson; above some thirty of them that is the normal law with variance = mean.
-    noise = np.stack([generator(seed, 9).standard_normal(path.shape[1:], dtype=np.float32) for seed in seeds])
+    noise = np.stack([source.standard_normal(path.shape[1:], dtype=np.float32) for source in sources])
     signal = signal + noise * np.sqrt(signal * (1 / (photons * pixel * pixel)))
     density = -np.log(np.maximum(signal, 1e-4))
     wide = blur(density, 7)
