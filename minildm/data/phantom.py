@@ -177,7 +177,7 @@ class _Thorax:
         # Tube to mid-body: 1.65 m for PA (tube behind the patient), 0.95 m for AP (tube in front).
         self.tube = 165 - 260 * self.ap
         self.rib_slope, self.rib_spacing = u(3.6, 5.0), u(2.05, 2.3)
-        self.calcium = BONE * (0.62 - 0.2 * self.age * (1 + self.female) / 2)  # bones lose mineral, women's more
+        self.calcium = BONE * (0.75 - 0.22 * self.age * (1 + self.female) / 2)  # bones lose mineral, women's more
 
     def film(self):
         """The path of the view, then the picture of it: uint8 (B, size, size)."""
@@ -346,9 +346,9 @@ class _Thorax:
         parts = (
             ellipsoid(x, y, 2.6 * h, base - 3.6 * h, 6.4 * h, 4.6 * h, 8.5 * h, 0.61),  # ventricles
             ellipsoid(x, y, -1.4 * h, base - 4.0 * h, 3.2 * h, 4.8 * h, 7.5 * h),  # right atrium
-            ellipsoid(x, y, 1.2 + 0.6 * old, -4.0 - old, 2.6 + 0.4 * old, 2.8 + 0.4 * old, 7),  # aortic knob
+            ellipsoid(x, y, 0.9 + 0.7 * old, -3.8 - old, 2.6 + 0.4 * old, 3.0 + 0.4 * old, 7),  # aortic knob
             ellipsoid(x, y, -0.4, -2.5, 2.9 + 0.5 * old, 11.0, 5),  # superior vena cava, ascending aorta
-            ellipsoid(x, y, 0.7, base - 7.4 * h, 4.0 * h, 6.4, 8, -0.3),  # pulmonary trunk, left atrial appendage
+            ellipsoid(x, y, 0.8, base - 7.6 * h, 3.9 * h + 0.3, 6.8, 8, -0.22),  # pulmonary trunk, left atrial appendage
         )
         return np.maximum.reduce(parts)
 
@@ -386,7 +386,8 @@ class _Thorax:
         calcium, ap, size = self.calcium, self.ap, self.size
         u = (self.X - 0.5 * self.bend) / np.maximum(self.width + 0.6, 1)
         x, y = self.plane(-8.0)
-        self.path += calcium * (self.ribs(y, u, False) + self.ribs(self.plane(8.0)[1], u, True))
+        inside = calcium * ramp(self.width, 2, 8)  # the first two ribs are hidden by the shoulders
+        self.path += inside * (self.ribs(y, u, False) + self.ribs(self.plane(8.0)[1], u, True))
         # Spine, in the middle columns alone: vertebral bodies with bright end plates, pedicles, spinous processes.
         middle = np.s_[:, :, int(0.3 * size) : int(0.7 * size)]
         x = (x - self.bend)[middle]
@@ -534,7 +535,7 @@ class _Thorax:
         return air + ellipsoid(z, y, gz, gy, self.u(1.8, 3.2), self.u(1.0, 1.8), 4.0 * present) * ramp(y, gy + 0.8, gy + 0.5)
 
     def lateral_bones(self, z, y, spine, breastbone, rear):
-        calcium = self.calcium * 1.15
+        calcium = self.calcium * 1.5
         for scale in (1.0, 1.06):  # ribs; the side away from the detector is the larger
             u = (z - (breastbone + rear) * 0.5) * (scale / ((breastbone - rear) * 0.5 + 0.6))
             drop = self.rib_slope * (1 + u) + 2.5 * ramp(u, 0.0, 1.0)
@@ -573,7 +574,7 @@ class _Thorax:
         owner = np.repeat(np.arange(len(left)), strokes.shape[1])
         tubes(self.path, owner, px, py, np.broadcast_to((0.17 / self.cm)[owner, 0], px.shape), (6 * self.cm)[owner, 0])
         black = u(0.24, 0.54) - 0.02 * (self.ap + self.lateral)
-        white = u(0.74, 0.87) + 0.3 * (black - 0.36) - 0.08 * self.ap - 0.1 * self.lateral
+        white = u(0.74, 0.87) + 0.3 * (black - 0.36) - 0.08 * self.ap - 0.05 * self.lateral
         images = expose(self.path, self.sources, self.cm, 2e7, 0.3 + 0.2 * self.ap, black, white)
         margins = [np.where(u(0, 1) < 0.25, u(0.0, 0.05), np.float32(-1)) for _ in range(4)]
         grid, soft = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, :, None], 0.6 / size
