@@ -1,0 +1,244 @@
+"""The phantom's ruler: what a frontal or lateral chest picture shows, measured from its pixels alone.
+
+In: uint8 pictures of any size, (H, W) or (B, H, W). Out: one ``Reading`` each. It scores whether a *generated* picture obeys its
+prompt, so it must not mind slight blur or noise.
+
+A reading is linear: the picture becomes some 1,500 numbers (greys, the strength of fine detail, the brightest small spots and the
+spine's course, each on a coarse grid), and each label is a weighted sum of them. The weights come from ridge regression on phantoms
+whose labels are known (half of them blurred or noisy), fitted anew in each process, in seconds: so the ruler always matches the
+phantom it measures. ``tests/benchmarks/bench_phantom.py`` gives its accuracy on other phantoms. Not for clinical use.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from tqdm import tqdm
+
+from minildm.data import phantom
+from minildm.errors import InputError
+
+SIDE = 128  # pixels of the picture that is measured
+CALIBRATION = (987_654_321, 1500, 500)  # seed of the calibration set, pictures that fit the weights, pictures that set the thresholds
+RIDGE = 60.0
+SIDES = ("right", "left")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows. The findings of a lateral view are not read: all but its view and sex are then absent."""
+
+    view: str  # PA, AP, lateral
+    sex: str  # male, female
+    ctr: float  # cardiothoracic ratio; nan in a lateral view
+    effusion: str  # right, left or empty; bilateral ones read as the larger
+    effusion_size: float  # share of the lung's height, as PhantomLabels.size; 0 without one
+    pneumothorax: str  # right, left or empty
+    consolidation: str  # a lobe or empty
+    nodule: str  # a lobe (nodule or calcified granuloma) or empty
+    pacemaker: bool
+    scoliosis: bool
+
+    @property
+    def cardiomegaly(self):
+        return bool(self.ctr > (0.545 if self.view == "AP" else 0.51))
+
+
+def measure(images):
+    """A ``Reading`` of a picture (H, W), or a list of them for pictures (B, H, W) or a list of pictures."""
+    single = isinstance(images, np.ndarray) and images.ndim == 2
+    images = [images] if single else list(images)
+    readings = _read(np.stack([_features(_square(image)) for image in images]))
+    return readings[0] if single else readings
+
+
+def obeys(reading, wanted):
+    """Whether a reading shows what a prompt's fields ask for (``phantom.fields``): {field: True or False}, asked fields alone."""
+    verdict = {}
+    if wanted.get("view"):
+        verdict["view"] = reading.view.upper() == wanted["view"].upper()
+    if wanted.get("sex"):
+        verdict["sex"] = reading.sex == wanted["sex"]
+    finding, place = wanted.get("diagnosis"), wanted.get("loc", "")
+    seen = {
+        "cardiomegaly": reading.cardiomegaly,
+        "pacemaker": reading.pacemaker,
+        "scoliosis": reading.scoliosis,
+        "pleural effusion": reading.effusion,
+        "pneumothorax": reading.pneumothorax,
+        "consolidation": reading.consolidation,
+        "nodule": reading.nodule,
+        "calcified granuloma": reading.nodule,
+    }
+    if finding == "normal":
+        verdict["diagnosis"] = not any(seen.values())
+    elif finding in seen:
+        verdict["diagnosis"] = bool(seen[finding])
+        if place:
+            verdict["loc"] = seen[finding] == place
+    return verdict
+
+
+def _square(image):
+    """Centre crop, then SIDE x SIDE by area averages: float32."""
+    image = np.asarray(image)
+    if image.ndim != 2 or image.dtype != np.uint8 or min(image.shape) < 32:
+        raise InputError(
+            f"the ruler measures grey uint8 pictures (H, W) of 32 pixels or more, got {image.dtype} {image.shape}; "
+            "convert with PIL's convert('L') first"
+        )
+    side = min(image.shape)
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    crop = Image.fromarray(np.ascontiguousarray(image[top : top + side, left : left + side]))
+    return np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.BOX if side >= SIDE else Image.Resampling.BICUBIC), np.float32)
+
+
+def _pool(a, cells, how):
+    k = SIDE // cells
+    return how(a.reshape(cells, k, cells, k), axis=(1, 3))
+
+
+def _features(a):
+    """(SIDE, SIDE) greys -> the numbers that readings are sums of."""
+    inner = a[8:-8, 8:-8]
+    a = (a - inner.mean()) / max(float(inner.std()), 1.0)
+    grey = _pool(a, 32, np.mean)
+    smooth = ndimage.gaussian_filter(a, 1.0)
+    detail = smooth - ndimage.gaussian_filter(a, 2.5)
+    energy = np.sqrt(_pool(detail * detail, 16, np.mean))
+    blobs = [np.minimum(_pool(_roundness(a, sigma), 16, np.max), 1.0) for sigma in (1.2, 2.2)]
+    box = ndimage.uniform_filter(a, 7) - ndimage.uniform_filter(a, 19)  # what a pacemaker's can stands out by
+    boxes = np.maximum(_pool(box, 16, np.max) - 0.4, 0)
+    # The spine: the brightest line within the middle third, row by row; its bends, whichever way they go.
+    middle = ndimage.gaussian_filter(a, (4.0, 1.5))[:, SIDE // 3 : SIDE - SIDE // 3]
+    weight = np.exp(4 * (middle - middle.max(1, keepdims=True)))
+    course = (weight * np.arange(middle.shape[1])).sum(1) / weight.sum(1)
+    course = course.reshape(16, -1).mean(1)
+    t = np.linspace(-1, 1, 16)
+    course = course - np.polyval(np.polyfit(t, course, 1), t)
+    waves = [abs(course @ np.sin(np.pi * k * t / 2 + shift)) for k in (1, 2, 3) for shift in (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)]
+    parts = (grey, 3 * energy, *(3 * b for b in blobs), 2 * boxes, 0.5 * np.abs(course), 0.3 * np.array(waves), np.ones(1))
+    return np.concatenate([np.ravel(part) for part in parts])
+
+
+def _roundness(a, sigma):
+    """How much of a bright blob of that radius (pixels) each place is: the smaller of the two downward curvatures, so no line counts."""
+    yy, xx, xy = (ndimage.gaussian_filter(a, sigma, order) * sigma**2 for order in ((2, 0), (0, 2), (1, 1)))
+    return np.maximum(-(yy + xx) / 2 - np.sqrt((yy - xx) ** 2 / 4 + xy**2), 0)
+
+
+def _blemish(image, rng):
+    """The image as a generator might give it: softer, noisier, another contrast."""
+    a = image.astype(np.float32)
+    a = ndimage.gaussian_filter(a, rng.uniform(0, 1.0)) + rng.standard_normal(a.shape, dtype=np.float32) * rng.uniform(0, 8)
+    return np.clip((a - 128) * rng.uniform(0.8, 1.15) + 128 + rng.uniform(-15, 15), 0, 255).astype(np.uint8)
+
+
+def _targets(batch):
+    """{name: (which pictures count, value)}: yes or no as +1, -1; ratios and sizes as they are."""
+    frontal = np.array([label.view != "lateral" for label in batch])
+    everywhere = np.ones(len(batch), bool)
+
+    def sign(test):
+        return np.array([1.0 if test(label) else -1.0 for label in batch])
+
+    ill = np.array([label.finding == "pleural effusion" for label in batch])
+    targets = {
+        "lateral": (everywhere, sign(lambda label: label.view == "lateral")),
+        "AP": (frontal, sign(lambda label: label.view == "AP")),
+        "female": (everywhere, sign(lambda label: label.sex == "female")),
+        "ctr": (frontal, np.array([label.ctr for label in batch])),
+        "effusion size": (frontal & ill, np.array([label.size for label in batch])),
+        "pacemaker": (frontal, sign(lambda label: label.finding == "pacemaker")),
+        "scoliosis": (frontal, sign(lambda label: label.finding == "scoliosis")),
+    }
+    for name, findings, places in _PLACED:
+        for place in places:
+            hit = sign(lambda label, findings=findings, place=place: label.finding in findings and label.place == place)
+            targets[f"{name} {place}"] = (frontal, hit)
+    return targets
+
+
+_PLACED = (
+    ("effusion", ("pleural effusion",), SIDES),
+    ("pneumothorax", ("pneumothorax",), SIDES),
+    ("consolidation", ("consolidation",), tuple(phantom.LOBES)),
+    ("nodule", ("nodule", "calcified granuloma"), tuple(phantom.LOBES)),
+)
+_NUMBERS = ("ctr", "effusion size")
+_GROUPS = {name: (name,) for name in ("lateral", "AP", "female", "pacemaker", "scoliosis")} | {
+    name: tuple(f"{name} {place}" for place in places) for name, _, places in _PLACED
+}
+
+
+@lru_cache(maxsize=1)
+def _calibrate():
+    """What ``_fit`` gives, from phantoms of every finding in turn, 15 % of them lateral."""
+    seed, fit, check = CALIBRATION
+    names = list(phantom.FINDINGS)
+    batch, features = [], []
+    for start in tqdm(range(0, fit + check, 100), desc="calibrating the ruler", leave=False):
+        seeds = [(seed, i) for i in range(start, start + 100)]
+        rng = np.random.default_rng((seed, start, 1))
+        views = rng.choice(phantom.VIEWS, 100, p=(0.55, 0.3, 0.15))
+        some = []
+        for (_, i), view in zip(seeds, views):
+            finding = names[i % len(names)]
+            finding = "normal" if view == "lateral" and finding in phantom.FRONTAL_ONLY else finding
+            some.append(phantom.labels((seed, i), view=str(view), finding=finding))
+        images = phantom.render_batch(some, seeds, SIDE)
+        features += [_features(_square(_blemish(a, rng) if i % 2 else a)) for i, a in enumerate(images)]
+        batch += some
+    return _fit(np.stack(features), _targets(batch), fit)
+
+
+def _fit(features, targets, fit):
+    """Ridge weights from the first ``fit`` pictures, {name: (weights, mean and spread of the score where the answer is no)}, and each
+    finding's threshold, where misses and false alarms among the other pictures are fewest."""
+    grams, weights, spread, thresholds = {}, {}, {}, {}
+    for name, (counts, value) in targets.items():
+        a = features[:fit][counts[:fit]]
+        if (key := counts.tobytes()) not in grams:
+            grams[key] = np.linalg.inv(a.T @ a + RIDGE * np.eye(a.shape[1]))
+        weights[name] = grams[key] @ (a.T @ value[:fit][counts[:fit]])
+        if name not in _NUMBERS:
+            no = (features @ weights[name])[fit:][(counts & (value < 0))[fit:]]
+            spread[name] = no.mean(), no.std()
+    for group, names in _GROUPS.items():
+        counts = targets[names[0]][0][fit:]
+        yes = np.max([targets[name][1][fit:] for name in names], 0)[counts] > 0
+        score = np.max([(features[fit:] @ weights[name] - spread[name][0]) / spread[name][1] for name in names], 0)[counts]
+        steps = np.sort(score)
+        missed = np.searchsorted(np.sort(score[yes]), steps) / yes.sum()
+        alarms = 1 - np.searchsorted(np.sort(score[~yes]), steps) / (~yes).sum()
+        thresholds[group] = steps[np.argmin(missed + alarms)]
+    return weights, spread, thresholds
+
+
+def _read(features):
+    weights, spread, thresholds = _calibrate()
+    score = {name: features @ w for name, w in weights.items()}
+    for name, (mean, deviation) in spread.items():
+        score[name] = (score[name] - mean) / deviation
+    found = {}
+    for group, names in _GROUPS.items():
+        every = np.stack([score[name] for name in names])
+        found[group] = [names[k] if high > thresholds[group] else "" for k, high in zip(every.argmax(0), every.max(0))]
+    return [_reading({group: hits[i] for group, hits in found.items()}, {n: float(score[n][i]) for n in _NUMBERS}) for i in range(len(features))]
+
+
+def _reading(found, numbers):
+    if found["lateral"]:
+        found = {group: found[group] if group in ("lateral", "female") else "" for group in found}
+    places = {name: found[name].removeprefix(name).strip() for name, *_ in _PLACED}
+    return Reading(
+        view="lateral" if found["lateral"] else "AP" if found["AP"] else "PA",
+        sex="female" if found["female"] else "male",
+        ctr=float("nan") if found["lateral"] else numbers["ctr"],
+        effusion_size=numbers["effusion size"] if places["effusion"] else 0.0,
+        pacemaker=bool(found["pacemaker"]),
+        scoliosis=bool(found["scoliosis"]),
+        **places,
+    )
