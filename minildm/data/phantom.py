@@ -176,7 +176,7 @@ class _Thorax:
         self.X = self.field * grid[:, None, :] + self.shift_x + self.tilt * self.Y  # (B, H, W)
         # Tube to mid-body: 1.65 m for PA (tube behind the patient), 0.95 m for AP (tube in front).
         self.tube = 165 - 260 * self.ap
-        self.rib_slope, self.rib_spacing = u(3.6, 5.0), u(2.05, 2.3)
+        self.rib_slope, self.rib_spacing = u(3.6, 5.0), u(2.25, 2.6)
         self.calcium = BONE * (0.75 - 0.22 * self.age * (1 + self.female) / 2)  # bones lose mineral, women's more
 
     def film(self):
@@ -211,7 +211,7 @@ class _Thorax:
             ends = [points[0], points[0], *points, points[-1], points[-1]]  # the spline begins and ends in its end points
             splines.append([np.concatenate([np.broadcast_to(np.float32(p[k]), (n, 1, 1)) for p in ends], 2) for k in (0, 1)])
         longest = max(np.hypot(np.diff(x), np.diff(y)).sum(2).max() for x, y in splines)
-        count = int(longest / (0.7 * self.cm.min())) + 4
+        count = int(longest / (0.6 * self.cm.min())) + 4
         places, radii, strengths, hollows = [], [], [], []
         for (x, y), (_, radius, strength, z, hollow) in zip(splines, curves):
             weights = spline_weights(x.shape[2], count).T
@@ -262,14 +262,14 @@ class _Thorax:
         side = np.abs(u * (1 + (8.0 if front else -8.0) * cosine / self.tube))  # the beam's cone, where the ray meets the cage
         if front:  # steeper, wider, and gone where cartilage takes over
             drop = self.rib_slope * (1 + 0.5 * cosine) + 5.5 * (1 - side)
-            half, last, present = 0.8, 7, 0.55 * ramp(side, 0.36, 0.5)
+            half, last, present = 0.9, 6, 0.55 * ramp(side, 0.36, 0.5) * (side < 1)
         else:
-            drop, half, last, present = self.rib_slope * (1 - cosine), 0.68, 11, side < 1
+            drop, half, last, present = self.rib_slope * (1 - cosine), 0.8, 10, side < 1
         index = (y - drop + 11.6) * (1 / self.rib_spacing)
         nearest = np.clip(np.rint(index), 1, last)
         d = (index - nearest) * (self.rib_spacing / half)
         d *= d
-        bone = (0.8 * root(1 - d) - 0.45 * root(1 - 1.7 * d)) * (1.25 - 0.05 * nearest)
+        bone = (0.75 * root(1 - d) - 0.35 * root(1 - 1.6 * d)) * (1.25 - 0.05 * nearest)
         return bone * present / np.maximum(cosine, 0.4)
 
     # ---- the frontal views --------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ class _Thorax:
             for angle in angles
         ]
         vessels = 1.5 * self.vessels(np.float32(roots), 0.5)
-        vessels += ellipsoid(across, y, 4.2, 1.2 - 0.5 * side, 1.4, 3.0, 1.0, -0.2) * (SOFT - LUNG)  # the hila
+        vessels += ellipsoid(across, y, 4.0, 1.2 - 0.5 * side, 1.8, 3.6, 0.9, -0.2) ** 2 * (0.6 * (SOFT - LUNG))  # the hila
         if finding == "pleural effusion":
             lung = lung * (1 - self.effusion(across, y, side))
         elif finding == "consolidation":
@@ -367,11 +367,11 @@ class _Thorax:
         body = np.maximum(np.maximum(trunk, neck), arm)
         x, y = self.plane(9.0)
         x = np.abs(x)
-        cup, droop = self.u(5.4, 7.2) + 1.2 * fat, 5.0 + 2.5 * self.age
+        cup, droop = self.u(5.4, 7.2) + 1.2 * fat, 3.6 + 3.0 * self.age
         out, up = (x - (9.0 + 0.15 * cup)) * (1 / cup), (y - droop) * (1 / cup)
         breast = np.maximum(1 - out * out - np.maximum(up, -0.55 * up) ** 2, 0)
         breast += (np.sqrt(breast) - breast) * ramp(up, -0.5, 0.5)  # an edge below, none above
-        body += breast * ((2.0 + 2.0 * fat) * female)
+        body += breast * ((3.0 + 2.0 * fat) * female)
         return body + ellipsoid(x, y, 9.5, -4, 7, 5.0, 0.6 * (1 - female), -0.5)
 
     def frontal_air(self, x, y):
@@ -386,7 +386,7 @@ class _Thorax:
         calcium, ap, size = self.calcium, self.ap, self.size
         u = (self.X - 0.5 * self.bend) / np.maximum(self.width + 0.6, 1)
         x, y = self.plane(-8.0)
-        inside = calcium * ramp(self.width, 2, 8)  # the first two ribs are hidden by the shoulders
+        inside = calcium * ramp(self.width, 2, 8) * (1 - 0.5 * ramp(self.Y - self.dome, 0, 5))  # the first two ribs are hidden by the shoulders
         self.path += inside * (self.ribs(y, u, False) + self.ribs(self.plane(8.0)[1], u, True))
         # Spine, in the middle columns alone: vertebral bodies with bright end plates, pedicles, spinous processes.
         middle = np.s_[:, :, int(0.3 * size) : int(0.7 * size)]
@@ -398,7 +398,7 @@ class _Thorax:
         spine = ramp(np.abs(x), half + 0.15, half - 0.15) * grain
         spine += ramp((np.abs(x) - 1.15) ** 2 + (1.6 * f - 0.2) ** 2, 0.3, 0.05) * 0.6
         spine += ramp(x * x * 6 + (f - 0.6) ** 2 * 4, 1, 0.3) * 0.8
-        self.path[middle] += calcium * spine
+        self.path[middle] += 0.7 * calcium * spine
         # Scapulae: turned out of the lungs by the PA pose, over them in AP. Collarbones, arms.
         x, y = self.plane(-9.0)
         x = np.abs(x)

@@ -302,7 +302,7 @@ def _scenes(rng, size):
     _paint(canvas, "circle", (235, 235, 220) if night else (250, 220, 60), sx, rng.uniform(0.12, 0.25), rng.uniform(0.06, 0.1))
     things = ["the moon" if night else "the sun"]
     slots = list(rng.permutation([0.22, 0.5, 0.78]))
-    for thing in ("house", "tree", "boat"):
+    for thing in ("house", "tree", "tent"):
         if rng.random() < 0.55 and slots:
             cx, s = slots.pop(), rng.uniform(0.8, 1.2)
             colour = str(rng.choice([c for c in COLOURS if c != "white"]))
@@ -315,13 +315,12 @@ def _scenes(rng, size):
                 _paint(canvas, "square", (100, 70, 40), cx, ground - 0.01, 0.03 * s)
                 _paint(canvas, "circle", (30, 110, 45), cx, ground - 0.13 * s, 0.11 * s)
             else:
-                _paint(canvas, "triangle", (245, 245, 245), cx, ground - 0.1 * s, 0.1 * s)
-                _paint(canvas, "diamond", COLOURS[colour], cx, ground + 0.02, 0.09 * s)
+                _paint(canvas, "triangle", COLOURS[colour], cx, ground, 0.12 * s)
+                _paint(canvas, "triangle", (40, 35, 30), cx, ground + 0.05 * s, 0.05 * s)
             things.append(_a(thing if thing == "tree" else f"{colour} {thing}"))
     if hills:
         things.append("hills")
-    text = things[0] if len(things) == 1 else ", ".join(things[:-1]) + " and " + things[-1]
-    return _finish(canvas, rng), f"{'a night scene' if night else 'a landscape'} with {text}"
+    return _finish(canvas, rng), f"{'a night scene' if night else 'a landscape'} with {_listed(things)}"
 
 
 # ---- radiographs of other things ----------------------------------------------------------------------------------------------
@@ -334,9 +333,13 @@ def _radiographs(rng, size):
     x, y = x * math.cos(angle) + y * math.sin(angle) + rng.uniform(-1, 1), y * math.cos(angle) - x * math.sin(angle) + rng.uniform(-1, 1)
     objects = (_bottle, _hand, _toolbox, _fruit, _cylinders, _blobs, _roots, _wedge, _lattice, _shells)
     path, thing = objects[rng.integers(len(objects))](rng, x, y, 20 / size)
+    bath = rng.random() < 0.6  # a bath as deep as it is wide gives the greys of a body instead of air around the object
+    if bath:
+        path = path + SOFT * rng.uniform(3, 12) * (1 + 0.1 * (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) / 10)
+        thing += str(rng.choice((" in water", " in a tank of water")))
     path = path * (1 + 0.01 * fractal([rng], size, range(3, 8)))
-    black, white = rng.uniform(0.2, 0.5), rng.uniform(0.74, 0.88)
-    image = expose(path.astype(np.float32), [rng], 20 / size, 1e7, rng.uniform(0.1, 0.4), black, white)[0]
+    black, white = rng.uniform(0.15, 0.5), rng.uniform(0.74, 0.92)
+    image = expose(path.astype(np.float32), [rng], 20 / size, 1e7, rng.uniform(0.1, 0.4), black, white, present=0.06)[0]
     words = ("an x-ray of {}", "x-ray of {}", "a radiograph of {}", "a radiograph showing {}")
     return image, str(rng.choice(words)).format(thing)
 
@@ -344,72 +347,73 @@ def _radiographs(rng, size):
 def _bottle(rng, x, y, cm):
     wide, level = rng.uniform(2.2, 3.6), rng.uniform(-2, 4)
     outer = np.where(y > -3.5, wide, 1.0 + (wide - 1.0) * ramp(y, -6, -3.5)) * ramp(y, 7.6, 7.4) * (y > -8.5)
-    path = 0.35 * 2 * (root(outer**2 - x * x) - root((outer - 0.35) ** 2 - x * x))
+    inner = np.maximum(outer - 0.35, 0)
+    path = 0.35 * 2 * (root(outer**2 - x * x) - root(inner**2 - x * x))
     full = rng.random() < 0.6
     if full:
-        path = path + SOFT * 2 * root((outer - 0.35) ** 2 - x * x) * (y > level)
+        path = path + SOFT * 2 * root(inner**2 - x * x) * (y > level)
     return path, f"a bottle{' with liquid' if full else ', empty'}"
 
 
-def _wire(path, rng, points, radius, strength, cm, hollow=0.0):
-    """A smooth tube through the object's own plane, control points in cm from the picture's middle."""
-    points = np.float32([points[0], points[0], *points, points[-1], points[-1]])
-    length = np.hypot(*np.diff(points, axis=0).T).sum()
-    places = spline_weights(len(points), int(length / (0.6 * cm)) + 6) @ points
-    size = path.shape[-1]
-    px, py = (places[None, :, k] / np.float32(cm) + size / 2 for k in (0, 1))
-    widths = np.full(px.shape, radius / cm, np.float32)
-    tubes(path, np.zeros(1, np.int64), px, py, widths, np.float32([[strength * cm]]), hollow)
+def _wires(path, cm, curves):
+    """Add smooth tubes to path (1, size, size): rows of (control points in cm from the middle, radius in cm, strength in 1/cm)."""
+    curves = [(np.float32([points[0], points[0], *points, points[-1], points[-1]]), *rest) for points, *rest in curves]
+    longest = max(np.hypot(*np.diff(points, axis=0).T).sum() for points, *_ in curves)
+    count = int(longest / (0.7 * cm)) + 6
+    places = np.stack([spline_weights(len(points), count) @ points for points, *_ in curves])  # (N, K, 2)
+    px, py = (places[..., k] / np.float32(cm) + path.shape[-1] / 2 for k in (0, 1))
+    radius = np.float32([[r / cm] for _, r, _ in curves])
+    strength = np.float32([[s * cm] for *_, s in curves])
+    tubes(path, np.zeros(len(curves), np.int64), px, py, np.broadcast_to(radius, px.shape), strength)
+
+
+def _empty(x, y):
+    return np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
 
 
 def _hand(rng, x, y, cm):
-    flesh = ellipsoid(x, y, 0, 3.5, 4.0, 4.6, 1.3)
-    path = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
-    for k, bend in enumerate(np.linspace(-0.55, 0.55, 5) + rng.uniform(-0.05, 0.05, 5)):
+    path, flesh, bones = _empty(x, y), ellipsoid(x, y, 0, 4.2, 4.2, 4.8, 1.3), []
+    for k, spread in enumerate(np.linspace(-0.55, 0.55, 5) + rng.uniform(-0.05, 0.05, 5)):
         reach = (7.5, 9.8, 10.4, 9.8, 8.2)[k] * rng.uniform(0.93, 1.05)
-        ends = [0.25 * reach, 0.5 * reach, 0.72 * reach, 0.88 * reach, reach]
-        at = [(4.2 * math.sin(bend) * r / reach + r * 0.45 * math.sin(bend), 5.5 - r * math.cos(bend)) for r in ends]
-        _wire(path, rng, [at[0], at[2], at[4]], 0.85, SOFT * 0.8, cm)
+        at = [((3 + 5 * part) * math.sin(spread), 5.5 - part * reach * math.cos(spread)) for part in (0.2, 0.5, 0.72, 0.88, 1)]
+        bones.append(([at[0], at[2], at[4]], 0.9, 0.8 * SOFT))
         for (x0, y0), (x1, y1) in zip(at, at[1:]):
-            a, b = 0.12, 0.88
-            bone = [(x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for t in (a, 0.5, b)]
-            _wire(path, rng, bone, 0.36, BONE + 0.2, cm, 0.6)
+            bones.append(([(x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for t in (0.1, 0.5, 0.9)], 0.38, BONE))
     for _ in range(7):
-        flesh = flesh + 1.6 * ellipsoid(x, y, rng.uniform(-1.6, 1.6), rng.uniform(5, 7), 0.6, 0.6, 0.6)
+        flesh = flesh + 1.2 * ellipsoid(x, y, rng.uniform(-1.6, 1.6), rng.uniform(5, 7.5), 0.65, 0.65, 0.5)
+    _wires(path, cm, bones)
     return path + SOFT * flesh, "a hand"
 
 
 def _toolbox(rng, x, y, cm):
-    half = rng.uniform(6, 7.5), rng.uniform(4, 6)
-    box = np.maximum(np.abs(x) - half[0], np.abs(y) - half[1])
+    wide, high = rng.uniform(6, 7.5), rng.uniform(4, 6)
+    box = np.maximum(np.abs(x) - wide, np.abs(y) - high)
     path = (0.35 * ramp(box, 0.05, -0.05) + 0.9 * ramp(np.abs(box + 0.25), 0.3, 0.1)).astype(np.float32)
-    names = []
-    for name in rng.choice(("key", "hammer", "screw", "spring", "coin", "ring"), rng.integers(1, 4), replace=False):
-        cx, cy, turn = *rng.uniform(-3.5, 3.5, 2) * (1, 0.6), rng.uniform(0, 6.3)
-        c, s = math.cos(turn), math.sin(turn)
-
-        def at(u, v, cx=cx, cy=cy, c=c, s=s):
-            return cx + u * c - v * s, cy + u * s + v * c
-
-        if name == "key":
-            angles = np.linspace(0, 6.3, 9)
-            _wire(path, rng, [at(-2 + 0.9 * math.cos(a), 0.9 * math.sin(a)) for a in angles], 0.25, 4, cm)
-            _wire(path, rng, [at(-1.1, 0), at(1, 0), at(2.6, 0)], 0.25, 4, cm)
-            _wire(path, rng, [at(2.2, 0), at(2.2, 0.4), at(2.2, 0.8)], 0.25, 4, cm)
-        elif name == "hammer":
-            _wire(path, rng, [at(-3, 0), at(0, 0), at(3, 0)], 0.35, 0.5, cm)
-            _wire(path, rng, [at(2.6, -1.2), at(2.6, 0), at(2.6, 1.2)], 0.6, 4, cm)
-        elif name == "screw":
-            _wire(path, rng, [at(-1.5, 0), at(0, 0), at(1.5, 0)], 0.22, 4, cm)
-            _wire(path, rng, [at(-1.5, -0.5), at(-1.5, 0), at(-1.5, 0.5)], 0.25, 4, cm)
-        elif name == "spring":
-            _wire(path, rng, [at(u, 0.7 * (-1) ** k) for k, u in enumerate(np.linspace(-2, 2, 15))], 0.12, 4, cm)
-        elif name == "coin":
-            path += (1.2 * ramp(np.hypot(x - cx, y - cy), 1.15, 1.05)).astype(np.float32)
+    names, metal = [str(n) for n in rng.choice(("key", "hammer", "screw", "spring", "coin", "ring"), rng.integers(1, 4), replace=False)], 3.0
+    for name in names:
+        cx, cy, turn = rng.uniform(-3.5, 3.5), rng.uniform(-2.2, 2.2), rng.uniform(0, 6.3)
+        if name == "coin":
+            path += 1.2 * ramp(np.hypot(x - cx, y - cy), 1.15, 1.05)
+        elif name == "ring":
+            path += 2.0 * ramp(np.abs(np.hypot(x - cx, y - cy) - 0.9), 0.25, 0.15)
         else:
-            path += (2.0 * ramp(np.abs(np.hypot(x - cx, y - cy) - 0.9), 0.25, 0.15)).astype(np.float32)
-        names.append(_a(str(name)))
-    return path, "a box with " + (" and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0])
+            parts = {
+                "key": (
+                    ([(-2 + 0.9 * math.cos(a), 0.9 * math.sin(a)) for a in np.linspace(0, 6.3, 9)], 0.25),
+                    ([(-1.1, 0), (1, 0), (2.6, 0)], 0.25),
+                    ([(2.2, 0), (2.2, 0.4), (2.2, 0.8)], 0.25),
+                ),
+                "hammer": (([(-3, 0), (0, 0), (3, 0)], 0.4), ([(2.6, -1.2), (2.6, 0), (2.6, 1.2)], 0.6)),
+                "screw": (([(-1.5, 0), (0, 0), (1.5, 0)], 0.22), ([(-1.5, -0.5), (-1.5, 0), (-1.5, 0.5)], 0.25)),
+                "spring": (([(u, 0.7 * (-1) ** k) for k, u in enumerate(np.linspace(-2, 2, 15))], 0.12),),
+            }[name]
+            c, s = math.cos(turn), math.sin(turn)
+            _wires(path, cm, [([(cx + u * c - v * s, cy + u * s + v * c) for u, v in line], r, metal) for line, r in parts])
+    return path, "a box with " + _listed([_a(name) for name in names])
+
+
+def _listed(things):
+    return things[0] if len(things) == 1 else ", ".join(things[:-1]) + " and " + things[-1]
 
 
 def _fruit(rng, x, y, cm):
@@ -417,8 +421,7 @@ def _fruit(rng, x, y, cm):
     if kind == "a cherry pair":
         path = SOFT * (ellipsoid(x, y, -3, 4, 2.4, 2.4, 2.4) + ellipsoid(x, y, 3, 3.4, 2.4, 2.4, 2.4))
         path = path + 0.25 * (ellipsoid(x, y, -3, 4, 0.9, 0.9, 0.9) + ellipsoid(x, y, 3, 3.4, 0.9, 0.9, 0.9))
-        for s in (-1, 1):
-            _wire(path, rng, [(s * 3, 2), (s * 2, -3), (0, -7)], 0.2, SOFT, cm)
+        _wires(path, cm, [([(s * 3, 2), (s * 2, -3), (0, -7)], 0.25, SOFT) for s in (-1, 1)])
         return path, "two cherries"
     r = rng.uniform(4.5, 6.5)
     path = 0.9 * SOFT * ellipsoid(x, y, 0, 1, r, r * 0.95, r)
@@ -432,13 +435,13 @@ def _fruit(rng, x, y, cm):
         for k in range(5):
             path = path + 0.2 * ellipsoid(x, y, 0.8 * math.cos(1.26 * k), 1 + 0.8 * math.sin(1.26 * k), 0.3, 0.5, 0.5)
         path = path - 0.1 * ellipsoid(x, y, 0, 1, 1.5, 1.8, 1.2)
-    _wire(path, rng, [(0, 1 - r * 0.9), (0.4, -r), (1.0, -r - 1.5)], 0.2, SOFT, cm)
+    _wires(path, cm, [([(0, 1 - r * 0.9), (0.4, -r), (1.0, -r - 1.5)], 0.25, SOFT)])
     return path, kind
 
 
 def _cylinders(rng, x, y, cm):
     n = int(rng.integers(2, 5))
-    path = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
+    path = _empty(x, y)
     hollow = rng.random() < 0.5
     for k in range(n):
         cx, r, mu = (k - (n - 1) / 2) * 4.2, rng.uniform(0.9, 1.9), rng.uniform(0.15, 0.5)
@@ -461,22 +464,21 @@ def _blobs(rng, x, y, cm):
 
 def _roots(rng, x, y, cm):
     pot = rng.random() < 0.5
-    path = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
+    path = _empty(x, y)
     if pot:
         half = 6.5 - 0.2 * y
         path += (0.8 * ramp(np.abs(np.abs(x) - half), 0.5, 0.2) + 0.25 * root(1 - (x / half) ** 2)) * ramp(np.abs(y), 7.6, 7.4)
-    ends, radius = [(0.0, -7.0, math.pi / 2)], 0.55
+    ends, radius, branches = [(rng.uniform(-2, 2), -7.0, math.pi / 2 + rng.uniform(-0.3, 0.3))], rng.uniform(0.4, 0.8), []
     for _ in range(5):
-        new = []
+        tips = []
         for ex, ey, angle in ends:
             for fork in (-1, 1):
-                turn = angle + fork * rng.uniform(0.2, 0.6)
-                length = rng.uniform(1.8, 3.6)
+                turn, length = angle + fork * rng.uniform(0.1, 0.7), rng.uniform(1.6, 4.0)
                 mid = ex + 0.5 * length * math.cos((angle + turn) / 2), ey + 0.5 * length * math.sin((angle + turn) / 2)
-                tip = ex + length * math.cos(turn), ey + length * math.sin(turn)
-                new.append((*tip, turn))
-                _wire(path, rng, [(ex, ey), mid, tip], radius, SOFT * 1.2, cm)
-        ends, radius = [new[k] for k in rng.permutation(len(new))[:8]], radius * 0.72
+                tips.append((ex + length * math.cos(turn), ey + length * math.sin(turn), turn))
+                branches.append(([(ex, ey), mid, tips[-1][:2]], radius, 1.2 * SOFT))
+        ends, radius = [tips[k] for k in rng.permutation(len(tips))[:8]], radius * 0.72
+    _wires(path, cm, branches)
     return path, "the roots of a plant" + (" in a pot" if pot else "")
 
 

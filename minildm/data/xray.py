@@ -135,13 +135,14 @@ def tubes(canvas, picture, x, y, radius, strength, hollow=0.0):
     canvas += total[:, 1:-1, 1:-1].astype(np.float32)
 
 
-def expose(path, sources, pixel, photons, scatter, black, white, squash=0.35, sharpen=0.25):
+def expose(path, sources, pixel, photons, scatter, black, white, squash=0.35, sharpen=0.25, present=0.8):
     """Film of a path: scatter veil, quantum noise, logarithm, tone and edge processing, display curve -> uint8 (B, size, size).
 
     Args (numbers or (B, 1, 1)):
         pixel: its side in cm; photons: at the detector in open air, per square cm.
         scatter: scattered over primary radiation behind a patient.
         black, white: grey (0 to 1) given to the 12th and to the 93rd percentile of the body's density, as automatic windowing does.
+        present: a path above this is body, not air.
         squash, sharpen: share of the lowest frequencies taken away, and of the fine ones added, as a digital system does.
     """
     primary = np.exp(-path)
@@ -155,7 +156,7 @@ def expose(path, sources, pixel, photons, scatter, black, white, squash=0.35, sh
     wide = blur(density, 7)
     density = density + sharpen * (density - blur(density, 35)) - squash * wide * ramp(path, 0, 1)
     some = max(1, path.shape[1] // 64)
-    few, body = density[:, ::some, ::some], path[:, ::some, ::some] > 0.8
+    few, body = density[:, ::some, ::some], path[:, ::some, ::some] > present
     window = np.float32([np.quantile(d[b], (0.12, 0.93)) if b.any() else (0, 1) for d, b in zip(few, body)])
     lungs, solid = window.T[:, :, None, None]
     shown = black + (density - lungs) * ((white - black) / np.maximum(solid - lungs, 0.1))
