@@ -1,19 +1,33 @@
 """Captioned pictures that are not chests: what the embedded base model is pretrained on, and a checker of its answers.
 
-In: seeds. Out: RGB pictures uint8 (B, size, size, 3) with a caption each: coloured shapes and how they lie to one another, textures,
-simple scenes, and radiographs of other objects by the same physics as the chest phantom's (``xray``), so that a model knows words,
-layout and film greys but no thorax. ``check_shapes`` tells exactly whether a picture shows what a shape prompt asked for.
+In: seeds. Out: RGB pictures uint8 (B, size, size, 3) with a caption each: coloured shapes and how they lie to one
+another, textures, simple scenes, and radiographs of other objects by the same physics as the chest phantom's
+(``xray``), so that a model knows words, layout and film greys but no thorax. ``check_shapes`` tells exactly whether a
+picture shows what a shape prompt asked for.
 """
 
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from minildm.data.xray import BONE, SOFT, ellipsoid, expose, fractal, generators, plate, ramp, root, spline_weights, tubes
+from minildm.data.xray import (
+    BONE,
+    SOFT,
+    ellipsoid,
+    expose,
+    fractal,
+    generators,
+    plate,
+    ramp,
+    root,
+    spline_weights,
+    tubes,
+)
 from minildm.errors import InputError
 
 COLOURS = {
@@ -26,15 +40,26 @@ COLOURS = {
     "white": (250, 250, 250),
     "black": (12, 12, 12),
 }
-BACKGROUNDS = {"gray": (128, 128, 128), "light gray": (195, 195, 195), "beige": (214, 202, 172), "light blue": (168, 200, 222)}
+BACKGROUNDS = {
+    "gray": (128, 128, 128),
+    "light gray": (195, 195, 195),
+    "beige": (214, 202, 172),
+    "light blue": (168, 200, 222),
+}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond")
-RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}  # where the first one lies, y down
+RELATIONS = {
+    "above": (0, -1),
+    "below": (0, 1),
+    "left of": (-1, 0),
+    "right of": (1, 0),
+}  # where the first one lies, y down
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 KINDS = {"shapes": 0.5, "textures": 0.12, "scenes": 0.1, "radiographs": 0.28}
 
 
 def pictures(seeds, size=128, kind=None):
-    """Pictures and their captions, one a seed (a number or a tuple such as (set, index)): (uint8 (B, size, size, 3), [text]).
+    """Pictures and their captions, one a seed (a number or a tuple such as (set, index)): (uint8 (B, size, size, 3),
+    [text]).
 
     kind: one of KINDS for all of them, or None to draw each at its share.
     """
@@ -56,7 +81,8 @@ def shape_prompt(seed):
     return f"{_a(c1)} {s1} {rng.choice(list(RELATIONS))} {_a(c2)} {s2}"
 
 
-# ---- shapes -----------------------------------------------------------------------------------------------------------------
+# ---- shapes
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def shape_distance(shape, x, y):
@@ -88,7 +114,7 @@ def _grid(size):
 
 
 def _paint(canvas, shape, colour, cx, cy, half):
-    """Draw a shape (centre and half-size as fractions of the picture) onto a float canvas, edges smoothed over a pixel."""
+    """Draw a shape (centre, half-size: fractions of the picture) onto a float canvas, edges smoothed over a pixel."""
     x, y = _grid(len(canvas))
     distance = shape_distance(shape, (x - cx) / half, (y - cy) / half) * (half * len(canvas))
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
@@ -103,7 +129,9 @@ def _plain(rng, size, avoid=()):
     name = str(rng.choice([name for name in BACKGROUNDS if name not in avoid]))
     x, y = _grid(size)
     slope = rng.uniform(-14, 14, 2)
-    return np.float32(BACKGROUNDS[name]) + ((x - 0.5) * slope[0] + (y - 0.5) * slope[1])[..., None].astype(np.float32), name
+    return np.float32(BACKGROUNDS[name]) + ((x - 0.5) * slope[0] + (y - 0.5) * slope[1])[..., None].astype(
+        np.float32
+    ), name
 
 
 def _tint(rng, name):
@@ -148,7 +176,8 @@ def _finish(canvas, rng):
     return (np.clip(canvas + noise, 0, 255) + 0.5).astype(np.uint8)
 
 
-# ---- the checker --------------------------------------------------------------------------------------------------------------
+# ---- the checker
+# --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -172,16 +201,17 @@ _PROMPT = re.compile(
 
 
 def check_shapes(image, prompt):
-    """Compare an RGB picture (H, W, 3) uint8 with a shape prompt ('a red circle above a blue square', 'three green stars'): ShapeCheck.
+    """Compare an RGB picture (H, W, 3) uint8 with a shape prompt ('a red circle above a blue square', 'three green
+    stars'): ShapeCheck.
 
-    A pixel belongs to the nearest of the palette and the border's own colour; each colour's largest connected areas are its shapes; an
-    area has the shape whose outline, stretched to the same box, it covers best.
+    A pixel belongs to the nearest of the palette and the border's own colour; each colour's largest connected areas
+    are its shapes; an area has the shape whose outline, stretched to the same box, it covers best.
     """
     match = _PROMPT.fullmatch(prompt.strip().lower())
     if match is None:
         raise InputError(
-            f"cannot check the prompt {prompt!r}; expected '[number] colour shape [relation a colour shape]' with colours "
-            f"{', '.join(COLOURS)}, shapes {', '.join(SHAPES)} and relations {', '.join(RELATIONS)}"
+            f"cannot check the prompt {prompt!r}; expected '[number] colour shape [relation a colour shape]', "
+            f"colours {', '.join(COLOURS)}, shapes {', '.join(SHAPES)} and relations {', '.join(RELATIONS)}"
         )
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -208,7 +238,7 @@ def check_shapes(image, prompt):
 
 
 def _pair(areas, wanted):
-    """The areas of the first and the second thing asked for; of one colour twice, told apart by shape where that is possible."""
+    """The areas of the first and the second thing asked for; of one colour twice, told apart by shape."""
     (c1, s1), (c2, _) = wanted
     if c1 != c2:
         return areas[c1][0], areas[c2][0]
@@ -218,7 +248,12 @@ def _pair(areas, wanted):
 def _areas(image, colours):
     """{colour: [(shape, centre x, centre y)]} of the areas over 0.6 % of the picture, as fractions of it."""
     a = ndimage.uniform_filter(image.astype(np.float32), (3, 3, 1))
-    ground = np.median(np.concatenate([a[:3].reshape(-1, 3), a[-3:].reshape(-1, 3), a[:, :3].reshape(-1, 3), a[:, -3:].reshape(-1, 3)]), 0)
+    ground = np.median(
+        np.concatenate(
+            [a[:3].reshape(-1, 3), a[-3:].reshape(-1, 3), a[:, :3].reshape(-1, 3), a[:, -3:].reshape(-1, 3)]
+        ),
+        0,
+    )
     palette = np.float32([ground, *COLOURS.values()])
     label = ((a[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     height, width = label.shape
@@ -253,7 +288,8 @@ def _templates(side):
     return templates
 
 
-# ---- textures and scenes ------------------------------------------------------------------------------------------------------
+# ---- textures and scenes
+# ------------------------------------------------------------------------------------------------------
 
 
 def _textures(rng, size):
@@ -299,7 +335,14 @@ def _scenes(rng, size):
     cover = np.clip((y - top) * size + 0.5, 0, 1)[..., None]
     canvas = (canvas + cover * (np.float32((40, 90, 50) if night else (90, 160, 70)) - canvas)).astype(np.float32)
     sx = rng.uniform(0.15, 0.85)
-    _paint(canvas, "circle", (235, 235, 220) if night else (250, 220, 60), sx, rng.uniform(0.12, 0.25), rng.uniform(0.06, 0.1))
+    _paint(
+        canvas,
+        "circle",
+        (235, 235, 220) if night else (250, 220, 60),
+        sx,
+        rng.uniform(0.12, 0.25),
+        rng.uniform(0.06, 0.1),
+    )
     things = ["the moon" if night else "the sun"]
     slots = list(rng.permutation([0.22, 0.5, 0.78]))
     for thing in ("house", "tree", "tent"):
@@ -323,14 +366,18 @@ def _scenes(rng, size):
     return _finish(canvas, rng), f"{'a night scene' if night else 'a landscape'} with {_listed(things)}"
 
 
-# ---- radiographs of other things ----------------------------------------------------------------------------------------------
+# ---- radiographs of other things
+# ----------------------------------------------------------------------------------------------
 
 
 def _radiographs(rng, size):
     """Line integrals through an object on a 20 cm plate: the greys of a film, and nothing of a chest."""
     x, y = ((t - 0.5)[None] * 20 for t in _grid(size))  # (1, 1, W), (1, H, 1), cm
     angle = rng.uniform(-0.3, 0.3)
-    x, y = x * math.cos(angle) + y * math.sin(angle) + rng.uniform(-1, 1), y * math.cos(angle) - x * math.sin(angle) + rng.uniform(-1, 1)
+    x, y = (
+        x * math.cos(angle) + y * math.sin(angle) + rng.uniform(-1, 1),
+        y * math.cos(angle) - x * math.sin(angle) + rng.uniform(-1, 1),
+    )
     objects = (_bottle, _hand, _toolbox, _fruit, _cylinders, _blobs, _roots, _wedge, _lattice, _shells)
     path, thing = objects[rng.integers(len(objects))](rng, x, y, 20 / size)
     bath = rng.random() < 0.6  # a bath as deep as it is wide gives the greys of a body instead of air around the object
@@ -356,7 +403,7 @@ def _bottle(rng, x, y, cm):
 
 
 def _wires(path, cm, curves):
-    """Add smooth tubes to path (1, size, size): rows of (control points in cm from the middle, radius in cm, strength in 1/cm)."""
+    """Add smooth tubes to path (1, size, size): rows of (control points in cm, radius in cm, strength in 1/cm)."""
     curves = [(np.float32([points[0], points[0], *points, points[-1], points[-1]]), *rest) for points, *rest in curves]
     longest = max(np.hypot(*np.diff(points, axis=0).T).sum() for points, *_ in curves)
     count = int(longest / (0.7 * cm)) + 6
@@ -375,9 +422,12 @@ def _hand(rng, x, y, cm):
     path, flesh, bones = _empty(x, y), ellipsoid(x, y, 0, 4.2, 4.2, 4.8, 1.3), []
     for k, spread in enumerate(np.linspace(-0.55, 0.55, 5) + rng.uniform(-0.05, 0.05, 5)):
         reach = (7.5, 9.8, 10.4, 9.8, 8.2)[k] * rng.uniform(0.93, 1.05)
-        at = [((3 + 5 * part) * math.sin(spread), 5.5 - part * reach * math.cos(spread)) for part in (0.2, 0.5, 0.72, 0.88, 1)]
+        at = [
+            ((3 + 5 * part) * math.sin(spread), 5.5 - part * reach * math.cos(spread))
+            for part in (0.2, 0.5, 0.72, 0.88, 1)
+        ]
         bones.append(([at[0], at[2], at[4]], 0.9, 0.8 * SOFT))
-        for (x0, y0), (x1, y1) in zip(at, at[1:]):
+        for (x0, y0), (x1, y1) in pairwise(at):
             bones.append(([(x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for t in (0.1, 0.5, 0.9)], 0.38, BONE))
     for _ in range(7):
         flesh = flesh + 1.2 * ellipsoid(x, y, rng.uniform(-1.6, 1.6), rng.uniform(5, 7.5), 0.65, 0.65, 0.5)
@@ -389,7 +439,13 @@ def _toolbox(rng, x, y, cm):
     wide, high = rng.uniform(6, 7.5), rng.uniform(4, 6)
     box = np.maximum(np.abs(x) - wide, np.abs(y) - high)
     path = (0.35 * ramp(box, 0.05, -0.05) + 0.9 * ramp(np.abs(box + 0.25), 0.3, 0.1)).astype(np.float32)
-    names, metal = [str(n) for n in rng.choice(("key", "hammer", "screw", "spring", "coin", "ring"), rng.integers(1, 4), replace=False)], 3.0
+    names, metal = (
+        [
+            str(n)
+            for n in rng.choice(("key", "hammer", "screw", "spring", "coin", "ring"), rng.integers(1, 4), replace=False)
+        ],
+        3.0,
+    )
     for name in names:
         cx, cy, turn = rng.uniform(-3.5, 3.5), rng.uniform(-2.2, 2.2), rng.uniform(0, 6.3)
         if name == "coin":
@@ -408,7 +464,9 @@ def _toolbox(rng, x, y, cm):
                 "spring": (([(u, 0.7 * (-1) ** k) for k, u in enumerate(np.linspace(-2, 2, 15))], 0.12),),
             }[name]
             c, s = math.cos(turn), math.sin(turn)
-            _wires(path, cm, [([(cx + u * c - v * s, cy + u * s + v * c) for u, v in line], r, metal) for line, r in parts])
+            _wires(
+                path, cm, [([(cx + u * c - v * s, cy + u * s + v * c) for u, v in line], r, metal) for line, r in parts]
+            )
     return path, "a box with " + _listed([_a(name) for name in names])
 
 
@@ -467,8 +525,14 @@ def _roots(rng, x, y, cm):
     path = _empty(x, y)
     if pot:
         half = 6.5 - 0.2 * y
-        path += (0.8 * ramp(np.abs(np.abs(x) - half), 0.5, 0.2) + 0.25 * root(1 - (x / half) ** 2)) * ramp(np.abs(y), 7.6, 7.4)
-    ends, radius, branches = [(rng.uniform(-2, 2), -7.0, math.pi / 2 + rng.uniform(-0.3, 0.3))], rng.uniform(0.4, 0.8), []
+        path += (0.8 * ramp(np.abs(np.abs(x) - half), 0.5, 0.2) + 0.25 * root(1 - (x / half) ** 2)) * ramp(
+            np.abs(y), 7.6, 7.4
+        )
+    ends, radius, branches = (
+        [(rng.uniform(-2, 2), -7.0, math.pi / 2 + rng.uniform(-0.3, 0.3))],
+        rng.uniform(0.4, 0.8),
+        [],
+    )
     for _ in range(5):
         tips = []
         for ex, ey, angle in ends:
@@ -492,7 +556,9 @@ def _wedge(rng, x, y, cm):
 def _lattice(rng, x, y, cm):
     n = rng.uniform(1.2, 2.5)
     bars = ramp(np.abs((x / n) % 1 - 0.5), 0.14, 0.08) + ramp(np.abs((y / n) % 1 - 0.5), 0.14, 0.08)
-    return 0.8 * bars * ramp(np.maximum(np.abs(x), np.abs(y)), 8.1, 7.9) + 0.15 * ellipsoid(x, y, 0, 0, 9, 9, 2), "a wire mesh"
+    return 0.8 * bars * ramp(np.maximum(np.abs(x), np.abs(y)), 8.1, 7.9) + 0.15 * ellipsoid(
+        x, y, 0, 0, 9, 9, 2
+    ), "a wire mesh"
 
 
 def _shells(rng, x, y, cm):

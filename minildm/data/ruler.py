@@ -1,12 +1,13 @@
 """The phantom's ruler: what a frontal or lateral chest picture shows, measured from its pixels alone.
 
-In: uint8 pictures of any size, (H, W) or (B, H, W). Out: one ``Reading`` each. It scores whether a *generated* picture obeys its
-prompt, so it must not mind slight blur or noise.
+In: uint8 pictures of any size, (H, W) or (B, H, W). Out: one ``Reading`` each. It scores whether a *generated*
+picture obeys its prompt, so it must not mind slight blur or noise.
 
-A reading is linear: the picture becomes some 1,500 numbers (greys, the strength of fine detail, the brightest small spots and the
-spine's course, each on a coarse grid), and each label is a weighted sum of them. The weights come from ridge regression on phantoms
-whose labels are known (half of them blurred or noisy), fitted anew in each process, in seconds: so the ruler always matches the
-phantom it measures. ``tests/benchmarks/bench_phantom.py`` gives its accuracy on other phantoms. Not for clinical use.
+A reading is linear: the picture becomes some 1,500 numbers (greys, the strength of fine detail, the brightest small
+spots and the spine's course, each on a coarse grid), and each label is a weighted sum of them. The weights come from
+ridge regression on phantoms whose labels are known (half of them blurred or noisy), fitted anew in each process, in
+seconds: so the ruler always matches the phantom it measures. ``tests/benchmarks/bench_phantom.py`` gives its accuracy
+on other phantoms. Not for clinical use.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ from minildm.data import phantom
 from minildm.errors import InputError
 
 SIDE = 128  # pixels of the picture that is measured
-CALIBRATION = (987_654_321, 1250, 450)  # seed of the calibration set, pictures that fit the weights, pictures that set the thresholds
+CALIBRATION = (
+    987_654_321,
+    1250,
+    450,
+)  # seed of the calibration set, pictures that fit the weights, pictures that set the thresholds
 RIDGE = 40.0
 SIDES = ("right", "left")
 
@@ -55,7 +60,7 @@ def measure(images):
 
 
 def obeys(reading, wanted):
-    """Whether a reading shows what a prompt's fields ask for (``phantom.fields``): {field: True or False}, asked fields alone."""
+    """Whether a reading shows what a prompt's fields (``phantom.fields``) ask for: {field: True or False}."""
     verdict = {}
     if wanted.get("view"):
         verdict["view"] = reading.view.upper() == wanted["view"].upper()
@@ -92,7 +97,9 @@ def _square(image):
     side = min(image.shape)
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     crop = Image.fromarray(np.ascontiguousarray(image[top : top + side, left : left + side]))
-    return np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.BOX if side >= SIDE else Image.Resampling.BICUBIC), np.float32)
+    return np.asarray(
+        crop.resize((SIDE, SIDE), Image.Resampling.BOX if side >= SIDE else Image.Resampling.BICUBIC), np.float32
+    )
 
 
 def _pool(a, cells, how):
@@ -118,13 +125,17 @@ def _features(a):
     course = course.reshape(16, -1).mean(1)
     t = np.linspace(-1, 1, 16)
     course = course - np.polyval(np.polyfit(t, course, 1), t)
-    waves = [abs(course @ np.sin(np.pi * k * t / 2 + shift)) for k in (1, 2, 3) for shift in (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)]
+    waves = [
+        abs(course @ np.sin(np.pi * k * t / 2 + shift))
+        for k in (1, 2, 3)
+        for shift in (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
+    ]
     parts = (blobs, grey, 3 * energy, 2 * boxes, 0.5 * np.abs(course), 0.3 * np.array(waves), np.ones(1))
     return np.concatenate([np.ravel(part) for part in parts])
 
 
 def _roundness(a, sigma):
-    """How much of a bright blob of that radius (pixels) each place is: the smaller of the two downward curvatures, so no line counts."""
+    """How much of a bright blob of that radius (pixels) each place is: the lesser curvature, so no line counts."""
     yy, xx, xy = (ndimage.gaussian_filter(a, sigma, order) * sigma**2 for order in ((2, 0), (0, 2), (1, 1)))
     return np.maximum(-(yy + xx) / 2 - np.sqrt((yy - xx) ** 2 / 4 + xy**2), 0)
 
@@ -132,7 +143,9 @@ def _roundness(a, sigma):
 def _blemish(image, rng):
     """The image as a generator might give it: softer, noisier, another contrast."""
     a = image.astype(np.float32)
-    a = ndimage.gaussian_filter(a, rng.uniform(0, 1.0)) + rng.standard_normal(a.shape, dtype=np.float32) * rng.uniform(0, 8)
+    a = ndimage.gaussian_filter(a, rng.uniform(0, 1.0)) + rng.standard_normal(a.shape, dtype=np.float32) * rng.uniform(
+        0, 8
+    )
     return np.clip((a - 128) * rng.uniform(0.8, 1.15) + 128 + rng.uniform(-15, 15), 0, 255).astype(np.uint8)
 
 
@@ -195,14 +208,17 @@ def _calibrate():
 
 
 def _fit(features, targets, fit):
-    """Readings from labelled pictures: ridge weights from the first ``fit``, thresholds from the others, where they miss least.
+    """Readings from labelled pictures: ridge weights from the first ``fit``, thresholds from the others, where they
+    miss least.
 
     Returns ({name: weights}, {name: mean and spread of the score where the answer is no}, {group: threshold}).
     """
     inverses, weights, spread, thresholds = {}, {}, {}, {}
     for name, (counts, value) in targets.items():
         a, no = features[:fit][counts[:fit]], counts & (value < 0)
-        if name.startswith("granuloma"):  # not a sum but a maximum: the blob that stands out most, given what its place is used to
+        if name.startswith(
+            "granuloma"
+        ):  # not a sum but a maximum: the blob that stands out most, given what its place is used to
             spread[name] = features[no, :256].mean(0), features[no, :256].std(0) + 0.02
             continue
         if (key := counts.tobytes()) not in inverses:

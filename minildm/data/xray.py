@@ -1,10 +1,12 @@
 """The physics of a radiograph: from the attenuation along each ray to the grey values of a film.
 
-In: ``path`` (B, size, size) float32, the line integral of the attenuation coefficient (1/cm times cm, so without unit) from the
-tube to each detector pixel. Out: uint8 pictures. ``phantom`` builds the path of a thorax, ``procedural`` that of bottles and hands.
+In: ``path`` (B, size, size) float32, the line integral of the attenuation coefficient (1/cm times cm, so without
+unit) from the tube to each detector pixel. Out: uint8 pictures. ``phantom`` builds the path of a thorax,
+``procedural`` that of bottles and hands.
 
-Beer-Lambert: primary = exp(-path). Attenuation coefficients are those of a 120 kVp beam's mean energy, near 60 keV (Hubbell & Seltzer,
-NISTIR 5632, tables of mass attenuation). Not modelled: beam hardening, the heel effect, the anti-scatter grid's own shadow.
+Beer-Lambert: primary = exp(-path). Attenuation coefficients are those of a 120 kVp beam's mean energy, near 60 keV
+(Hubbell & Seltzer, NISTIR 5632, tables of mass attenuation). Not modelled: beam hardening, the heel effect, the
+anti-scatter grid's own shadow.
 """
 
 import math
@@ -18,12 +20,12 @@ BONE = 0.38  # cortical bone, *in addition to* the soft tissue it displaces
 
 
 def generators(seeds, stream):
-    """One source of random numbers a picture; a seed is a number or a tuple such as (set, index), a stream one use of it."""
+    """One source of random numbers a picture; a seed is a number or a tuple, such as (set, index); a stream one use."""
     return [np.random.default_rng([*(seed if isinstance(seed, tuple) else (seed,)), stream]) for seed in seeds]
 
 
 class Draws:
-    """Uniform numbers for a batch, one row a picture, handed out column by column: picture b depends on ``sources[b]`` alone."""
+    """Uniform numbers for a batch, handed out column by column: picture b depends on ``sources[b]`` alone."""
 
     def __init__(self, sources, count):
         self.columns = np.stack([source.random(count, dtype=np.float32) for source in sources])
@@ -68,7 +70,7 @@ def spline_weights(knots, size):
 
 
 def plate(x, y, corners):
-    """Signed distance (cm, negative inside) to a convex polygon; corners [(x, y), ...] clockwise as seen with y down."""
+    """Signed distance (cm, negative inside) to a convex polygon; corners [(x, y), ...] clockwise, y down."""
     distance = None
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
         length = ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5
@@ -78,17 +80,19 @@ def plate(x, y, corners):
 
 
 def blur(images, knots):
-    """Low-pass by going down to a lattice of ``knots`` and back: small matrix products along each axis, edges kept fair."""
+    """Low-pass by going down to a lattice of ``knots`` and back: small matrix products along each axis."""
     up = spline_weights(knots, images.shape[-1])
     down = (up / up.sum(0)).T
     return up @ (down @ images @ down.T) @ up.T
 
 
 def fractal(sources, size, octaves, persistence=0.7):
-    """Power-law clouds, (B, size, size), about unit variance: octave k has 2^k cells a side and amplitude persistence^k.
+    """Power-law clouds, (B, size, size), about unit variance: octave k has 2^k cells a side and amplitude
+    persistence^k.
 
     Anatomy's texture has a power spectrum near 1/f^3 (Burgess 1999, J. Opt. Soc. Am. A 16, 633), which persistence
-    2^(1 - 3/2) = 0.7 gives. Octaves too fine for the pixels are left out, coarse ones drawn first: size changes no shape.
+    2^(1 - 3/2) = 0.7 gives. Octaves too fine for the pixels are left out, coarse ones drawn first: size changes no
+    shape.
     """
     knots = [2**k + 3 for k in octaves if 2 ** (k + 1) <= size]
     amplitude = [persistence**k for k in range(len(knots))]
@@ -122,7 +126,10 @@ def tubes(canvas, picture, x, y, radius, strength, hollow=0.0):
     mass = (strength * radius * radius * step * (2 / count)) * chord  # (F, N, K)
     side = radius / step
     px, py = x - (side * dy) * offset, y + (side * dx) * offset
-    px, py = np.clip(px + 0.5, 0, size + 0.99), np.clip(py + 0.5, 0, size + 0.99)  # a rim of one pixel takes what falls outside
+    px, py = (
+        np.clip(px + 0.5, 0, size + 0.99),
+        np.clip(py + 0.5, 0, size + 0.99),
+    )  # a rim of one pixel takes what falls outside
     ix, iy = px.astype(np.int64), py.astype(np.int64)
     fx, fy = px - ix.astype(np.float32), py - iy.astype(np.float32)
     rim = size + 2
@@ -136,18 +143,19 @@ def tubes(canvas, picture, x, y, radius, strength, hollow=0.0):
 
 
 def expose(path, sources, pixel, photons, scatter, black, white, squash=0.35, sharpen=0.25, present=0.8):
-    """Film of a path: scatter veil, quantum noise, logarithm, tone and edge processing, display curve -> uint8 (B, size, size).
+    """Film of a path: scatter veil, quantum noise, logarithm, tone and edge processing, display curve -> uint8 (B,
+    size, size).
 
     Args (numbers or (B, 1, 1)):
         pixel: its side in cm; photons: at the detector in open air, per square cm.
         scatter: scattered over primary radiation behind a patient.
-        black, white: grey (0 to 1) given to the 12th and to the 93rd percentile of the body's density, as automatic windowing does.
-        present: a path above this is body, not air.
-        squash, sharpen: share of the lowest frequencies taken away, and of the fine ones added, as a digital system does.
+        black, white: grey (0 to 1) given to the 12th and to the 93rd percentile of the body's density, as automatic
+        windowing does. present: a path above this is body, not air. squash, sharpen: share of the lowest frequencies
+        taken away, and of the fine ones added, as a digital system does.
     """
     primary = np.exp(-path)
-    # The veil is what the body makes of the beam: wide, and nothing where the beam meets no body. (J. A. Seibert & J. M. Boone 2005,
-    # J. Nucl. Med. Technol. 33, 3: scatter-to-primary ratio of chest regions.)
+    # The veil is what the body makes of the beam: wide, and nothing where the beam meets no body. (J. A. Seibert & J.
+    # M. Boone 2005, J. Nucl. Med. Technol. 33, 3: scatter-to-primary ratio of chest regions.)
     signal = primary + scatter * blur(primary * (1 - primary), 9)
     # Counts in a pixel are Poisson; above some thirty of them that is the normal law with variance = mean.
     noise = np.stack([source.standard_normal(path.shape[1:], dtype=np.float32) for source in sources])
@@ -157,8 +165,8 @@ def expose(path, sources, pixel, photons, scatter, black, white, squash=0.35, sh
     density = density + sharpen * (density - blur(density, 35)) - squash * wide * ramp(path, 0, 1)
     some = max(1, path.shape[1] // 64)
     few, body = density[:, ::some, ::some], path[:, ::some, ::some] > present
-    window = np.float32([np.quantile(d[b], (0.12, 0.93)) if b.any() else (0, 1) for d, b in zip(few, body)])
-    lungs, solid = window.T[:, :, None, None]
+    ranked = [np.sort(d[b]) if b.any() else np.float32((0, 1)) for d, b in zip(few, body)]
+    lungs, solid = (np.stack([d[int(share * len(d))] for d in ranked])[:, None, None] for share in (0.12, 0.93))
     shown = black + (density - lungs) * ((white - black) / np.maximum(solid - lungs, 0.1))
     # A film's characteristic curve: straight in the middle, slow at both ends.
     shown = 0.5 + 0.5 * np.tanh(1.25 * (2 * shown - 1)) / math.tanh(1.25)
