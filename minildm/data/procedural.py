@@ -9,6 +9,7 @@ picture shows what a shape prompt asked for.
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -255,7 +256,9 @@ def _areas(image, colours):
         0,
     )
     palette = np.float32([ground, *COLOURS.values()])
-    label = ((a[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    label = ((palette * palette).sum(1) - 2 * (a @ palette.T)).argmin(
+        -1
+    )  # nearest by squared distance, less a's own square
     height, width = label.shape
     areas = {}
     for colour in colours:
@@ -277,6 +280,7 @@ def _name_shape(mask, side=32):
     return max(scores, key=scores.get)
 
 
+@lru_cache(maxsize=2)
 def _templates(side):
     t = (np.arange(8 * side) + 0.5) / (4 * side) - 1
     templates = {}
@@ -411,7 +415,9 @@ def _wires(path, cm, curves):
     px, py = (places[..., k] / np.float32(cm) + path.shape[-1] / 2 for k in (0, 1))
     radius = np.float32([[r / cm] for _, r, _ in curves])
     strength = np.float32([[s * cm] for *_, s in curves])
-    tubes(path, np.zeros(len(curves), np.int64), px, py, np.broadcast_to(radius, px.shape), strength)
+    tubes(
+        path, np.zeros(len(curves), np.int64), px, py, np.broadcast_to(radius, px.shape), strength, float(radius.max())
+    )
 
 
 def _empty(x, y):

@@ -107,37 +107,43 @@ def _pool(a, cells, how):
     return how(a.reshape(cells, k, cells, k), axis=(1, 3))
 
 
+@lru_cache(maxsize=16)
+def _filter(sigma, order=0):
+    """(SIDE, SIDE): a Gaussian filter along one axis, or its derivative, as a matrix."""
+    return ndimage.gaussian_filter1d(np.eye(SIDE), sigma, axis=0, order=order).astype(np.float32)
+
+
+def _smooth(a, sigma_y, sigma_x):
+    return _filter(sigma_y) @ a @ _filter(sigma_x).T
+
+
 def _features(a):
-    """(SIDE, SIDE) greys -> the numbers that readings are sums of."""
+    """(SIDE, SIDE) greys -> the numbers that readings are sums of; the first 256 tell of small round spots."""
     inner = a[8:-8, 8:-8]
     a = (a - inner.mean()) / max(float(inner.std()), 1.0)
+    # Round bright spots: the lesser of the two downward curvatures, so that no line counts.
+    bend, still = _filter(1.0, 2), _filter(1.0)
+    yy, xx, xy = bend @ a @ still.T, still @ a @ bend.T, _filter(1.0, 1) @ a @ _filter(1.0, 1).T
+    blobs = np.maximum(-(yy + xx) / 2 - np.sqrt((yy - xx) ** 2 / 4 + xy**2), 0)
+    blobs = np.minimum(_pool(blobs, 16, np.max), 1.0)
     grey = _pool(a, 32, np.mean)
-    smooth = ndimage.gaussian_filter(a, 1.0)
-    detail = smooth - ndimage.gaussian_filter(a, 2.5)
+    detail = _smooth(a, 1.0, 1.0) - _smooth(a, 2.5, 2.5)
     energy = np.sqrt(_pool(detail * detail, 16, np.mean))
-    blobs = np.minimum(_pool(_roundness(a, 1.0), 16, np.max), 1.0)
-    box = ndimage.uniform_filter(a, 7) - ndimage.uniform_filter(a, 19)  # what a pacemaker's can stands out by
+    box = _smooth(a, 2.0, 2.0) - _smooth(a, 5.5, 5.5)  # what a pacemaker's can stands out by
     boxes = np.maximum(_pool(box, 16, np.max) - 0.4, 0)
     # The spine: the brightest line within the middle third, row by row; its bends, whichever way they go.
-    middle = ndimage.gaussian_filter(a, (4.0, 1.5))[:, SIDE // 3 : SIDE - SIDE // 3]
+    middle = _smooth(a, 4.0, 1.5)[:, SIDE // 3 : SIDE - SIDE // 3]
     weight = np.exp(4 * (middle - middle.max(1, keepdims=True)))
     course = (weight * np.arange(middle.shape[1])).sum(1) / weight.sum(1)
-    course = course.reshape(16, -1).mean(1)
-    t = np.linspace(-1, 1, 16)
-    course = course - np.polyval(np.polyfit(t, course, 1), t)
-    waves = [
-        abs(course @ np.sin(np.pi * k * t / 2 + shift))
-        for k in (1, 2, 3)
-        for shift in (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
-    ]
-    parts = (blobs, grey, 3 * energy, 2 * boxes, 0.5 * np.abs(course), 0.3 * np.array(waves), np.ones(1))
+    course = _WITHOUT_LINE @ course.reshape(16, -1).mean(1)
+    parts = (blobs, grey, 3 * energy, 2 * boxes, 0.5 * np.abs(course), 0.3 * np.abs(_WAVES @ course), np.ones(1))
     return np.concatenate([np.ravel(part) for part in parts])
 
 
-def _roundness(a, sigma):
-    """How much of a bright blob of that radius (pixels) each place is: the lesser curvature, so no line counts."""
-    yy, xx, xy = (ndimage.gaussian_filter(a, sigma, order) * sigma**2 for order in ((2, 0), (0, 2), (1, 1)))
-    return np.maximum(-(yy + xx) / 2 - np.sqrt((yy - xx) ** 2 / 4 + xy**2), 0)
+_T = np.linspace(-1, 1, 16)
+_LINE = np.stack([np.ones(16) / 4, _T / np.linalg.norm(_T)])
+_WITHOUT_LINE = np.eye(16) - _LINE.T @ _LINE  # takes offset and tilt out of the spine's course
+_WAVES = np.stack([np.sin(np.pi * k * _T / 2 + np.pi * shift / 4) for k in (1, 2, 3) for shift in range(4)])
 
 
 def _blemish(image, rng):
@@ -222,8 +228,8 @@ def _fit(features, targets, fit):
             spread[name] = features[no, :256].mean(0), features[no, :256].std(0) + 0.02
             continue
         if (key := counts.tobytes()) not in inverses:
-            inverses[key] = np.linalg.inv(a.T @ a + RIDGE * np.eye(a.shape[1]))
-        weights[name] = inverses[key] @ (a.T @ value[:fit][counts[:fit]])
+            inverses[key] = np.linalg.inv(a @ a.T + RIDGE * np.eye(len(a)))  # the dual form: fewer pictures than numbers
+        weights[name] = a.T @ (inverses[key] @ value[:fit][counts[:fit]])
         if name not in _NUMBERS:
             score = (features @ weights[name])[fit:][no[fit:]]
             spread[name] = score.mean(), score.std()

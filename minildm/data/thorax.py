@@ -65,6 +65,7 @@ class Thorax:
         self.fat = u(0, 1)
         self.field = u(33.0, 38.0)  # of body across the picture
         self.cm = self.field / size  # of body across a pixel
+        self.finest = 33.0 / size
         self.shift_x, self.shift_y = u(-0.8, 0.8), u(0.2, 1.6)
         self.tilt, self.turn = u(-0.03, 0.03), u(-0.05, 0.05) * (1 + self.ap)
         grid = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5)[None]
@@ -98,14 +99,13 @@ class Thorax:
         x = x - self.tilt * y - self.shift_x
         return x / self.cm + self.size / 2, (y - self.shift_y) / self.cm + self.size / 2
 
-    def wires(self, curves):
-        """Add smooth tubes: rows of (control points [(x, y), ...], radius in cm, strength in 1/cm, depth z, hollow
-        share).
+    def wires(self, curves, longest):
+        """Add smooth tubes: rows of (control points [(x, y), ...], radius cm, strength 1/cm, depth z, hollow share).
 
-        Points and strengths are numbers or (B, 1, 1); all curves of a call get the same count of points.
+        Points and strengths are numbers or (B, 1, 1); longest is a length in cm that no curve much exceeds.
         """
-        n, splines = len(self.sources), []
-        zero = np.zeros((n, 1, 1), np.float32)
+        n, count = len(self.sources), int(longest / (0.6 * self.finest)) + 4
+        zero, splines = np.zeros((n, 1, 1), np.float32), []
         for points, *_ in curves:
             ends = [
                 points[0],
@@ -115,8 +115,6 @@ class Thorax:
                 points[-1],
             ]  # the spline begins and ends in its end points
             splines.append([np.concatenate([zero + p[k] for p in ends], 2) for k in (0, 1)])
-        longest = max(np.hypot(np.diff(x), np.diff(y)).sum(2).max() for x, y in splines)
-        count = int(longest / (0.6 * self.cm.min())) + 4
         places, radii, strengths, hollows = [], [], [], []
         for (x, y), (_, radius, strength, z, hollow) in zip(splines, curves):
             weights = spline_weights(x.shape[2], count).T
@@ -126,7 +124,9 @@ class Thorax:
             hollows.append(np.full((n, 1), hollow, np.float32))
         px, py = (np.concatenate([place[k][:, 0] for place in places]) for k in (0, 1))
         owner = np.tile(np.arange(n), len(curves))
-        tubes(self.path, owner, px, py, np.concatenate(radii), np.concatenate(strengths), np.concatenate(hollows))
+        widest = max(radius for _, radius, *_ in curves) / self.finest
+        radii, strengths, hollows = (np.concatenate(v) for v in (radii, strengths, hollows))
+        tubes(self.path, owner, px, py, radii, strengths, widest, hollows)
 
     def vessels(self, roots, scatter):
         """Arteries of the lungs as trees of tapering tubes: a (B, H, W) path of their own.
@@ -142,7 +142,7 @@ class Thorax:
         for _ in range(4):
             a, b, c = self.chance[:, :, used : used + x.shape[1]].transpose(1, 0, 2) * 2 - 1
             used += x.shape[1]
-            points = max(4, int(length * 1.1 / (0.9 * self.cm.min())))
+            points = max(4, int(length * 1.1 / (0.9 * self.finest)))
             t = np.linspace(0, 1, points, dtype=np.float32)
             aim = angle + 0.35 * a
             bend = (
@@ -153,7 +153,8 @@ class Thorax:
             width = radius * (1 + 0.3 * c[..., None]) * (1 - 0.3 * t) / self.cm
             owner = np.repeat(np.arange(n), x.shape[1])
             strength = ((SOFT - LUNG) * self.cm)[owner, 0]
-            tubes(canvas, owner, *(v.reshape(-1, points) for v in (*self.pixels(px, py), width)), strength)
+            px_py_width = (v.reshape(-1, points) for v in (*self.pixels(px, py), width))
+            tubes(canvas, owner, *px_py_width, strength, 1.3 * radius / self.finest)
             fork = 0.42 + 0.2 * c
             x, y = np.repeat(px[..., -1], 2, 1), np.repeat(py[..., -1], 2, 1)
             angle = np.stack([aim - fork, aim + fork * 0.8], 2).reshape(n, -1)
@@ -263,9 +264,7 @@ class Thorax:
             ellipsoid(x, y, -1.4 * h, base - 4.0 * h, 3.2 * h, 4.8 * h, 7.5 * h),  # right atrium
             ellipsoid(x, y, 0.9 + 0.7 * old, -3.8 - old, 2.6 + 0.4 * old, 3.0 + 0.4 * old, 7),  # aortic knob
             ellipsoid(x, y, -0.4, -2.5, 2.9 + 0.5 * old, 11.0, 5),  # superior vena cava, ascending aorta
-            ellipsoid(
-                x, y, 0.8, base - 7.6 * h, 3.9 * h + 0.3, 6.8, 8, -0.22
-            ),  # pulmonary trunk, left atrial appendage
+            ellipsoid(x, y, 0.8, base - 7.6 * h, 3.9 * h + 0.3, 6.8, 8, -0.22),  # pulmonary trunk, left atrium
         )
         return np.maximum.reduce(parts)
 
@@ -332,7 +331,7 @@ class Thorax:
             collar = [(s * 1.6, -8.8), (s * 5, -9.9 - 0.2 * drop), (s * 9.5, -11.0 - drop), (s * 16.6, -12.0 - drop)]
             ridge = [(s * (11 + out), -7.8), (s * 14.5, -10.2), (s * 18.2, -12.2)]
             bones += [(collar, 0.68, calcium * 1.2, 7.0, 0.6), (ridge, 0.55, calcium, -9.0, 0.6)]
-        self.wires(bones)
+        self.wires(bones, 18)
 
     # ---- findings
     # -----------------------------------------------------------------------------------------------------------
@@ -388,7 +387,7 @@ class Thorax:
         ventricle = [*vein, (-2.2, base - 2.5), (1.5, base - 1.2), (5.2 * h, base - 1.6)]
         atrium = [*vein, (-3.3, 3.6), (-4.0, 2.6), (-3.6, 1.4)]
         second = 3.0 * (self.u(0, 1) < 0.6)
-        self.wires([(ventricle, 0.11, 3.0, 3.0, 0.0), (atrium, 0.11, second, 3.0, 0.0)])
+        self.wires([(ventricle, 0.11, 3.0, 3.0, 0.0), (atrium, 0.11, second, 3.0, 0.0)], 50)
 
     # ---- the lateral view
     # ---------------------------------------------------------------------------------------------------
@@ -448,7 +447,7 @@ class Thorax:
             front = (breastbone + 1.6).mean(1, keepdims=True) - 3.2
             can = [(-front - 0.3, -7.0), (-front - 0.1, -5.0), (-front + 0.2, -3.0)]
             lead = [(-front, -7.0), (-2.0, -8.5), (-1.0, -4.0), (-2.0, 2.0), (-4.0, dome - 0.5), (-7.0, dome - 0.8)]
-            self.wires([(can, 0.45, 2.5, 0.0, 0.0), (lead, 0.11, 3.0, 0.0, 0.0)])
+            self.wires([(can, 0.45, 2.5, 0.0, 0.0), (lead, 0.11, 3.0, 0.0, 0.0)], 35)
 
     def profile(self, z, y, spine, breastbone):
         """Thickness from side to side: trunk, neck, a woman's breasts, shoulders and raised arms."""
@@ -496,7 +495,7 @@ class Thorax:
             bones.append(
                 ([(-4.0 - shift, -13.0), (-10.0, -15.0 - shift), (-20.0, -16.5 - 1.5 * shift)], 1.25, calcium, 0.0, 0.7)
             )
-        self.wires(bones)
+        self.wires(bones, 20)
 
     # ---- film
     # ---------------------------------------------------------------------------------------------------------------
@@ -508,11 +507,12 @@ class Thorax:
         edge, height = self.field * 0.5 - u(1.6, 3.2), self.shift_y - self.field * 0.5 + u(1.8, 4.0)
         x = self.shift_x + edge * (-1 if self.lateral else 2 * left - 1)
         strokes = np.where(left[..., None], LETTER_L, LETTER_R)  # (B, N, 2 ends, 2)
-        t = np.linspace(0, 1, max(4, int(2.5 / self.cm.min())), dtype=np.float32)
+        t = np.linspace(0, 1, max(4, int(2.5 / self.finest)), dtype=np.float32)
         lines = strokes[:, :, :1] + (strokes[:, :, 1:] - strokes[:, :, :1]) * t[:, None]  # (B, N, K, 2)
         px, py = (v.reshape(-1, len(t)) for v in self.pixels(x + lines[..., 0], height + lines[..., 1]))
         owner = np.repeat(np.arange(len(left)), strokes.shape[1])
-        tubes(self.path, owner, px, py, np.broadcast_to((0.17 / self.cm)[owner, 0], px.shape), (6 * self.cm)[owner, 0])
+        thickness = np.broadcast_to((0.17 / self.cm)[owner, 0], px.shape)
+        tubes(self.path, owner, px, py, thickness, (6 * self.cm)[owner, 0], 0.17 / self.finest)
         black = u(0.24, 0.54) - 0.02 * (self.ap + self.lateral)
         white = u(0.74, 0.87) + 0.3 * (black - 0.36) - 0.08 * self.ap - 0.05 * self.lateral
         images = expose(self.path, self.sources, self.cm, 2e7, 0.3 + 0.2 * self.ap, black, white)

@@ -106,7 +106,7 @@ def fractal(sources, size, octaves, persistence=0.7):
     return clouds
 
 
-def tubes(canvas, picture, x, y, radius, strength, hollow=0.0):
+def tubes(canvas, picture, x, y, radius, strength, widest, hollow=0.0):
     """Add curved tubes (vessels, wires, long bones) to ``canvas`` (B, size, size), as bundles of thin fibres.
 
     Args:
@@ -114,13 +114,14 @@ def tubes(canvas, picture, x, y, radius, strength, hollow=0.0):
         x, y: (N, K) points along the centre lines, in pixels.
         radius: (N, K) in pixels; any thinness keeps its true mass.
         strength: (N, 1) path per pixel of chord: attenuation (1/cm) times the pixel's size (cm).
+        widest: in pixels, at least every radius; it sets the count of fibres, so no batch may change it.
         hollow: radius of the marrow space as a fraction.
     """
     size = canvas.shape[-1]
     dx, dy = x[:, 1:] - x[:, :-1], y[:, 1:] - y[:, :-1]
     dx, dy = np.concatenate([dx[:, :1], dx], 1), np.concatenate([dy[:, :1], dy], 1)
     step = np.maximum(np.sqrt(dx * dx + dy * dy), 1e-6)
-    count = math.ceil(2.5 * float(radius.max())) + 1
+    count = math.ceil(2.5 * widest) + 1
     offset = ((np.arange(count, dtype=np.float32) + 0.5) * (2 / count) - 1)[:, None, None]  # (F, 1, 1) in [-1, 1]
     chord = 2 * root(1 - offset**2) - 2 * root(hollow**2 - offset**2)
     mass = (strength * radius * radius * step * (2 / count)) * chord  # (F, N, K)
