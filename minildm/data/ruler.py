@@ -146,7 +146,7 @@ _WITHOUT_LINE = np.eye(16) - _LINE.T @ _LINE  # takes offset and tilt out of the
 _WAVES = np.stack([np.sin(np.pi * k * _T / 2 + np.pi * shift / 4) for k in (1, 2, 3) for shift in range(4)])
 
 
-def _blemish(image, rng):
+def blemish(image, rng):
     """The image as a generator might give it: softer, noisier, another contrast."""
     a = image.astype(np.float32)
     a = ndimage.gaussian_filter(a, rng.uniform(0, 1.0)) + rng.standard_normal(a.shape, dtype=np.float32) * rng.uniform(
@@ -198,17 +198,17 @@ def _calibrate():
     seed, fit, check = CALIBRATION
     names = list(phantom.FINDINGS)
     batch, features = [], []
-    for start in tqdm(range(0, fit + check, 50), desc="calibrating the ruler", leave=False):
-        seeds = [(seed, i) for i in range(start, start + 50)]
+    for start in tqdm(range(0, fit + check, 250), desc="calibrating the ruler", leave=False):
+        seeds = [(seed, i) for i in range(start, start + 250)]
         rng = np.random.default_rng((seed, start, 1))
-        views = rng.choice(phantom.VIEWS, 50, p=(0.55, 0.3, 0.15))
+        views = rng.choice(phantom.VIEWS, 250, p=(0.55, 0.3, 0.15))
         some = []
         for (_, i), view in zip(seeds, views):
             finding = names[i % len(names)]
             finding = "normal" if view == "lateral" and finding in phantom.FRONTAL_ONLY else finding
             some.append(phantom.labels((seed, i), view=str(view), finding=finding))
         images = phantom.render_batch(some, seeds, SIDE)
-        features += [_features(_square(_blemish(a, rng) if i % 2 else a)) for i, a in enumerate(images)]
+        features += [_features(_square(blemish(a, rng) if i % 2 else a)) for i, a in enumerate(images)]
         batch += some
     return _fit(np.stack(features), _targets(batch), fit)
 
@@ -228,7 +228,7 @@ def _fit(features, targets, fit):
             spread[name] = features[no, :256].mean(0), features[no, :256].std(0) + 0.02
             continue
         if (key := counts.tobytes()) not in inverses:
-            inverses[key] = np.linalg.inv(a @ a.T + RIDGE * np.eye(len(a)))  # the dual form: fewer pictures than numbers
+            inverses[key] = np.linalg.inv(a @ a.T + RIDGE * np.eye(len(a)))  # dual: fewer pictures than numbers
         weights[name] = a.T @ (inverses[key] @ value[:fit][counts[:fit]])
         if name not in _NUMBERS:
             score = (features @ weights[name])[fit:][no[fit:]]

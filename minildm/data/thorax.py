@@ -142,7 +142,7 @@ class Thorax:
         for _ in range(4):
             a, b, c = self.chance[:, :, used : used + x.shape[1]].transpose(1, 0, 2) * 2 - 1
             used += x.shape[1]
-            points = max(4, int(length * 1.1 / (0.9 * self.finest)))
+            points = max(4, int(length * 1.1 / self.finest))
             t = np.linspace(0, 1, points, dtype=np.float32)
             aim = angle + 0.35 * a
             bend = (
@@ -513,8 +513,8 @@ class Thorax:
         owner = np.repeat(np.arange(len(left)), strokes.shape[1])
         thickness = np.broadcast_to((0.17 / self.cm)[owner, 0], px.shape)
         tubes(self.path, owner, px, py, thickness, (6 * self.cm)[owner, 0], 0.17 / self.finest)
-        black = u(0.24, 0.54) - 0.02 * (self.ap + self.lateral)
-        white = u(0.74, 0.87) + 0.3 * (black - 0.36) - 0.08 * self.ap - 0.05 * self.lateral
+        black = u(0.2, 0.62) - 0.02 * (self.ap + self.lateral)
+        white = u(0.71, 0.86) + 0.3 * (black - 0.36) - 0.08 * self.ap - 0.05 * self.lateral
         images = expose(self.path, self.sources, self.cm, 2e7, 0.3 + 0.2 * self.ap, black, white)
         margins = [np.where(u(0, 1) < 0.25, u(0.0, 0.05), np.float32(-1)) for _ in range(4)]
         grid, soft = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, :, None], 0.6 / size

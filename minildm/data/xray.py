@@ -40,7 +40,8 @@ class Draws:
 
 def root(a):
     """sqrt(max(a, 0)): half the chord of a ray through a round body, zero beside it."""
-    return np.sqrt(np.maximum(a, 0))
+    a = np.maximum(a, 0)
+    return np.sqrt(a, out=a) if isinstance(a, np.ndarray) else np.sqrt(a)
 
 
 def ramp(a, low, high):
@@ -164,7 +165,7 @@ def expose(path, sources, pixel, photons, scatter, black, white, squash=0.35, sh
     density = -np.log(np.maximum(signal, 1e-4))
     wide = blur(density, 7)
     density = density + sharpen * (density - blur(density, 35)) - squash * wide * ramp(path, 0, 1)
-    some = max(1, path.shape[1] // 64)
+    some = max(1, path.shape[1] // 32)
     few, body = density[:, ::some, ::some], path[:, ::some, ::some] > present
     ranked = [np.sort(d[b]) if b.any() else np.float32((0, 1)) for d, b in zip(few, body)]
     lungs, solid = (np.stack([d[int(share * len(d))] for d in ranked])[:, None, None] for share in (0.12, 0.93))
