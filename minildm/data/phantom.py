@@ -21,7 +21,7 @@ VIEWS = ("PA", "AP", "lateral")
 FINDINGS = {
     "normal": (0.26, ("",), (0, 0)),
     "cardiomegaly": (0.12, ("",), (0, 0)),  # its extent is the field ctr
-    "pleural effusion": (0.15, ("right", "left"), (0.15, 0.6)),  # share of the lung's height under fluid, at the wall
+    "pleural effusion": (0.15, ("right", "left"), (0.2, 0.6)),  # share of the lung's height under fluid, at the wall
     "pneumothorax": (0.09, ("right", "left"), (1.5, 4.0)),  # cm between chest wall and lung
     "nodule": (0.07, tuple(LOBES), (0.7, 1.5)),  # cm, radius
     "calcified granuloma": (0.07, tuple(LOBES), (0.35, 0.6)),  # cm, radius

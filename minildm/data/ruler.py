@@ -27,7 +27,7 @@ CALIBRATION = (
     1250,
     450,
 )  # seed of the calibration set, pictures that fit the weights, pictures that set the thresholds
-RIDGE = 40.0
+RIDGE = 15.0
 SIDES = ("right", "left")
 
 

@@ -340,7 +340,7 @@ class Thorax:
         """Share of lung replaced by fluid: a level with a meniscus that climbs the chest wall."""
         wall = np.maximum(self.width - across, 0)
         rise = (2.6 + 1.5 * self.extent) * np.exp(wall * (-1 / 3.0)) + 1.2 * np.exp(across * (-1 / 2.0))
-        depth = y - (15.6 - self.extent * 22) + rise  # below the fluid's upper edge
+        depth = y - (15.0 - self.extent * 22) + rise  # below the fluid's upper edge
         soft = 0.35 + 0.9 * self.ap  # lying patients: the fluid spreads behind the lung, its edge is a veil
         fluid = ramp(depth, -soft, 0.8 * soft) + 0.2 * self.ap * ramp(y, -8, 8)
         return np.minimum(fluid, 1) * (side == self.side)
@@ -513,7 +513,7 @@ class Thorax:
         owner = np.repeat(np.arange(len(left)), strokes.shape[1])
         thickness = np.broadcast_to((0.17 / self.cm)[owner, 0], px.shape)
         tubes(self.path, owner, px, py, thickness, (6 * self.cm)[owner, 0], 0.17 / self.finest)
-        black = u(0.2, 0.62) - 0.02 * (self.ap + self.lateral)
+        black = 0.2 + u(0, 1) * (0.4 - 0.14 * self.lateral)
         white = u(0.71, 0.86) + 0.3 * (black - 0.36) - 0.08 * self.ap - 0.05 * self.lateral
         images = expose(self.path, self.sources, self.cm, 2e7, 0.3 + 0.2 * self.ap, black, white)
         margins = [np.where(u(0, 1) < 0.25, u(0.0, 0.05), np.float32(-1)) for _ in range(4)]

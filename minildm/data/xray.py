@@ -91,7 +91,7 @@ def fractal(sources, size, octaves, persistence=0.7):
     """Power-law clouds, (B, size, size), about unit variance: octave k has 2^k cells a side and amplitude
     persistence^k.
 
-    Anatomy's texture has a power spectrum near 1/f^3 (Burgess 1999, J. Opt. Soc. Am. A 16, 633), which persistence
+    Anatomy's texture has a power spectrum near 1/f^3 (Burgess et al. 2001, Med. Phys. 28, 419), which persistence
     2^(1 - 3/2) = 0.7 gives. Octaves too fine for the pixels are left out, coarse ones drawn first: size changes no
     shape.
     """
