@@ -1,0 +1,88 @@
+"""Procedural pictures: reproducible, captioned, and judged exactly by the shape checker."""
+
+import numpy as np
+import pytest
+
+from minildm.data import procedural
+from minildm.data.procedural import COLOURS, KINDS, RELATIONS, SHAPES, check_shapes, pictures, shape_prompt
+from minildm.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return pictures([(1, i) for i in range(120)], 128, "shapes")
+
+
+def test_a_picture_depends_on_its_seed_alone():
+    seeds = [(4, i) for i in range(12)]
+    images, captions = pictures(seeds, 64)
+    assert images.shape == (12, 64, 64, 3) and images.dtype == np.uint8
+    for i in (0, 7):
+        alone, text = pictures([seeds[i]], 64)
+        np.testing.assert_array_equal(alone[0], images[i])
+        assert text == [captions[i]]
+
+
+def test_no_caption_speaks_of_a_chest():
+    _, captions = pictures([(9, i) for i in range(400)], 32)
+    words = {word.strip(",") for text in captions for word in text.split()}
+    assert not words & {"chest", "thorax", "lung", "lungs", "heart", "rib", "ribs", "PA", "AP"}
+    assert len(set(captions)) > 200
+
+
+def test_every_kind_can_be_drawn():
+    for kind in KINDS:
+        images, _ = pictures([(2, i) for i in range(10)], 64, kind)
+        assert images.std() > 10
+
+
+def test_radiographs_are_grey_and_scenes_are_not():
+    grey, _ = pictures([(3, i) for i in range(10)], 64, "radiographs")
+    assert (grey[..., 0] == grey[..., 2]).all()
+    scene, _ = pictures([(3, i) for i in range(10)], 64, "scenes")
+    assert (scene[..., 0] != scene[..., 2]).any()
+
+
+def test_the_checker_agrees_with_what_was_drawn(shapes):
+    checks = [check_shapes(image, text) for image, text in zip(*shapes)]
+    assert np.mean([check.right for check in checks]) > 0.98
+
+
+def test_the_checker_sees_a_wrong_colour_shape_or_order(shapes):
+    for image, text in zip(*shapes):
+        plain = text.split(" on ")[0]  # a background may bear a colour's name
+        first = next(c for c in COLOURS if f"{c} " in plain)
+        other = next(c for c in COLOURS if c not in plain)
+        assert not check_shapes(image, plain.replace(first, other, 1)).colour
+        shape = next(s for s in SHAPES if s in plain)
+        assert not check_shapes(image, plain.replace(shape, "ring" if shape != "ring" else "star")).right
+        if " above " in plain:
+            check = check_shapes(image, plain.replace(" above ", " below "))
+            assert check.colour and check.shape and not check.order
+
+
+def test_the_checker_bears_blur_and_noise(shapes):
+    rng = np.random.default_rng(0)
+    right = []
+    for image, text in zip(*shapes):
+        soft = (image[:-1, :-1].astype(float) + image[1:, :-1] + image[:-1, 1:] + image[1:, 1:]) / 4
+        rough = np.clip(soft + rng.normal(0, 12, soft.shape), 0, 255).astype(np.uint8)
+        right.append(check_shapes(rough, text).right)
+    assert np.mean(right) > 0.95
+
+
+def test_shape_prompts_can_be_checked():
+    blank = np.full((64, 64, 3), 128, np.uint8)
+    for i in range(50):
+        prompt = shape_prompt((5, i))
+        assert any(f" {relation} " in prompt for relation in RELATIONS)
+        assert not check_shapes(blank, prompt).right
+
+
+def test_what_cannot_be_checked_is_refused():
+    with pytest.raises(InputError, match="cannot check the prompt"):
+        check_shapes(np.zeros((8, 8, 3), np.uint8), "a bird on a tree")
+    with pytest.raises(InputError, match="RGB uint8"):
+        check_shapes(np.zeros((8, 8), np.uint8), "a red circle")
+    with pytest.raises(InputError, match="no kind"):
+        procedural.pictures([1], 64, "cats")
