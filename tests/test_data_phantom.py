@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from minildm.data import phantom
 from minildm.data.phantom import FINDINGS, FRONTAL_ONLY, LOBES, PhantomLabels, fields, labels, render, render_batch
+from minildm.data.prompts import prompts_for
+from minildm.data.reading import Transform, read
+from minildm.data.records import open_data_set
 from minildm.errors import InputError
 
 
@@ -146,3 +149,20 @@ def test_impossible_labels_are_refused_in_one_line(changes):
 def test_a_bad_size_is_refused():
     with pytest.raises(InputError, match="whole number of pixels"):
         render(person(), 0, 16)
+
+
+def test_the_data_set_opens_with_prompts_in_the_full_grammar():
+    data_set = open_data_set("phantom", views="all")
+    assert len(data_set) == phantom.N_RECORDS == len({record.patient for record in data_set.records})
+    prompts = prompts_for(data_set)
+    one = next(i for i, record in enumerate(data_set.records) if record.fields.get("loc") == "left")
+    fields = data_set.records[one].fields
+    assert prompts[one] == (f"chest x-ray, age {fields['age']} {fields['sex']}, view {fields['view']}, projection "
+                            f"{fields['projection']}, modality {fields['modality']}, diagnosis {fields['diagnosis']}, "
+                            "loc left")
+    normal = next(i for i, record in enumerate(data_set.records) if record.fields["diagnosis"] == "normal")
+    assert prompts[normal].endswith("diagnosis normal")
+    pixels, _, _ = read(data_set.records[one], Transform(size=64))
+    again, _, _ = read(phantom.records(n=one + 1)[0][one], Transform(size=64))
+    assert pixels.shape == (64, 64, 3) and (pixels == again).all()
+    assert len(open_data_set("phantom")) == sum(record.frontal for record in data_set.records)

@@ -8,14 +8,18 @@ back from pixels. Frequencies are plausible for a hospital, with rare findings m
 children. Not for clinical use.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
+from minildm.data.records import Record, known
 from minildm.data.thorax import LOBES, Thorax
 from minildm.data.xray import generators
 from minildm.errors import InputError
 
+PROMPT = "full"
+N_RECORDS = 2000  # of the data set; drawn when asked for, never stored
 VIEWS = ("PA", "AP", "lateral")
 # Each finding: its share, the places it may have, the range of its size and that size's meaning.
 FINDINGS = {
@@ -122,3 +126,14 @@ def render_batch(batch, seeds, size=128):
             some = indices[start : start + chunk]
             images[some] = Thorax([batch[i] for i in some], [seeds[i] for i in some], size).film()
     return images
+
+
+def records(n=N_RECORDS, seed=0):
+    """The data set: ``n`` patients with one picture each; number i depends on (seed, i) alone.
+
+    Returns: (list of Record, whose ``draw`` makes the picture at any size; notes: none).
+    """
+    drawn = [labels((seed, i)) for i in range(n)]
+    return [Record(name=f"{i:05d}", patient=label.patient, frontal=label.view != "lateral",
+                   fields=known(**{name: value for name, value in fields(label).items() if name != "patient_id"}),
+                   draw=functools.partial(render, label, (seed, i))) for i, label in enumerate(drawn)], []
