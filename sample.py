@@ -43,6 +43,8 @@ def parse(arguments):
     add("--seed", type=int, default=0, help="picture i has seed + i")
     add = parser.add_argument_group("with what").add_argument
     add("--base", help=".safetensors file or diffusers-layout folder (default: the one in weights/)")
+    add("--adapter", action="append", default=[], metavar="FILE[:0.6]", help="adapter file or run folder, with its "
+        "multiplier; repeat for several")
     add("--prediction", choices=("epsilon", "v"), help="of a single file that cannot say it: v for SD v2.x at 768 px")
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float16 on a GPU, float32 elsewhere)")
@@ -61,7 +63,7 @@ def main(arguments):
     writable_folder(args.out)
 
     start = time.perf_counter()
-    model = load(args.base, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
+    model = load(args.base, args.adapter, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
                  prediction=args.prediction)
     print(f"{model.files.path}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
           f"{str(model.dtype).removeprefix('torch.')} on {model.device}, loaded in {time.perf_counter() - start:.1f} s")
@@ -133,7 +135,8 @@ def plan(args, prompts, model):
     size = f"{args.width or model.config.image_size}x{args.height or model.config.image_size}"
     settings = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler] + " Karras" * args.karras,
                 "CFG scale": args.guidance}
-    model_pairs = {"Size": size, "Model hash": model.base_hash[:10], "Model": model.files.path.stem}
+    adapters = {"Adapter": " + ".join(args.adapter)} if args.adapter else {}
+    model_pairs = adapters | {"Size": size, "Model hash": model.base_hash[:10], "Model": model.files.path.stem}
     todo = []
     for i in range(len(prompts) * args.n):
         prompt, seed, path = prompts[i // args.n], args.seed + i, args.out / f"{first + i:05d}-seed{args.seed + i}.png"

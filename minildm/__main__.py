@@ -4,7 +4,20 @@ import sys
 
 from minildm.errors import exit_cleanly
 
-COMMANDS = {}
+
+def check(arguments):
+    """decode and examine a data set before training on it"""
+    from minildm.data.check import main
+    return main(arguments)
+
+
+def prompts(arguments):
+    """show the prompts a data set gives"""
+    from minildm.data.check import show_prompts
+    return show_prompts(arguments)
+
+
+COMMANDS = {"check": check, "prompts": prompts}
 
 
 def usage():

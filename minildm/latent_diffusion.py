@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from minildm import checkpoint
+from minildm.adapters.files import merge_file
 from minildm.config import SPATIAL_FACTOR
 from minildm.errors import InputError
 from minildm.files import sha256
@@ -21,11 +22,12 @@ from minildm.tokenizer import Tokenizer
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
-def load(base=None, device=None, dtype=None, prediction=None):
+def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
     """Load a Stable Diffusion v1.x / v2.x model.
 
     Args:
         base: a single .safetensors (or .ckpt) file or a diffusers-layout folder; None = the one model in weights/.
+        adapters: files to merge, in order: "adapter.safetensors", or "adapter.safetensors:0.6" for 0.6 of its effect.
         device: "cpu", "cuda", ...; None = a GPU where there is one.
         dtype: of the networks; None = float16 on a GPU, float32 elsewhere.
         prediction: "epsilon" or "v"; None = what a folder's scheduler says, "epsilon" for a single file, which cannot
@@ -37,7 +39,20 @@ def load(base=None, device=None, dtype=None, prediction=None):
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     plan = checkpoint.inspect(find_base() if base is None else base, prediction)
-    return LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
+    model = LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
+    for adapter in adapters:
+        merge_file(model, *split_multiplier(adapter))
+    return model
+
+
+def split_multiplier(adapter):
+    """"path:0.6" -> ("path", 0.6); "path" -> ("path", 1.0). A folder means the adapter.safetensors in it."""
+    path, colon, number = str(adapter).rpartition(":")
+    try:
+        path, multiplier = (path, float(number)) if colon else (number, 1.0)
+    except ValueError:  # the colon belongs to the path
+        path, multiplier = str(adapter), 1.0
+    return (Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)), multiplier
 
 
 def find_base(folder=WEIGHTS):
