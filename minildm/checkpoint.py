@@ -144,7 +144,10 @@ def inspect(path, prediction=None):
     if not path.exists():
         raise FileNotFoundError(f"no such base model: {path}; give a .safetensors file or a diffusers-layout folder "
                                 "(weights/README.md lists the published ones)")
-    checkpoint = _inspect_folder(path) if path.is_dir() else _inspect_single_file(path, prediction)
+    try:
+        checkpoint = _inspect_folder(path) if path.is_dir() else _inspect_single_file(path, prediction)
+    except InputError as error:  # of a config that makes no sense
+        raise (error if str(path) in str(error) else InputError(f"{path}: {error}")) from None
     if prediction is not None:
         schedule = replace(checkpoint.config.schedule, prediction=prediction)
         checkpoint.config = replace(checkpoint.config, schedule=schedule)

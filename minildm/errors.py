@@ -22,5 +22,5 @@ def exit_cleanly(main, *arguments):
 
 
 def _fail(code, message):
-    print("\n".join(message.splitlines()), file=sys.stderr)
+    print(" ".join(message.splitlines()), file=sys.stderr)
     return code

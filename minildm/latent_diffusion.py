@@ -112,8 +112,8 @@ class LatentDiffusion(nn.Module):
     # --- images: the only place where the scaling factor is applied ---------------------------------------------------
     def encode_images(self, images, generator=None):
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), drawn from the encoder's Gaussian."""
-        z = self.vae.encode(images.to(self.device, self.dtype)).sample(generator)
-        return z * self.config.vae.scaling_factor
+        z = self.vae.encode(images.to(self.device, self.vae.quant_conv.weight.dtype)).sample(generator)
+        return (z * self.config.vae.scaling_factor).to(self.dtype)
 
     def decode_latents(self, latents):
         """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) float32, nominally in [-1, 1], not clamped.
@@ -127,7 +127,9 @@ class LatentDiffusion(nn.Module):
         if vae_dtype != torch.float32 and not images.isfinite().all():
             warnings.warn(f"the VAE gave non-finite pixels in {vae_dtype}; it decodes in float32 from here on",
                           stacklevel=2)
-            images = self.vae.float().decode(z.float())
+            with torch.inference_mode(False):  # weights made in inference mode could never take part in training
+                self.vae.float()
+            images = self.vae.decode(z.float())
         return images
 
     # --- sampling ----------------------------------------------------------------------------------------------------

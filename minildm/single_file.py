@@ -45,7 +45,7 @@ def read_config(file):
         raise InputError(f"{file.path}: no cross-attention in the U-Net; it is not a text-to-image model")
     linear = len(shape(f"{context.split('.transformer_blocks')[0]}.proj_in.weight")) == 2
 
-    v2 = "cond_stage_model.model.token_embedding.weight" in shapes
+    v2 = any(name.startswith("cond_stage_model.model.") for name in shapes)
     if v2:
         text = "cond_stage_model.model"
         width, mlp = size(f"{text}.ln_final.weight"), size(f"{text}.transformer.resblocks.0.mlp.c_fc.weight")

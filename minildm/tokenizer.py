@@ -1,8 +1,9 @@
 """Prompts to token ids: CLIP's byte-pair encoding (Radford et al. 2021, arXiv:2103.00020), as open_clip does it.
 
 open_clip's cleaning is the rule (ftfy repairs broken unicode, HTML entities are resolved, white space folded, lower
-case); Hugging Face's tokenizer differs from it only for curly quotes, ligatures, entities and a literal
-``<|endoftext|>``. What is ours: the padding token, which differs between SD 1.x and 2.x, and saying what is cut.
+case); Hugging Face's tokenizer differs from it only for what is repaired (curly quotes, ligatures, entities, control
+characters), for a Greek sigma that ends a word in capitals, and for a literal ``<|startoftext|>`` or ``<|endoftext|>``.
+What is ours: the padding token, which differs between SD 1.x and 2.x, and saying what is cut.
 """
 
 import functools

@@ -555,6 +555,14 @@ def test_a_tensor_of_another_shape_is_named(name, shape, tmp_path):
     assert_says(refusal(path), "1 of another shape", name)
 
 
+def test_a_width_that_makes_no_network_is_refused_with_the_file(tmp_path):
+    name = "first_stage_model.encoder.down.0.block.0.conv2.weight"
+    path = single_file_without(tmp_path, **{name: torch.zeros(33, 32, 3, 3)})
+    assert_says(refusal(path), path, "norm_groups = 32 does not divide the width 33")
+    path = single_file_without(tmp_path, **{"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32)})
+    assert_says(refusal(path), path, "model.diffusion_model.input_blocks.0.0.weight has the shape (32,)")
+
+
 @pytest.mark.parametrize("network", ["unet", "vae", "text_encoder"])
 def test_a_folder_is_loaded_just_as_strictly(network, tmp_path):
     folder = peers.write_folder(shared_model(), tmp_path / "model")
@@ -630,7 +638,7 @@ def test_a_config_of_another_network_is_refused(file, changes, says, tmp_path):
     folder = peers.write_folder(shared_model(), tmp_path / "model")
     name = "scheduler_config.json" if file == "scheduler" else "config.json"
     peers.edit_json(folder / file / name, **changes)
-    assert_says(refusal(folder), says)
+    assert_says(refusal(folder), folder, says)
 
 
 @pytest.mark.parametrize("file", ["unet", "vae"])

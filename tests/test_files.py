@@ -1,0 +1,96 @@
+"""Files that are whole or absent, and one-line errors with an exit code."""
+
+import hashlib
+import os
+import sys
+
+import pytest
+from peers import assert_says
+
+from minildm.errors import InputError, exit_cleanly
+from minildm.files import sha256, writable_folder, written_beside
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "result.png"
+    with written_beside(path) as beside:
+        beside.write_text("half")
+        assert not path.exists()
+        assert beside.parent == tmp_path and beside.suffix == ".png"
+    assert path.read_text() == "half"
+    assert os.listdir(tmp_path) == ["result.png"]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="out of luck"), written_beside(path) as beside:
+        beside.write_text("half")
+        raise RuntimeError("out of luck")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_an_old_file_is_replaced(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with written_beside(path) as beside:
+        beside.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_a_writable_folder_is_made_and_left_empty(tmp_path):
+    folder = writable_folder(tmp_path / "a" / "b")
+    assert folder.is_dir() and not list(folder.iterdir())
+    assert writable_folder(folder) == folder
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError) as caught:
+        writable_folder(tmp_path / "file")
+    assert_says(caught, tmp_path / "file", "is a file", "give another --out")
+    with pytest.raises(NotADirectoryError) as caught:
+        writable_folder(tmp_path / "file" / "below")
+    assert_says(caught, tmp_path / "file" / "below", "parent", "give another --out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc cannot be written to, even by root, on Linux only")
+def test_a_folder_that_cannot_be_written_is_refused():
+    with pytest.raises(PermissionError) as caught:
+        writable_folder("/proc/minildm")
+    assert_says(caught, "/proc/minildm", "cannot write", "give another --out")
+
+
+def test_a_hash_is_sha256_whatever_the_chunks(tmp_path):
+    data = os.urandom(100_003)
+    (tmp_path / "file").write_bytes(data)
+    assert sha256(tmp_path / "file") == sha256(tmp_path / "file", chunk_bytes=1000) == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("error, code, says", [
+    (InputError("rank must be in [1, 4], got 9"), 2, "error: rank must be in [1, 4], got 9\n"),
+    (FileNotFoundError("no such base model: x"), 2, "error: no such base model: x\n"),
+    (PermissionError("cannot write"), 2, "error: cannot write\n"),
+    (NotADirectoryError("is a file"), 2, "error: is a file\n"),
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+    (InputError("two\nlines"), 2, "error: two lines\n"),
+])
+def test_a_users_mistake_is_one_line_and_an_exit_code(error, code, says, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        exit_cleanly(main)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == says
+
+
+def test_success_is_exit_code_zero_and_our_own_bugs_keep_their_traceback():
+    with pytest.raises(SystemExit) as caught:
+        exit_cleanly(lambda value: value, 0)
+    assert caught.value.code == 0
+    with pytest.raises(ZeroDivisionError):
+        exit_cleanly(lambda: 1 / 0)
+    with pytest.raises(ValueError, match="ours"):  # an InputError is a ValueError, not the other way round
+        exit_cleanly(lambda: (_ for _ in ()).throw(ValueError("ours")))

@@ -1,0 +1,357 @@
+"""The assembled model: prompts in, pictures out; bad input refused; half precision that overflows."""
+
+import copy
+import math
+import re
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import peers
+import pytest
+import torch
+from peers import assert_says, relative_error, shared_model
+from PIL import Image
+
+import minildm
+from minildm.config import ModelConfig
+from minildm.errors import InputError
+from minildm.latent_diffusion import find_base, to_pil
+from minildm.schedule import NoiseSchedule
+
+PROMPTS = ["chest x-ray, age 47 male", "a cat", ""]
+SAMPLERS = {"ddim": {}, "ddim, eta 0.7": {"eta": 0.7}, "ddpm": {}, "plms": {}, "dpm++": {},
+            "dpm++, karras": {"karras": True}}
+KINDS = pytest.mark.parametrize("kind", SAMPLERS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return peers.random_model(ModelConfig.tiny(), seed=1)
+
+
+def sample(model, prompts, kind="ddim", **options):
+    return model.sample(prompts, sampler=kind.partition(",")[0], **({"steps": 4, "output": "latent"} | SAMPLERS[kind]
+                                                                     | options))
+
+
+# --- whole pictures against diffusers' pipeline ----------------------------------------------------------------------
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("kind", ["ddim", "plms", "dpm++", "dpm++, karras"])
+def test_pictures_match_diffusers_pipeline(kind, v2, tmp_path):
+    """Tokens, text features, guided sampling and decoding in one: the only thing given is the initial noise."""
+    model = peers.random_model(ModelConfig.tiny(v2=v2), seed=2)
+    peers.write_folder(model, tmp_path)
+    peers.write_tokenizer(tmp_path / "tokenizer")
+    pipe = peers.diffusers_pipeline(tmp_path)
+    pipe.tokenizer.pad_token = "!" if v2 else "<|endoftext|>"
+    sampler = kind.partition(",")[0]
+    pipe.scheduler = peers.diffusers_scheduler(sampler, "v" if v2 else "epsilon", "karras" in kind)
+    latents = torch.randn(2, 4, 8, 10, generator=torch.Generator().manual_seed(0))
+    prompts, negative = PROMPTS[:2], "blurry, text"
+    theirs = pipe(prompts, negative_prompt=[negative] * 2, num_inference_steps=8, guidance_scale=5.0, height=64,
+                  width=80, latents=latents, output_type="pt").images
+    ours = sample(model, prompts, kind, negative_prompt=negative, steps=8, guidance=5.0, height=64, width=80,
+                  latents=latents, output="tensor")
+    assert relative_error((ours + 1) / 2, theirs) <= 1e-4
+    assert theirs.std() > 0.1  # not saturated by clamping: there is something to compare
+    inside = (theirs > 0) & (theirs < 1)
+    assert inside.float().mean() > 0.3
+
+
+# --- one generator an image ------------------------------------------------------------------------------------------
+@KINDS
+def test_picture_i_of_seed_s_is_the_picture_of_seed_s_plus_i(kind, model):
+    together = sample(model, PROMPTS, kind, seed=40)
+    for i, prompt in enumerate(PROMPTS):
+        assert relative_error(together[i:i + 1], sample(model, [prompt], kind, seed=40 + i)) <= 1e-4
+    assert relative_error(together[1:], sample(model, PROMPTS[1:], kind, seed=41)) <= 1e-4
+
+
+@KINDS
+def test_the_same_seed_draws_the_same_picture_and_another_seed_another(kind, model):
+    first = sample(model, PROMPTS[:1], kind, seed=7)
+    torch.manual_seed(123)  # the global generator has no part in it
+    assert torch.equal(sample(model, PROMPTS[:1], kind, seed=7), first)
+    assert relative_error(sample(model, PROMPTS[:1], kind, seed=8), first) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim, eta 0.7"])
+def test_generators_draw_the_initial_latents_first_and_then_one_noise_a_step(kind, model):
+    """The promise that lets anyone repeat a picture with other tools."""
+    path = []
+    sample(model, ["a"], kind, seed=5, guidance=1.0, callback=lambda step, latents: path.append(latents))
+    generator = torch.Generator("cpu").manual_seed(5)
+    initial = torch.randn(1, 4, 8, 8, generator=generator)
+    scheduler = peers.diffusers_scheduler(kind.partition(",")[0])
+    scheduler.set_timesteps(4)
+    latents, unet = initial, peers.diffusers_unet(model.unet)
+    context = model.encode_prompt(["a"])
+    extra = {"eta": 0.7} if "eta" in kind else {}
+    with torch.no_grad():
+        for t, ours in zip(scheduler.timesteps, path):
+            predicted = unet(latents, t, context).sample
+            latents = scheduler.step(predicted, t, latents, generator=generator, **extra).prev_sample
+            assert relative_error(ours, latents) <= 1e-4
+
+
+def test_given_latents_are_where_sampling_starts_and_stay_as_they_are(model):
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    before = latents.clone()
+    given = sample(model, ["a"], seed=99, latents=latents)
+    assert torch.equal(given, sample(model, ["a"], seed=3))  # the very noise that seed 3 draws
+    assert torch.equal(latents, before)
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+def test_the_three_kinds_of_output_are_one_picture(model):
+    options = {"steps": 3, "seed": 1, "height": 40, "width": 72}
+    latents = model.sample(PROMPTS, output="latent", **options)
+    images = model.sample(PROMPTS, output="tensor", **options)
+    pictures = model.sample(PROMPTS, output="pil", **options)
+    assert latents.shape == (3, 4, 5, 9) and images.shape == (3, 3, 40, 72)
+    assert latents.dtype == images.dtype == torch.float32
+    assert images.min() >= -1 and images.max() <= 1
+    with torch.no_grad():
+        torch.testing.assert_close(model.decode_latents(latents).clamp(-1, 1), images)
+    assert {(picture.size, picture.mode) for picture in pictures} == {((72, 40), "RGB")}
+    for picture, image in zip(pictures, images):
+        expected = np.rint((image.permute(1, 2, 0).numpy() + 1) * 127.5)
+        assert np.abs(np.asarray(picture, dtype=float) - expected).max() <= 1
+
+
+def test_pixels_are_rounded_and_clamped_to_eight_bits():
+    values = torch.tensor([-5.0, -1.0, -0.999, 0.0, 0.5, 1.0, 3.0])
+    picture, = to_pil(values.expand(1, 3, 1, 7))
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]  # 0.1275, 127.5, 191.25
+
+
+@pytest.mark.parametrize("height, width", [(224, 224), (8, 8), (16, 120), (None, None), (None, 32)])
+def test_any_multiple_of_eight_is_a_size(height, width):
+    """With four levels, 224 px are latents of 28, 14, 7 and 4."""
+    config = ModelConfig.tiny()
+    config = replace(config, unet=peers.UNetConfig.tiny(widths=(32,) * 4, attention=(False, False, True, False),
+                                                        n_heads=(4,) * 4, latent_size=6))
+    model = peers.random_model(config, seed=3)
+    images = model.sample(["a"], steps=1, height=height, width=width, output="tensor")
+    assert images.shape == (1, 3, height or 48, width or 48)
+    assert images.isfinite().all()
+
+
+def test_what_is_returned_may_take_part_in_training(model):
+    for output in ("latent", "tensor"):
+        result = model.sample(["a"], steps=1, output=output)
+        assert not result.is_inference() and not result.requires_grad
+        weight = torch.ones(1, requires_grad=True)
+        (result * weight).square().sum().backward()
+        assert weight.grad.item() == pytest.approx(2 * result.square().sum().item(), rel=1e-4)
+
+
+@KINDS
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_callback_is_called_after_every_network_call(kind, steps, model):
+    calls = []
+    latents = sample(model, ["a", "b"], kind, steps=steps, callback=lambda *arguments: calls.append(arguments))
+    expected = steps + (kind == "plms" and steps > 1)
+    assert [step for step, _ in calls] == list(range(1, expected + 1))
+    assert all(preview.shape == latents.shape for _, preview in calls)
+    assert torch.equal(calls[-1][1], latents)
+
+
+# --- prompts and guidance --------------------------------------------------------------------------------------------
+def count_batches(model, monkeypatch):
+    batches, forward = [], model.unet.forward
+
+    def counting(latents, timesteps, context):
+        batches.append((len(latents), len(context)))
+        return forward(latents, timesteps, context)
+
+    monkeypatch.setattr(model.unet, "forward", counting)
+    return batches
+
+
+@pytest.mark.parametrize("guidance, rows", [(0, 2), (0.5, 2), (1, 2), (1.1, 4), (7.5, 4)])
+def test_guidance_up_to_one_runs_half_the_batch(guidance, rows, model, monkeypatch):
+    batches = count_batches(model, monkeypatch)
+    sample(model, ["a", "b"], guidance=guidance, steps=2)
+    assert batches == [(rows, rows)] * 2
+
+
+def test_without_guidance_the_negative_prompt_has_no_say(model):
+    assert torch.equal(sample(model, ["a"], guidance=1, negative_prompt="x"), sample(model, ["a"], guidance=1))
+    assert relative_error(sample(model, ["a"], negative_prompt="x y z"), sample(model, ["a"])) > 1e-3
+
+
+def test_negative_prompts_are_one_for_all_or_one_for_each(model):
+    one = sample(model, ["a", "b"], negative_prompt="x")
+    assert torch.equal(sample(model, ["a", "b"], negative_prompt=["x", "x"]), one)
+    each = sample(model, ["a", "b"], negative_prompt=["x", "y"])
+    assert torch.equal(each[0], one[0]) and not torch.equal(each[1], one[1])
+    assert relative_error(each[1:], sample(model, ["b"], negative_prompt="y", seed=1)) <= 1e-4
+
+
+def test_a_single_string_is_one_prompt(model):
+    assert torch.equal(sample(model, "a cat"), sample(model, ["a cat"]))
+
+
+def test_a_prompt_that_is_cut_is_told_through_sample(model):
+    with pytest.warns(UserWarning, match="has 80 tokens and only the first 75 are read; cut: 'word( word){4}'"):
+        sample(model, ["word " * 80], steps=1)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options, says", [
+    ({"prompts": []}, ["no prompts", "give at least one"]),
+    ({"steps": 0}, ["steps must be in [1, 1000], got 0"]),
+    ({"steps": -1}, ["steps must be in [1, 1000], got -1"]),
+    ({"steps": 1001}, ["steps must be in [1, 1000], got 1001"]),
+    ({"guidance": -0.1}, ["guidance must be a number >= 0", "-0.1"]),
+    ({"guidance": math.nan}, ["guidance must be a number >= 0", "nan"]),
+    ({"guidance": math.inf}, ["guidance must be a number >= 0", "inf"]),
+    ({"sampler": "euler"}, ["unknown sampler 'euler'", "ddim, ddpm, plms, dpm++"]),
+    ({"eta": -0.1}, ["eta must be in [0, 1], got -0.1"]),
+    ({"eta": 1.5}, ["eta must be in [0, 1], got 1.5"]),
+    ({"eta": math.nan}, ["eta must be in [0, 1], got nan"]),
+    ({"eta": 0.5, "sampler": "plms"}, ["eta is an option of the ddim sampler", "plms"]),
+    ({"karras": True}, ["karras", "dpm++", "ddim"]),
+    ({"height": 500}, ["height must be a positive multiple of 8, got 500; try 496"]),
+    ({"width": 30}, ["width must be a positive multiple of 8, got 30; try 32"]),
+    ({"height": 0}, ["height must be a positive multiple of 8, got 0; try 8"]),
+    ({"width": -64}, ["width must be a positive multiple of 8, got -64"]),
+    ({"output": "numpy"}, ["output must be pil, tensor or latent, got 'numpy'"]),
+    ({"negative_prompt": ["x", "y"]}, ["2 negative prompts for 1 prompts", "give one, or one for each"]),
+    ({"latents": torch.zeros(1, 4, 8, 9)}, ["latents must be (1, 4, 8, 8)", "(1, 4, 8, 9)"]),
+    ({"latents": torch.zeros(2, 4, 8, 8)}, ["latents must be (1, 4, 8, 8) for 1 pictures", "(2, 4, 8, 8)"]),
+])
+def test_bad_input_is_refused_before_any_work(options, says, model, monkeypatch):
+    batches = count_batches(model, monkeypatch)
+    with pytest.raises(InputError) as caught:
+        model.sample(**({"prompts": ["a"], "steps": 2} | options))
+    assert_says(caught, *says)
+    assert not batches
+
+
+# --- latents and images ----------------------------------------------------------------------------------------------
+def test_the_scaling_factor_is_applied_on_the_way_in_and_out(model):
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = model.encode_images(images, torch.Generator().manual_seed(1))
+        z = model.vae.encode(images).sample(torch.Generator().manual_seed(1))
+        torch.testing.assert_close(latents, 0.18215 * z)
+        torch.testing.assert_close(model.decode_latents(latents), model.vae.decode(z), rtol=1e-4, atol=1e-5)
+
+
+def overflowing_model(seed=4):
+    """In float16 and float32: a model whose decoder passes the largest float16 on its way to ordinary pictures."""
+    exact = peers.random_model(ModelConfig.tiny(), seed=seed)
+    weight = exact.vae.decoder.up_blocks[1].resnets[-1].conv2.weight  # what it gives is normalised before the end
+    weight.data = (weight.data * 3e5).half().float()
+    assert weight.isfinite().all()
+    return copy.deepcopy(exact).half(), exact
+
+
+def test_a_half_precision_vae_that_overflows_decodes_in_float32_and_says_so():
+    half, exact = overflowing_model()
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not half.vae.decode((latents / 0.18215).half()).isfinite().all()
+        with pytest.warns(UserWarning, match="non-finite pixels in torch.float16; it decodes in float32 from here on"):
+            images = half.decode_latents(latents)
+        assert images.dtype == torch.float32
+        assert relative_error(images, exact.decode_latents(latents)) <= 1e-2  # the weights were rounded to half
+        assert half.unet.conv_in.weight.dtype == torch.float16  # the U-Net stays as it was
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # said once
+            assert torch.equal(half.decode_latents(latents), images)
+
+
+def test_an_overflow_inside_sample_gives_whole_pictures_and_usable_weights():
+    model, _ = overflowing_model()
+    with pytest.warns(UserWarning, match="decodes in float32 from here on"):
+        images = model.sample(["a"], steps=1, output="tensor")
+    assert images.isfinite().all()
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    # Training goes on with the very same VAE: its weights must not have become inference tensors.
+    latents = torch.randn(1, 4, 2, 2, requires_grad=True)
+    model.decode_latents(latents).square().mean().backward()
+    assert latents.grad.isfinite().all()
+
+
+def test_images_encode_after_the_vae_has_changed_to_float32():
+    model, _ = overflowing_model()
+    with pytest.warns(UserWarning, match="decodes in float32"):
+        model.sample(["a"], steps=1, output="tensor")
+    latents = model.encode_images(torch.zeros(1, 3, 16, 16), torch.Generator().manual_seed(0))
+    assert latents.shape == (1, 4, 2, 2) and latents.isfinite().all()
+    assert latents.dtype == torch.float16  # what the U-Net reads
+
+
+def test_a_float32_vae_that_gives_nonsense_is_not_hidden():
+    model = peers.random_model(ModelConfig.tiny(), seed=4)
+    model.vae.decoder.conv_out.bias.data[:] = math.nan
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        assert model.decode_latents(torch.zeros(1, 4, 2, 2)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_samples_near_float32(dtype):
+    exact = peers.random_model(ModelConfig.tiny(), seed=5)
+    options = {"steps": 3, "guidance": 2.0, "output": "latent"}
+    expected = exact.sample(["a cat"], **options)
+    ours = copy.deepcopy(exact).to(dtype).sample(["a cat"], **options)
+    assert ours.dtype == torch.float32  # the sampler's arithmetic
+    assert 0 < relative_error(ours, expected) <= 30 * torch.finfo(dtype).eps
+
+
+# --- the model as a whole --------------------------------------------------------------------------------------------
+def test_sampling_changes_no_weight_and_no_setting(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sample(model, PROMPTS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_parameter_names_begin_with_their_network(model):
+    assert {name.partition(".")[0] for name in model.state_dict()} == {"unet", "vae", "text_encoder"}
+
+
+def test_the_schedule_is_the_configs(tmp_path):
+    model = peers.random_model(ModelConfig.tiny(v2=True))
+    assert isinstance(model.schedule, NoiseSchedule) and model.schedule.prediction == "v"
+    assert model.tokenize(["a"])[0, -1] == 0
+
+
+def test_the_base_hash_is_that_of_the_file(tmp_path):
+    import hashlib
+    path = peers.write_single_file(shared_model(), tmp_path / "model.safetensors")
+    loaded = minildm.load(path, device="cpu")
+    assert loaded.base_hash == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.dtype == torch.float32 and loaded.device == torch.device("cpu") and not loaded.training
+    folder = peers.write_folder(shared_model(), tmp_path / "folder")
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert minildm.load(folder, device="cpu").base_hash == hashlib.sha256(unet.read_bytes()).hexdigest()
+
+
+# --- which base ------------------------------------------------------------------------------------------------------
+def test_the_one_published_model_in_weights_comes_before_the_embedded_one(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        find_base(tmp_path)
+    assert_says(caught, tmp_path, "v1-5-pruned-emaonly.safetensors", "--base")
+    (tmp_path / "README.md").write_text("")
+    (tmp_path / "tiny" / "unet").mkdir(parents=True)
+    assert find_base(tmp_path) == tmp_path / "tiny"
+    (tmp_path / "sd.safetensors").write_text("")
+    assert find_base(tmp_path) == tmp_path / "sd.safetensors"
+    (tmp_path / "other" / "unet").mkdir(parents=True)
+    with pytest.raises(InputError) as caught:
+        find_base(tmp_path)
+    assert_says(caught, "several base models", "other, sd.safetensors", "--base")
+
+
+def test_to_pil_gives_rows_of_pixels_in_order():
+    image = torch.full((1, 3, 2, 3), -1.0)
+    image[0, 0, 0, 2] = 1.0  # red, first row, last column
+    picture, = to_pil(image)
+    assert isinstance(picture, Image.Image) and picture.size == (3, 2)
+    assert picture.getpixel((2, 0)) == (255, 0, 0) and picture.getpixel((0, 1)) == (0, 0, 0)
+    assert re.fullmatch("RGB", picture.mode)
