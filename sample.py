@@ -112,8 +112,8 @@ def read_prompts(args):
     if args.prompts.suffix.lower() != ".csv":
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
     else:
-        rows = list(csv.DictReader(text.splitlines(keepends=True)))
-        columns = list(rows[0]) if rows else []
+        rows = csv.DictReader(text.splitlines(keepends=True))
+        columns = rows.fieldnames or []
         column = args.column or next((name for name in ("prompt", "text") if name in columns), None)
         if column not in columns:
             raise InputError(f"--prompts {args.prompts} has no column {column or 'prompt or text'!r}; its columns: "

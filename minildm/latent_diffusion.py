@@ -35,7 +35,7 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
     Returns: LatentDiffusion, frozen and in eval mode.
     Raises: FileNotFoundError; InputError (a ValueError) for broken files and other models, naming the tensors.
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    device = _find_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     plan = checkpoint.inspect(find_base() if base is None else base, prediction)
@@ -53,6 +53,17 @@ def split_multiplier(adapter):
     except ValueError:  # the colon belongs to the path
         path, multiplier = str(adapter), 1.0
     return (Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)), multiplier
+
+
+def _find_device(name):
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}; expected cpu, cuda, cuda:1, mps, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} cuda devices; "
+                         "use another one, or cpu")
+    return device
 
 
 def find_base(folder=WEIGHTS):
@@ -153,7 +164,7 @@ class LatentDiffusion(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         height, width = (self.config.image_size if side is None else side for side in (height, width))
-        _check_sampling(prompts, negatives, steps, guidance, sampler, eta, karras, height, width, output)
+        _check_sampling(prompts, negatives, steps, guidance, sampler, eta, karras, seed, height, width, output)
         shape = (self.config.unet.latent_channels, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
 
@@ -185,7 +196,7 @@ def to_pil(images):
     return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels.numpy()]  # (H, W, 3)
 
 
-def _check_sampling(prompts, negatives, steps, guidance, sampler, eta, karras, height, width, output):
+def _check_sampling(prompts, negatives, steps, guidance, sampler, eta, karras, seed, height, width, output):
     if not prompts:
         raise InputError("no prompts: the list is empty; give at least one")
     if len(negatives) != len(prompts):
@@ -202,6 +213,8 @@ def _check_sampling(prompts, negatives, steps, guidance, sampler, eta, karras, h
         raise InputError(f"eta is an option of the ddim sampler only, got eta = {eta} with {sampler}")
     if karras and sampler != "dpm++":
         raise InputError(f"karras spacing is an option of the dpm++ sampler only, got it with {sampler}")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be in [0, 2^63), got {seed}")
     for name, side in (("height", height), ("width", width)):
         if side <= 0 or side % SPATIAL_FACTOR:
             near = max(round(side / SPATIAL_FACTOR), 1) * SPATIAL_FACTOR
