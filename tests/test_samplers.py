@@ -64,12 +64,11 @@ KINDS = pytest.mark.parametrize("kind", CASES)
 
 
 @PREDICTIONS
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 20, 37, 50, 300, 600, 999])
-@KINDS
+@pytest.mark.parametrize("kind, steps", [
+    (kind, steps) for kind in CASES for steps in (1, 2, 3, 4, 5, 20, 37, 50, 300, 600, 999)
+    if not ("karras" in kind and steps == 1)])  # which is 0 / 0 in diffusers
 def test_trajectories_match_diffusers(kind, steps, prediction):
     latents, sampler = noise(2, 4, 3, 5), kind.partition(",")[0]
-    if "karras" in kind and steps == 1:
-        pytest.skip("one step of Karras' spacing is 0 / 0 in diffusers")
     assert_same_trajectory(
         run_ours(sampler, cheap_denoiser, latents, NoiseSchedule(prediction), steps, **CASES[kind]),
         run_diffusers(sampler, cheap_denoiser, latents, prediction, steps, **CASES[kind]))

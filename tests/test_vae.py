@@ -129,14 +129,15 @@ def test_half_precision_rounds_no_worse_than_diffusers(dtype):
 
 
 def test_gradients_match_diffusers():
-    vae = peers.random_network(LAYOUTS["tiny"], seed=6).requires_grad_(True)
+    vae = peers.random_network(LAYOUTS["uneven"], seed=6).requires_grad_(True)  # no group is one channel: hides biases
     peer = copy.deepcopy(peers.diffusers_vae(vae)).requires_grad_(True)
     images = noise(1, 3, 16, 16)
     vae.decode(vae.encode(images).mean).square().mean().backward()
     peer.decode(peer.encode(images).latent_dist.mean).sample.square().mean().backward()
     theirs = dict(peer.named_parameters())
     for name, parameter in vae.named_parameters():
-        assert relative_error(parameter.grad, theirs[name].grad) <= 1e-4 or parameter.grad.abs().max() < 1e-6, name
+        if not name.endswith("to_k.bias"):  # shifts all scores of a query alike: its gradient is rounding
+            assert relative_error(parameter.grad, theirs[name].grad) <= 1e-4, name
 
 
 def test_vae_leaves_its_inputs_alone():
