@@ -64,7 +64,7 @@ def main(arguments):
     import torch
 
     from minildm.latent_diffusion import check_sampling, load, split_multiplier
-    check_sampling(args.steps, args.guidance, args.sampler, args.eta, args.karras, args.height, args.width)
+    check_sampling(args.steps, args.guidance, args.sampler, args.eta, args.karras, args.seed, args.height, args.width)
     adapters = [split_multiplier(adapter) for adapter in args.adapter]
     if absent := [str(path) for path, _ in adapters if not path.is_file()]:
         raise FileNotFoundError(f"no such adapter: {', '.join(absent)}")
@@ -137,11 +137,11 @@ def prompts_of_file(args):
             raise InputError(f"--column is for a .csv, but --prompts is {args.prompts}")
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
     else:
+        rows = csv.DictReader(text.splitlines(keepends=True))
         try:
-            rows = list(csv.DictReader(text.splitlines(keepends=True)))
+            columns, rows = rows.fieldnames or [], list(rows)
         except csv.Error as error:
             raise InputError(f"--prompts {args.prompts} is not readable as CSV ({error})") from None
-        columns = list(rows[0]) if rows else []
         column = args.column or next((name for name in ("prompt", "text") if name in columns), None)
         if column not in columns:
             raise InputError(f"--prompts {args.prompts} has no column {column or 'prompt or text'!r}; its columns: "

@@ -170,7 +170,7 @@ class LatentDiffusion(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         height, width = (self.config.image_size if side is None else side for side in (height, width))
-        check_sampling(steps, guidance, sampler, eta, karras, height, width, output, self.schedule.n_timesteps)
+        check_sampling(steps, guidance, sampler, eta, karras, seed, height, width, output, self.schedule.n_timesteps)
         if not prompts:
             raise InputError("no prompts: the list is empty; give at least one")
         if len(negatives) != len(prompts):
@@ -215,7 +215,7 @@ def to_pil(images):
     return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels.numpy()]  # (H, W, 3)
 
 
-def check_sampling(steps, guidance, sampler, eta=0.0, karras=False, height=None, width=None, output="pil",
+def check_sampling(steps, guidance, sampler, eta=0.0, karras=False, seed=0, height=None, width=None, output="pil",
                    n_timesteps=1000):
     """Raise InputError, naming the setting, if `LatentDiffusion.sample` could not run with these."""
     if sampler not in SAMPLERS:
@@ -230,6 +230,8 @@ def check_sampling(steps, guidance, sampler, eta=0.0, karras=False, height=None,
         raise InputError(f"eta is an option of the ddim sampler only, got eta = {eta} with {sampler}")
     if karras and sampler != "dpm++":
         raise InputError(f"karras spacing is an option of the dpm++ sampler only, got it with {sampler}")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be in [0, 2^63), got {seed}")
     for name, side in (("height", height), ("width", width)):
         if side is not None and (side <= 0 or side % SPATIAL_FACTOR):
             near = max(round(side / SPATIAL_FACTOR), 1) * SPATIAL_FACTOR

@@ -1,0 +1,291 @@
+"""sample.py from the command line: pictures that say how they were made, resumed runs, one-line errors."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import peers
+import pytest
+import torch
+from peers import assert_says
+from PIL import Image
+
+import minildm
+from minildm import latent_diffusion
+from minildm.config import ModelConfig
+from minildm.errors import InputError
+from minildm.pictures import SYNTHETIC
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--steps", "2", "--guidance", "1"]
+
+
+def load_command():
+    spec = importlib.util.spec_from_file_location("sample_command", ROOT / "sample.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sample_py = load_command()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny-sd"
+    return peers.write_folder(peers.random_model(ModelConfig.tiny(), seed=1), folder)
+
+
+def draw(base, out, *arguments):
+    assert sample_py.main([*map(str, arguments), "--base", str(base), "--out", str(out), "--device", "cpu"]) == 0
+    return sorted(out.glob("*.png"))
+
+
+def refused(base, out, *arguments, error=InputError):
+    with pytest.raises(error) as caught:
+        sample_py.main([*map(str, arguments), "--base", str(base), "--out", str(out), "--device", "cpu"])
+    return caught
+
+
+def read_as_the_web_ui(text):
+    """(prompt, negative prompt, {key: value}) by the rules of AUTOMATIC1111's infotext parser (its regular expression
+    for pairs, its three-pair minimum)."""
+    pairs = r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
+    *lines, last = text.strip().split("\n")
+    if len(re.findall(pairs, last)) < 3:
+        lines, last = [*lines, last], ""
+    at = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    negative = "\n".join(lines[at:]).removeprefix("Negative prompt:").strip()
+    values = {key: json.loads(value) if value[:1] == '"' else value for key, value in re.findall(pairs, last)}
+    return "\n".join(lines[:at]), negative, values
+
+
+# --- what is drawn ---------------------------------------------------------------------------------------------------
+def test_pictures_are_those_of_the_library(base, tmp_path):
+    paths = draw(base, tmp_path, "chest x-ray, age 47 male", "-n", 3, "--seed", 5, "--steps", 3, "--guidance", 2,
+                 "--negative", "blurry", "--height", 40, "--width", 64, "--batch-size", 2)
+    assert [path.name for path in paths] == ["00000-seed5.png", "00001-seed6.png", "00002-seed7.png"]
+    expected = minildm.load(base, device="cpu").sample(["chest x-ray, age 47 male"] * 3, "blurry", steps=3, guidance=2,
+                                                       seed=5, height=40, width=64)
+    for path, picture in zip(paths, expected):
+        with Image.open(path) as image:
+            assert image.size == (64, 40)
+            difference = np.asarray(image, dtype=int) - np.asarray(picture, dtype=int)
+            assert np.abs(difference).max() <= 1  # another batch size may round a pixel the other way
+
+
+@pytest.mark.parametrize("arguments, name, extra", [
+    (["--sampler", "ddim", "--eta", "0.5"], "DDIM", {"Eta": "0.5"}), (["--sampler", "ddpm"], "DDPM", {}),
+    (["--sampler", "plms"], "PLMS", {}), (["--sampler", "dpm++"], "DPM++ 2M", {}),
+    (["--sampler", "dpm++", "--karras"], "DPM++ 2M Karras", {})])
+def test_every_sampler_draws_and_signs(arguments, name, extra, base, tmp_path):
+    path, = draw(base, tmp_path, "a", "--steps", 3, *arguments)
+    values = read_as_the_web_ui(Image.open(path).info["parameters"])[2]
+    assert values["Sampler"] == name and values["Steps"] == "3"
+    assert {key: values.get(key) for key in extra} == extra and ("Eta" in values) == ("Eta" in extra)
+
+
+def test_a_png_says_how_it_was_made_and_that_it_is_synthetic(base, tmp_path):
+    path, = draw(base, tmp_path, "chest x-ray: PA, upright", *QUICK, "--negative", "text, marks", "--seed", 11)
+    with Image.open(path) as image:
+        assert image.info["Description"] == SYNTHETIC and "not for clinical use" in SYNTHETIC
+        text = image.info["parameters"]
+    prompt, negative, values = read_as_the_web_ui(text)
+    assert prompt == "chest x-ray: PA, upright" and negative == "text, marks"
+    assert values | {"Version": ""} == {
+        "Steps": "2", "Sampler": "DDIM", "CFG scale": "1.0", "Seed": "11", "Size": "64x64",
+        "Model hash": sha256((base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:10],
+        "Model": "tiny-sd", "Prediction": "epsilon", "Precision": "float32", "Version": ""}
+    assert text.splitlines()[1] == "Negative prompt: text, marks"
+
+
+def test_prompts_of_any_script_survive_in_the_png(base, tmp_path):
+    prompt = "épanchement — 胸部X線 🫁"
+    path, = draw(base, tmp_path, prompt, *QUICK)
+    assert read_as_the_web_ui(Image.open(path).info["parameters"])[0] == prompt
+
+
+def test_values_with_commas_are_quoted(base, tmp_path):
+    named = tmp_path / "a, b: c"
+    named.symlink_to(base)
+    path, = draw(named, tmp_path / "out", "x", *QUICK)
+    text = Image.open(path).info["parameters"]
+    assert 'Model: "a, b: c"' in text
+    assert read_as_the_web_ui(text)[2]["Model"] == "a, b: c"
+
+
+def test_pictures_of_a_second_call_are_numbered_on(base, tmp_path):
+    draw(base, tmp_path, "a", *QUICK, "-n", 2)
+    paths = draw(base, tmp_path, "b", *QUICK, "--seed", 0)
+    assert [path.name for path in paths] == ["00000-seed0.png", "00001-seed1.png", "00002-seed0.png"]
+
+
+def test_a_contact_sheet_shows_the_pictures_in_order_beside_the_others(base, tmp_path):
+    paths = draw(base, tmp_path, "a", *QUICK, "-n", 3)
+    sheet, = (tmp_path / "sheets").glob("*.png")
+    with Image.open(sheet) as image:
+        assert image.size == (2 * 64 + 4, 2 * 64 + 4)
+        for path, corner in zip(paths, ((0, 0), (68, 0), (0, 68))):
+            with Image.open(path) as picture:
+                assert image.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == picture.tobytes()
+    draw(base, tmp_path / "single", "a", *QUICK)
+    assert not (tmp_path / "single" / "sheets").exists()
+
+
+def test_it_prints_what_it_made_and_the_next_command(base, tmp_path, capsys):
+    paths = draw(base, tmp_path, "a", *QUICK, "-n", 2, "--seed", 3)
+    printed = capsys.readouterr().out
+    for part in (*map(str, paths), "epsilon-prediction", "64 px", "float32 on cpu", "next:", "--seed 5"):
+        assert part in printed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_dtype_draws(dtype, base, tmp_path, capsys):
+    draw(base, tmp_path, "a", *QUICK, "--dtype", dtype)
+    assert dtype in capsys.readouterr().out
+
+
+# --- many prompts ----------------------------------------------------------------------------------------------------
+def test_a_file_of_prompts_draws_each_line(base, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffchest x-ray\n\n  a cat  \r\nnaïve\n", encoding="utf-8")
+    paths = draw(base, tmp_path / "out", "--prompts", tmp_path / "prompts.txt", *QUICK, "-n", 2, "--seed", 10)
+    prompts = [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths]
+    assert prompts == ["chest x-ray"] * 2 + ["a cat"] * 2 + ["naïve"] * 2
+    assert [path.name for path in paths] == [f"{i:05d}-seed{10 + i}.png" for i in range(6)]
+
+
+@pytest.mark.parametrize("arguments, column", [([], "prompt"), (["--column", "finding"], "finding")])
+def test_a_csv_column_is_a_file_of_prompts(arguments, column, base, tmp_path):
+    (tmp_path / "p.csv").write_text('id,prompt,finding\n1,"a, b",x\n2,"c ""d""",y\n3,"two\nlines",z\n')
+    paths = draw(base, tmp_path / "out", "--prompts", tmp_path / "p.csv", *QUICK, *arguments)
+    prompts = [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths]
+    assert prompts == {"prompt": ["a, b", 'c "d"', "two\nlines"], "finding": ["x", "y", "z"]}[column]
+
+
+def test_an_interrupted_call_goes_on_where_it_stopped(base, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
+    command = ["--prompts", tmp_path / "prompts.txt", *QUICK, "--batch-size", 2]
+    paths = draw(base, tmp_path / "out", *command)
+    whole = {path.name: path.read_bytes() for path in paths}
+    times = {path.name: path.stat().st_mtime_ns for path in paths}
+    for i in (1, 3, 4):
+        paths[i].unlink()
+    capsys.readouterr()
+    paths = draw(base, tmp_path / "out", *command)
+    assert "2 pictures are already in" in capsys.readouterr().out
+    assert [path.name for path in paths] == list(whole)
+    for path in paths:
+        kept = path.name in ("00000-seed0.png", "00002-seed2.png")
+        assert (path.stat().st_mtime_ns == times[path.name]) == kept
+        ours, before = np.asarray(Image.open(path), dtype=int), tmp_path / "before.png"
+        before.write_bytes(whole[path.name])
+        assert np.abs(ours - np.asarray(Image.open(before), dtype=int)).max() <= 1
+    draw(base, tmp_path / "out", *command)  # nothing left to draw: no error
+    assert "0 to draw" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_only_whole_pictures(base, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    draw_one, calls = minildm.LatentDiffusion.sample, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw_one(self, *arguments, **options)
+
+    monkeypatch.setattr(minildm.LatentDiffusion, "sample", interrupted)
+    command = ["--prompts", tmp_path / "prompts.txt", *QUICK, "--batch-size", 1]
+    refused(base, tmp_path / "out", *command, error=KeyboardInterrupt)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00000-seed0.png"]
+    monkeypatch.undo()
+    assert len(draw(base, tmp_path / "out", *command)) == 3
+
+
+def test_pictures_made_otherwise_are_not_taken_for_done(base, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    paths = draw(base, tmp_path / "out", "--prompts", tmp_path / "prompts.txt", *QUICK)
+    caught = refused(base, tmp_path / "out", "--prompts", tmp_path / "prompts.txt", "--steps", 3, "--guidance", 1)
+    assert_says(caught, paths[0], "Steps: 2", "Steps: 3", "give another --out")
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arguments, says", [
+    ([], ["one prompt", "--prompts FILE"]),
+    (["a", "--prompts", "x.txt"], ["one prompt", "--prompts FILE"]),
+    (["a", "-n", 0], ["-n must be at least 1, got 0"]),
+    (["a", "--batch-size", 0], ["--batch-size must be at least 1, got 0"]),
+    (["a", "--steps", 0], ["steps must be in [1, 1000], got 0"]),
+    (["a", "--steps", 1001], ["steps must be in [1, 1000], got 1001"]),
+    (["a", "--guidance", "nan"], ["guidance", "nan"]),
+    (["a", "--guidance", -1], ["guidance", "-1"]),
+    (["a", "--height", 100], ["height must be a positive multiple of 8, got 100; try 96"]),
+    (["a", "--width", 0], ["width must be a positive multiple of 8, got 0"]),
+    (["a", "--eta", 0.5, "--sampler", "plms"], ["eta", "ddim"]),
+    (["a", "--seed", 2**64], ["seed", str(2**64)]),
+])
+def test_bad_flags_are_refused_in_one_line(arguments, says, base, tmp_path):
+    assert_says(refused(base, tmp_path / "out", *arguments), *says)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize("content, suffix, says", [
+    ("", "txt", "holds no prompt"), ("\n \n", "txt", "holds no prompt"), ("", "csv", "no column 'prompt or text'"),
+    ("id,caption\n1,x\n", "csv", "its columns: id, caption"), ("prompt\n", "csv", "holds no prompt")])
+def test_a_useless_file_of_prompts_is_refused(content, suffix, says, base, tmp_path):
+    path = tmp_path / f"prompts.{suffix}"
+    path.write_text(content)
+    assert_says(refused(base, tmp_path / "out", "--prompts", path), path, says)
+
+
+def test_a_missing_or_binary_file_of_prompts_is_refused(base, tmp_path):
+    assert_says(refused(base, tmp_path, "--prompts", tmp_path / "none.txt", error=FileNotFoundError), "none.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert_says(refused(base, tmp_path, "--prompts", tmp_path / "binary.txt"), "binary.txt", "not UTF-8")
+
+
+def test_an_unwritable_folder_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(latent_diffusion, "load", lambda *arguments, **options: pytest.fail("loaded first"))
+    with pytest.raises(NotADirectoryError) as caught:
+        sample_py.main(["a", "--out", str(tmp_path / "file")])
+    assert_says(caught, tmp_path / "file", "give another --out")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", ""])
+def test_an_unknown_device_is_refused(device, base, tmp_path):
+    with pytest.raises(InputError) as caught:
+        sample_py.main(["a", "--base", str(base), "--out", str(tmp_path), "--device", device])
+    assert_says(caught, repr(device), "--device cpu always can")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(base, tmp_path):
+    with pytest.raises(InputError) as caught:
+        sample_py.main(["a", "--base", str(base), "--out", str(tmp_path), "--device", "cuda"])
+    assert_says(caught, "cuda", "cpu")
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "sample.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_ends_with_code_zero_and_a_picture(base, tmp_path):
+    done = run("chest x-ray", "--base", base, "--out", tmp_path, "--device", "cpu", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "00000-seed0.png").is_file()
+
+
+def test_a_mistake_ends_with_code_two_and_one_line(tmp_path):
+    done = run("chest x-ray", "--base", tmp_path / "none.safetensors", "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no such base model: ") and done.stderr.count("\n") == 1
+    done = run("chest x-ray", "--sampler", "euler")
+    assert done.returncode == 2 and "invalid choice: 'euler'" in done.stderr
