@@ -4,7 +4,26 @@ import sys
 
 from minildm.errors import exit_cleanly
 
-COMMANDS = {}
+
+def fid(argv):
+    """Frechet distance of two folders of pictures, and what it is worth at this n."""
+    from minildm.metrics.fid_score import main
+    return main(argv)
+
+
+def clip_score(argv):
+    """Agreement of pictures with their prompts, by a CLIP model of open_clip."""
+    from minildm.metrics.clip_score import main
+    return main(argv)
+
+
+def audit(argv):
+    """Has the model memorised training pictures? Compares with held-out ones."""
+    from minildm.metrics.audit import main
+    return main(argv)
+
+
+COMMANDS = {"fid": fid, "clip-score": clip_score, "audit": audit}
 
 
 def usage():

@@ -4,7 +4,7 @@ In: folders of pictures. Out: the Frechet distance at the depths of Inception-v3
 coverage, CMMD, CLIP score, an audit for memorised pictures, and how far each number can be trusted at this n.
 """
 
-from minildm.metrics.fid import fid
+from minildm.metrics.fid_score import fid
 from minildm.metrics.frechet import frechet_distance, frechet_distance_from_features
 from minildm.metrics.inception import InceptionV3
 

@@ -30,9 +30,8 @@ def list_pictures(source):
     Raises: FileNotFoundError or InputError, in words, when there are none.
     """
     folder = Path(source)
-    if not folder.exists() and ":" in str(source):
-        from minildm.data.records import open_data_set
-        return [Path(record.image) for record in open_data_set(str(source))]
+    if not folder.exists() and (":" in str(source) or str(source) == "phantom"):
+        return _records(str(source))
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist; expected a folder of pictures")
     if not folder.is_dir():
@@ -47,11 +46,21 @@ def list_pictures(source):
     return pictures
 
 
-def open_rgb(path):
+def _records(spec):
+    from minildm.data.records import open_data_set
+    return list(open_data_set(spec).records)
+
+
+def open_rgb(picture):
     """One picture as pytorch-fid reads it: ``Image.open(path).convert("RGB")``, 8 bits a channel.
 
-    More bits would be clipped by that conversion, so such files are refused; so is what cannot be decoded.
+    More bits would be clipped by that conversion, so such files are refused; so is what cannot be decoded. A record of
+    a data set is read as training reads it, at 512 px.
     """
+    if not isinstance(picture, str | Path):
+        from minildm.data.reading import Transform, read
+        return Image.fromarray(read(picture, Transform(size=512))[0])
+    path = picture
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
@@ -64,6 +73,11 @@ def open_rgb(path):
         raise InputError(f"{path} cannot be decoded ({error}); replace or remove it, no picture is skipped") from None
 
 
+def picture_name(picture):
+    """The file's name, or the record's."""
+    return Path(picture).name if isinstance(picture, str | Path) else picture.name
+
+
 def as_tensor(image):
     """Pillow RGB -> uint8 (3, H, W)"""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -71,18 +85,13 @@ def as_tensor(image):
 
 @dataclass(frozen=True)
 class Extractor:
-    """``read``: path -> float32 (3, s, s);  ``network``: a stack of these -> {dim: (B, dim)}."""
+    """``prepare``: Pillow RGB -> float32 (3, s, s);  ``network``: a stack of these -> {dim: (B, dim)}."""
 
     label: str
     dims: tuple
-    read: object
+    prepare: object
     network: object
     facts: dict = field(default_factory=dict)  # what a reader of the number must know: weights, hash, resize
-
-    def __call__(self, paths):
-        """Features of a few pictures: {dim: (n, dim) float32 numpy}."""
-        batches = [batch for _, batch in _batches(paths, self, 16, None)]
-        return {dim: np.concatenate([batch[dim] for batch in batches]) for dim in self.dims}
 
 
 def inception_extractor(weights=DEFAULT_WEIGHTS, dims=DIMS, device="cpu"):
@@ -91,18 +100,18 @@ def inception_extractor(weights=DEFAULT_WEIGHTS, dims=DIMS, device="cpu"):
     digest = sha256(weights)
     label = "FID" if digest == WEIGHTS_SHA256 else "FID (unverified weights)"
     facts = {"weights": str(weights), "sha256": digest, "resize": "299 x 299 bilinear, no antialias"}
-    return Extractor(label, tuple(dims), _read_for_inception, lambda x: network.features(x, dims), facts)
+    return Extractor(label, tuple(dims), _for_inception, lambda x: network.features(x, dims), facts)
 
 
 def random_extractor(dims=DIMS, device="cpu", seed=0):
     """An untrained Inception network: needs no weights; what it gives is FD-random, never FID."""
     network = InceptionV3.random(seed).to(device)
     facts = {"weights": f"random, seed {seed}", "resize": "299 x 299 bilinear, no antialias"}
-    return Extractor("FD-random", tuple(dims), _read_for_inception, lambda x: network.features(x, dims), facts)
+    return Extractor("FD-random", tuple(dims), _for_inception, lambda x: network.features(x, dims), facts)
 
 
-def _read_for_inception(path):
-    return prepare(as_tensor(open_rgb(path))[None])[0]
+def _for_inception(image):
+    return prepare(as_tensor(image)[None])[0]
 
 
 def vae_extractor(base=None, device="cpu"):
@@ -115,7 +124,7 @@ def vae_extractor(base=None, device="cpu"):
         return {256: F.adaptive_avg_pool2d(z, 8).flatten(1)}
 
     facts = {"weights": str(base) if base is not None else "default base", "resize": "256 x 256 bilinear, antialias"}
-    return Extractor("FD-vae", (256,), lambda path: _read_square(path, 256), network, facts)
+    return Extractor("FD-vae", (256,), lambda image: _squeezed(image, 256), network, facts)
 
 
 def clip_extractor(model_name, pretrained, device="cpu"):
@@ -128,7 +137,7 @@ def clip_extractor(model_name, pretrained, device="cpu"):
         return {dim: F.normalize(model.encode_image(images.to(device)), dim=1)}
 
     facts = {"weights": f"{model_name}, {pretrained}", "resize": "open_clip's for this model"}
-    return Extractor("FD-clip", (dim,), lambda path: preprocess(open_rgb(path)), network, facts)
+    return Extractor("FD-clip", (dim,), preprocess, network, facts)
 
 
 def script_extractor(path, device="cpu"):
@@ -146,13 +155,12 @@ def script_extractor(path, device="cpu"):
         shape = tuple(probe.shape) if isinstance(probe, torch.Tensor) else type(probe).__name__
         raise InputError(f"{path} must map (B, 3, 224, 224) in [0, 1] to (B, d), gave {shape}; pool it in the script")
     facts = {"weights": str(path), "sha256": sha256(path), "resize": "224 x 224 bilinear, antialias"}
-    return Extractor(f"FD-{path.stem}", (probe.shape[1],), lambda p: _read_square(p, 224),
+    return Extractor(f"FD-{path.stem}", (probe.shape[1],), lambda image: _squeezed(image, 224),
                      lambda images: {probe.shape[1]: script(images.to(device))}, facts)
 
 
-def _read_square(path, size):
-    image = as_tensor(open_rgb(path))[None].float() / 255
-    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
+def _squeezed(image, size):
+    return F.interpolate(as_tensor(image)[None].float() / 255, (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
 def open_extractor(features, weights=None, dims=DIMS, base=None, clip_model="ViT-L-14-336", clip_pretrained="openai",
@@ -190,12 +198,12 @@ def collect(paths, extractor, keep=2000, batch_size=16, seed=0, progress=None):
     Raises: InputError naming the picture that cannot be read or whose features are not finite.
     """
     if len(paths) < 2:
-        raise InputError(f"{len(paths)} picture in {Path(paths[0]).parent}: a distribution needs at least 2; give more")
+        raise InputError(f"{picture_name(paths[0])} is the only picture: a distribution needs at least 2; give more")
     kept = np.random.default_rng(seed).permutation(len(paths))[:keep]
     slot = {int(index): k for k, index in enumerate(np.sort(kept))}  # picture index -> row
     rows = {dim: np.empty((len(slot), dim), np.float32) for dim in extractor.dims}
     statistics = {dim: Statistics(dim) for dim in extractor.dims}
-    for start, batch in _batches(paths, extractor, batch_size, progress):
+    for start, batch in batches(paths, extractor, batch_size, progress):
         for dim, values in batch.items():
             statistics[dim].add(values)
             for offset, row in enumerate(values):
@@ -204,9 +212,13 @@ def collect(paths, extractor, keep=2000, batch_size=16, seed=0, progress=None):
     return Collected(len(paths), statistics, rows if keep else {}, list(paths))
 
 
-def _batches(paths, extractor, batch_size, progress):
-    """Yield (start, {dim: (b, dim) numpy}). Pictures are decoded and resized by threads, two batches ahead."""
+def batches(paths, extractor, batch_size=16, progress=None, prepare=None):
+    """Yield (start, {dim: (b, dim) numpy}). Pictures are decoded and resized by threads, two batches ahead.
+
+    ``prepare``: picture -> what the network eats, where it is more than to open and to prepare.
+    """
     from tqdm import tqdm
+    prepare = prepare or (lambda picture: extractor.prepare(open_rgb(picture)))
     workers = min(8, os.cpu_count() or 1)
     starts = range(0, len(paths), batch_size)
     bar = tqdm(total=len(paths), desc=progress, unit="picture", disable=progress is None, delay=1)
@@ -216,14 +228,14 @@ def _batches(paths, extractor, batch_size, progress):
         try:
             for start in starts:
                 while len(ahead) < 3 and (upcoming := next(todo, None)) is not None:
-                    ahead.append([pool.submit(extractor.read, p) for p in paths[upcoming:upcoming + batch_size]])
+                    ahead.append([pool.submit(prepare, p) for p in paths[upcoming:upcoming + batch_size]])
                 images = torch.stack([future.result() for future in ahead.popleft()])
                 with torch.inference_mode():
                     batch = {dim: values.float().cpu().numpy() for dim, values in extractor.network(images).items()}
                 for values in batch.values():
                     broken = ~np.isfinite(values).all(axis=1)
                     if broken.any():
-                        raise InputError(f"{paths[start + int(broken.argmax())]} gives NaN or infinite features; look "
+                        raise InputError(f"{picture_name(paths[start + int(broken.argmax())])} gives NaN or infinite features; look "
                                          "at the picture, and at the weights if every picture does")
                 yield start, batch
                 bar.update(len(images))
