@@ -43,7 +43,8 @@ def load_clip(model_name, pretrained, device="cpu"):
         raise InputError(f"{pretrained!r} is neither a file nor pretrained weights of {model_name}; "
                          f"one of: {', '.join(tags) or 'none published'}")
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=str(pretrained), device=device)
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            model_name, pretrained=str(pretrained), device=device)
     except Exception as error:  # download and unpickling errors of many types; all mean the weights are not there
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"cannot load {pretrained} for {model_name} ({reason[:100]}); give a local file of "
@@ -51,7 +52,8 @@ def load_clip(model_name, pretrained, device="cpu"):
     return model.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(model_name)
 
 
-def clip_score(pictures, prompts, model_name="ViT-L-14", pretrained="openai", device="cpu", batch_size=16, progress=None):
+def clip_score(pictures, prompts, model_name="ViT-L-14", pretrained="openai", device="cpu", batch_size=16,
+               progress=None):
     """CLIP score of pictures (paths) with their prompts (strings of equal number)."""
     from tqdm import tqdm
     if len(pictures) != len(prompts) or not pictures:
@@ -112,7 +114,8 @@ def png_prompt(path):
 def main(argv):
     from minildm.metrics.fid_score import write_json
     parser = argparse.ArgumentParser(
-        prog="python -m minildm clip-score", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        prog="python -m minildm clip-score", description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("pictures", help="folder or run")
     parser.add_argument("--prompts", type=Path, help="CSV of file,prompt (default: what each PNG itself says)")
     parser.add_argument("--clip-model", default="ViT-L-14", help="open_clip architecture")

@@ -160,7 +160,8 @@ def script_extractor(path, device="cpu"):
 
 
 def _squeezed(image, size):
-    return F.interpolate(as_tensor(image)[None].float() / 255, (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
+    images = as_tensor(image)[None].float() / 255
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
 def open_extractor(features, weights=None, dims=DIMS, base=None, clip_model="ViT-L-14-336", clip_pretrained="openai",
@@ -235,8 +236,9 @@ def batches(paths, extractor, batch_size=16, progress=None, prepare=None):
                 for values in batch.values():
                     broken = ~np.isfinite(values).all(axis=1)
                     if broken.any():
-                        raise InputError(f"{picture_name(paths[start + int(broken.argmax())])} gives NaN or infinite features; look "
-                                         "at the picture, and at the weights if every picture does")
+                        first = picture_name(paths[start + int(broken.argmax())])
+                        raise InputError(f"{first} gives NaN or infinite features; look at the picture, and at the "
+                                         "weights if every picture does")
                 yield start, batch
                 bar.update(len(images))
         finally:

@@ -89,11 +89,11 @@ def table(result):
     lines += [f"(half: {half} pictures a side; the floor is real against other real pictures)" for half in halves]
     where = f"at {max(result['dims'])} dims"
     if "kid" in result:
-        k = result["kid"]
-        lines.append(f"KID x 1000 {where}: {1e3 * k['value']:.4f}, 95 % interval {1e3 * k['low']:.4f} - {1e3 * k['high']:.4f}")
+        value, low, high = (1e3 * result["kid"][name] for name in ("value", "low", "high"))
+        lines.append(f"KID x 1000 {where}: {value:.4f}, 95 % interval {low:.4f} - {high:.4f}")
         lines.append(", ".join(f"{name} {value:.3f}" for name, value in result["prdc"].items()) + f" {where}, k = 5")
     if "cmmd" in result:
-        lines.append(f"CMMD: {result['cmmd']['value']:.4f}, 95 % interval {result['cmmd']['low']:.4f} - {result['cmmd']['high']:.4f}")
+        lines.append("CMMD: {value:.4f}, 95 % interval {low:.4f} - {high:.4f}".format(**result["cmmd"]))
     return lines + [f"warning: {warning}" for warning in result["warnings"]]
 
 
@@ -141,7 +141,7 @@ def main(argv):
     result = measure(real, fake, extractor, arguments.replicates, arguments.seed, progress=True)
     result |= {"real": arguments.real, "fake": arguments.fake, "features": extractor.facts, "seed": arguments.seed,
                "replicates": arguments.replicates, "minildm": minildm.__version__, "torch": torch.__version__}
-    if not extractor.label == "FID":
+    if extractor.label != "FID":
         result["warnings"].append(f"{extractor.label} is not FID: comparable only with {extractor.label} of the same "
                                   "weights")
     print("\n".join(table(result)))

@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of features, each taken for a Gaussian (Heusel et al. 2017, arXiv:1706.08500, Eq. 6).
+"""Frechet distance between two sets of features, each taken for a Gaussian (Heusel et al. 2017, arXiv:1706.08500).
 
     d^2 = |mu1 - mu2|^2 + Tr(Sigma1 + Sigma2 - 2 (Sigma1 Sigma2)^(1/2))
 

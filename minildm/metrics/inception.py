@@ -193,8 +193,8 @@ class InceptionV3(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"no FID weights at {path}: put {WEIGHTS_NAME} ({WEIGHTS_BYTES:,} bytes, sha256 {WEIGHTS_SHA256}) there, "
-                f"from {WEIGHTS_URL}, or compare with --features random (FD-random, not FID)")
+                f"no FID weights at {path}: put {WEIGHTS_NAME} ({WEIGHTS_BYTES:,} bytes, sha256 {WEIGHTS_SHA256}) "
+                f"there, from {WEIGHTS_URL}, or compare with --features random (FD-random, not FID)")
         state = _read_state(path)
         network = cls()
         wanted = network.state_dict()

@@ -15,7 +15,7 @@ def precision_recall_density_coverage(real, fake, k=5):
     """The four shares as a dict, from features real (n, d) and fake (m, d); density may exceed 1."""
     real, fake = (torch.from_numpy(np.asarray(x, np.float64)) for x in (real, fake))
     if min(len(real), len(fake)) <= k:
-        raise InputError(f"{len(real)} real and {len(fake)} fake pictures: k = {k} neighbours need more than {k} of each")
+        raise InputError(f"{len(real)} real, {len(fake)} fake pictures: k = {k} neighbours need more than {k} of each")
     real_radius, fake_radius = _neighbour_distance(real, k), _neighbour_distance(fake, k)
     distance = _distances(real, fake)                        # (n, m)
     inside_real = distance < real_radius[:, None]            # fake j within the ball of real i

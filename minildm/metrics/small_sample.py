@@ -28,19 +28,21 @@ def small_sample(real, fake, replicates=100, seed=0, progress=None):
     resampler = Resampler(real, fake)
     bar = tqdm(total=replicates + 3 * 10, desc=progress, unit="resample", disable=progress is None, delay=1)
     with bar:
-        spread = np.array([_counted(bar, resampler.fake_to_real(_bootstrap(rng, resampler.n), _bootstrap(rng, resampler.m)))
+        n, m = resampler.n, resampler.m
+        spread = np.array([_counted(bar, resampler.fake_to_real(_bootstrap(rng, n), _bootstrap(rng, m)))
                            for _ in range(replicates)])
-        # Resampling repeats pictures, which by itself raises a Frechet distance; only the spread about the mean is used.
-        value = resampler.fake_to_real(np.ones(resampler.n), np.ones(resampler.m))
+        # Resampling repeats pictures, which by itself raises a Frechet distance: only the spread about its mean counts.
+        value = resampler.fake_to_real(np.ones(n), np.ones(m))
         low, high = value + np.quantile(spread - spread.mean(), (0.025, 0.975))
-        half = min(resampler.n // 2, resampler.m)
+        half = min(n // 2, m)
         floors, distances = [], []
         for _ in range(10):
-            one, other = _two_subsets(rng, resampler.n, half)
+            one, other = _two_subsets(rng, n, half)
             floors.append(_counted(bar, resampler.real_to_real(one, other)))
-            distances.append(_counted(bar, resampler.fake_to_real(one, _subset(rng, resampler.m, half))))
+            distances.append(_counted(bar, resampler.fake_to_real(one, _subset(rng, m, half))))
         infinity, error = _extrapolate(resampler, rng, bar)
-    return SmallSample(float(low), float(high), half, float(np.mean(floors)), float(np.mean(distances)), infinity, error)
+    return SmallSample(float(low), float(high), half, float(np.mean(floors)), float(np.mean(distances)), infinity,
+                       error)
 
 
 def _extrapolate(resampler, rng, bar, points=10):
