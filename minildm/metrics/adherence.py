@@ -32,7 +32,7 @@ def prompt_adherence(pictures, wanted, ruler, tolerance=None):
     measured = [ruler(np.asarray(open_rgb(picture))) for picture in pictures]
     result = {}
     for name in sorted({name for fields in wanted for name in fields}):
-        pairs = [(fields[name], seen[name]) for fields, seen in zip(wanted, measured) if name in fields and name in seen]
+        pairs = [(want[name], seen[name]) for want, seen in zip(wanted, measured) if name in want and name in seen]
         if pairs:
             within = (tolerance or {}).get(name)
             agree = np.array([[seen == want if within is None else abs(float(seen) - float(want)) <= within

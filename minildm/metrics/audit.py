@@ -2,11 +2,11 @@
 
 Every generated picture is compared with its nearest training and its nearest held-out picture: a model that has
 learnt the *distribution* is as near to either; one that copies is nearer to what it has seen. (The three
-samples are the idea of Meehan et al. 2020, arXiv:2004.05675; training pictures drawn out of diffusion models: Carlini et
-al. 2023, arXiv:2301.13188.) Two views, each with its own distance:
+samples are the idea of Meehan et al. 2020, arXiv:2004.05675; training pictures drawn out of diffusion models: Carlini
+et al. 2023, arXiv:2301.13188.) Two views, each with its own distance:
 
-- pixels: 1 - the best correlation over shifts (to 8 % a side, by half a pixel) and mirroring, of 64 x 64 pictures without
-  their low frequencies. Blind to brightness, contrast and compression; what all chests share is filtered out.
+- pixels: 1 - the best correlation over shifts (to 8 % a side, by half a pixel) and mirroring, of 64 x 64 pictures
+  without their low frequencies. Blind to brightness, contrast and compression; what all chests share is filtered out.
 - features: Euclidean distance of the chosen network's features.
 
 Held-out pictures show how near *independent* real pictures come to training pictures; a generated one is called a
@@ -260,8 +260,8 @@ def main(argv):
         print(f"{view.name:>12}  {view.share:>18.1%}  {view.expected:>9.1%}  {view.p:>7.4f}  "
               f"{view.near_copy.sum():>11}")
         if len(view.leaked):
-            print(f"warning: {len(view.leaked)} held-out pictures are near-copies of training pictures ({view.name}) and "
-                  f"were left out, first {holdout[view.leaked[0]]}: split by patient")
+            print(f"warning: {len(view.leaked)} held-out pictures are near-copies of training pictures ({view.name}) "
+                  f"and were left out, first {holdout[view.leaked[0]]}: split by patient")
     found = [{"generated": generated[i], "view": view.name, "train": train[view.nearest_train[i]],
               "holdout": holdout[view.nearest_holdout[i]], "to_train": float(view.to_train[i]),
               "to_holdout": float(view.to_holdout[i]), "score": float(view.score[i]),

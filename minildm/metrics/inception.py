@@ -196,34 +196,38 @@ class InceptionV3(nn.Module):
                 f"no FID weights at {path}: put {WEIGHTS_NAME} ({WEIGHTS_BYTES:,} bytes, sha256 {WEIGHTS_SHA256}) "
                 f"there, from {WEIGHTS_URL}, or compare with --features random (FD-random, not FID)")
         state = _read_state(path)
-        network = cls()
+        with torch.device("meta"):  # no time spent on initial values
+            network = cls()
         wanted = network.state_dict()
         wrong = [key for key in wanted if key not in state] + [key for key in state if key not in wanted]
         wrong += [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
         if wrong:
             raise InputError(f"{path} is not the FID Inception network: {len(wrong)} names or shapes differ, first "
                              f"{wrong[0]!r}; expected {WEIGHTS_NAME}, sha256 {WEIGHTS_SHA256}")
-        network.load_state_dict(state)
-        return network.frozen()
+        network.load_state_dict(state, assign=True)
+        return network.float().frozen()
 
     @classmethod
     def random(cls, seed=0):
         """A network nobody trained, the same for the same seed: what it measures is no FID.
 
-        Kaiming-normal convolutions; each batch norm takes the mean and variance it sees on eight fixed noise
+        Kaiming-normal convolutions; each batch norm takes the mean and variance it sees on four fixed noise
         pictures, so that features stay O(1) and pictures stay apart at every depth.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
-        network = cls()
+        with torch.device("meta"):
+            network = cls()
+        network.to_empty(device="cpu")
         for name, parameter in network.named_parameters():
             if name.endswith("conv.weight") or name == "fc.weight":
                 fan_in = parameter[0].numel()
                 parameter.data.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
         network.fc.bias.data.zero_()
-        noise = sum(F.interpolate(torch.randn(8, 3, side, side, generator=generator), (SIZE, SIZE), mode="bilinear")
+        noise = sum(F.interpolate(torch.randn(4, 3, side, side, generator=generator), (SIZE, SIZE), mode="bilinear")
                     / side ** 0.5 for side in (4, 8, 16, 32, 64, 128, 256))  # amplitude falls with frequency: natural
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
                 module.momentum = 1.0  # running statistics := those of the one batch that follows
         with torch.no_grad():
             network.train().forward(noise.clamp(-1, 1))
