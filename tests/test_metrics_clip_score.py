@@ -77,7 +77,8 @@ def test_prompts_come_from_a_table(pictures, tmp_path):
 
 def test_command_prints_the_model_with_the_score(pictures, clip_weights, capsys):
     paths, _ = pictures
-    assert main(["clip-score", str(paths[0].parent), "--clip-model", MODEL, "--clip-pretrained", str(clip_weights)]) == 0
+    clip = ["--clip-model", MODEL, "--clip-pretrained", str(clip_weights)]
+    assert main(["clip-score", str(paths[0].parent), *clip]) == 0
     said = capsys.readouterr().out
     assert f"({MODEL}, {clip_weights})" in said and "n = 5" in said and "other pictures' prompts" in said
     assert json.loads((paths[0].parent / "clip_score.json").read_text())["n"] == 5

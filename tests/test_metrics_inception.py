@@ -118,7 +118,7 @@ def test_random_networks_are_reproducible_and_keep_pictures_apart():
     (torch.rand(1, 3, 8, 8) - 1, "[0, 1]"), (torch.full((1, 3, 8, 8), torch.nan), "[0, 1]"),
     (torch.ones(1, 3, 8, 8, dtype=torch.int64), "uint8")])
 def test_wrong_images_are_refused(network, images, told):
-    with pytest.raises(InputError, match=".*") as error:
+    with pytest.raises(InputError) as error:
         network.features(images)
     assert told in str(error.value)
 
