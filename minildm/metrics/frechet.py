@@ -63,19 +63,21 @@ def covariance_factor(sigma):
 
     What lies below d * 2.2e-16 of the largest eigenvalue is rounding; its square root would not be.
     """
-    values, vectors = (x.numpy() for x in torch.linalg.eigh(torch.from_numpy((sigma + sigma.T) / 2)))
+    values, vectors = (x.numpy() for x in torch.linalg.eigh(torch.from_numpy(sigma)))  # reads the lower triangle
     largest = max(values.max(), 0.0)
-    if not np.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-8 * largest) or values.min() < -1e-6 * largest:
+    if np.abs(sigma - sigma.T).max() > 1e-6 * largest or values.min() < -1e-6 * largest:
         raise InputError("a covariance must be symmetric with eigenvalues >= 0; this matrix is no covariance")
     kept = values > len(values) * np.finfo(np.float64).eps * largest
-    return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+    factor = vectors.T[kept]
+    factor *= np.sqrt(values[kept])[:, None]
+    return factor
 
 
 class Statistics:
     """Mean and covariance of features that arrive batch by batch; memory O(d^2) however many arrive.
 
-    Up to d rows are held as they are (the exact factor of a small set); whenever there are more, they are folded into
-    the scatter matrix (Chan, Golub and LeVeque 1983, Eq. 2.1).
+    Up to d rows are held as they are: the exact factor of a small set. Beyond, rows are folded, some hundreds at a time,
+    into the scatter matrix (Chan, Golub and LeVeque 1983, Eq. 2.1).
     """
 
     def __init__(self, dim):
@@ -90,21 +92,22 @@ class Statistics:
             raise InputError(f"features of {rows.shape[1]} dims added to statistics of {self.dim}")
         self._rows.append(rows)
         self.n += len(rows)
-        if self.n - self._folded > self.dim:
+        if self.n - self._folded > (self.dim if self._scatter is None else min(self.dim, 512)):
             self._fold()
         return self
 
     def _fold(self):
-        rows = np.concatenate(self._rows)
+        rows, self._rows = np.concatenate(self._rows), []
         m, n = self._folded, len(rows)
         mean = rows.mean(axis=0)
-        centred = rows - mean
+        shift = mean - self._mean
+        rows -= mean
+        rows = np.concatenate([rows, [shift * np.sqrt(m * n / (m + n))]])  # its outer product: Eq. 2.1's second term
         if self._scatter is None:
             self._scatter = np.zeros((self.dim, self.dim))
-        shift = mean - self._mean
-        self._scatter += centred.T @ centred + np.outer(shift, shift) * (m * n / (m + n))  # Eq. 2.1
+        torch.from_numpy(self._scatter).addmm_(torch.from_numpy(rows).T, torch.from_numpy(rows))
         self._mean = self._mean + shift * (n / (m + n))
-        self._rows, self._folded = [], m + n
+        self._folded = m + n
 
     @property
     def mean(self):
