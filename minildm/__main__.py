@@ -5,25 +5,37 @@ import sys
 from minildm.errors import exit_cleanly
 
 
-def fid(argv):
-    """Frechet distance of two folders of pictures, and what it is worth at this n."""
+def check(arguments):
+    """decode and examine a data set before training on it"""
+    from minildm.data.check import main
+    return main(arguments)
+
+
+def prompts(arguments):
+    """show the prompts a data set gives"""
+    from minildm.data.check import show_prompts
+    return show_prompts(arguments)
+
+
+def fid(arguments):
+    """Frechet distance of two folders of pictures, and what it is worth at this n"""
     from minildm.metrics.fid_score import main
-    return main(argv)
+    return main(arguments)
 
 
-def clip_score(argv):
-    """Agreement of pictures with their prompts, by a CLIP model of open_clip."""
+def clip_score(arguments):
+    """how well pictures agree with their prompts, in the eyes of a CLIP model"""
     from minildm.metrics.clip_score import main
-    return main(argv)
+    return main(arguments)
 
 
-def audit(argv):
-    """Has the model memorised training pictures? Compares with held-out ones."""
+def audit(arguments):
+    """has the model memorised its training pictures?"""
     from minildm.metrics.audit import main
-    return main(argv)
+    return main(arguments)
 
 
-COMMANDS = {"fid": fid, "clip-score": clip_score, "audit": audit}
+COMMANDS = {"check": check, "prompts": prompts, "fid": fid, "clip-score": clip_score, "audit": audit}
 
 
 def usage():

@@ -185,14 +185,20 @@ def test_mistakes_are_told_in_one_line(tmp_path):
 
 
 def test_prompt_adherence_counts_agreement_and_what_chance_gives(tmp_path):
-    def ruler(pixels):
+    def measure(pixels):
+        assert pixels.shape == (8, 8)
         return {"tone": "bright" if pixels.mean() > 127 else "dark", "level": int(pixels.mean())}
 
+    def obeys(reading, wanted):
+        verdict = {"tone": reading["tone"] == wanted["tone"]}
+        return verdict | ({"level": abs(reading["level"] - wanted["level"]) <= 10} if "level" in wanted else {})
+
     paths = save(tmp_path / "tones", [Image.new("L", (8, 8), value) for value in (200, 210, 50, 60)])
-    wanted = [{"tone": "bright", "level": 195}, {"tone": "dark", "level": 100}, {"tone": "dark"},
-              {"tone": "dark", "age": 4}]
-    result = prompt_adherence(paths, wanted, ruler, tolerance={"level": 10})
+    wanted = [{"tone": "bright", "level": 195}, {"tone": "dark", "level": 100}, {"tone": "dark"}, {"tone": "dark"}]
+    result = prompt_adherence(paths, wanted, measure, obeys)
     assert set(result) == {"tone", "level"}
     assert (result["tone"].share, result["tone"].n) == (0.75, 4)
-    assert result["tone"].chance == pytest.approx(5 / 12)
+    assert result["tone"].chance == pytest.approx(5 / 12)  # of 16 pairs 8 agree, 3 of them a picture's own
     assert (result["level"].share, result["level"].n) == (0.5, 2)
+    with pytest.raises(InputError, match="one prompt a picture"):
+        prompt_adherence(paths, wanted[:2], measure, obeys)

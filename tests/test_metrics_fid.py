@@ -165,6 +165,16 @@ def test_bad_folders_are_told_in_one_line(folders, tmp_path):
         assert told in str(error.value) and "\n" not in str(error.value)
 
 
+def test_data_sets_are_read_as_training_reads_them(tmp_path):
+    """Deep grey included, which a plain folder of pictures must not hold."""
+    records = pytest.importorskip("minildm.data.records")
+    folder = write_pictures(tmp_path / "set", 3, seed=0, kinds=("L",))
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(folder / "deep.png")
+    pictures = list_pictures(f"folder:{folder}")
+    assert isinstance(pictures[0], records.Record) and collect(pictures, toy_extractor()).n == 4
+    assert open_rgb(next(p for p in pictures if "deep" in p.name)).size == (512, 512)
+
+
 def test_features_that_are_not_finite_name_the_picture(folders):
     extractor = toy_extractor()
 

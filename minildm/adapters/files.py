@@ -1,0 +1,93 @@
+"""Adapter files: our own format, and merging one into a model.
+
+A safetensors file with ``<module path>.lora_A`` (rank, in) and ``.lora_B`` (out, rank), float32, and one metadata
+entry ``minildm``: a JSON object with the kind, the scale, ranks by path, the base's hash and what else the caller
+gives. Never captions or tags: they may be patient text.
+"""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minildm.adapters.base import KINDS, adapter_layers
+from minildm.errors import InputError
+from minildm.files import written_beside
+
+FORMAT = 1
+
+
+def save_adapter(model, path, format="native", settings=None):
+    """Write the live adapter. ``settings``: a dict to record beside it (steps, learning rate, seed, ...).
+
+    Raises: InputError if the model has no live adapter, or for another format.
+    """
+    if format != "native":
+        raise InputError(f"adapter format must be 'native', got {format!r}")
+    layers = adapter_layers(model)
+    if not layers:
+        raise InputError("the model has no live adapter to save; add_adapter(model) first")
+    tensors = {}
+    for name, layer in layers.items():
+        for factor, tensor in zip("AB", layer.factors()):
+            tensors[f"{name}.lora_{factor}"] = tensor.cpu().contiguous()
+    (kind, scale), = {(type(layer), layer.scale) for layer in layers.values()}
+    kind = next(name for name, layer_type in KINDS.items() if layer_type is kind)
+    about = {"format": FORMAT, "kind": kind, "scale": scale, "ranks": {name: la.rank for name, la in layers.items()},
+             "base": model.base_hash if model.files else None, "settings": settings or {}}
+    with written_beside(path) as beside:
+        save_file(tensors, beside, metadata={"minildm": json.dumps(about)})
+
+
+def merge_file(model, path, multiplier=1.0):
+    """Add an adapter file to the model's weights: W += multiplier scale B A, in float32 before the cast.
+
+    Returns: what the file says about itself, a dict.
+    Raises: InputError for a file that is not an adapter, or one that does not fit, naming the tensor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such adapter: {path}")
+    if not math.isfinite(multiplier):
+        raise InputError(f"the multiplier of {path} must be a finite number, got {multiplier}")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("minildm", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error})") from None
+    if about is None:
+        raise InputError(f"{path} is not an adapter in minildm's format (no such metadata); its tensors: "
+                         f"{', '.join(sorted(tensors)[:2])}, ...")
+    paths = sorted({name.rpartition(".")[0] for name in tensors})
+    expected = {f"{name}.lora_{factor}" for name in paths for factor in "AB"}
+    if odd := sorted(expected ^ set(tensors)):
+        raise InputError(f"{path}: tensor {odd[0]} is {'missing' if odd[0] in expected else 'not of an adapter'}")
+    pairs = {name: (_linear(model, name, path), tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in paths}
+    for name, (layer, A, B) in pairs.items():
+        rank = len(A)
+        if A.shape != (rank, layer.in_features) or B.shape != (layer.out_features, rank):
+            raise InputError(f"{path} is for another base: {name} has lora_A {tuple(A.shape)} and lora_B "
+                             f"{tuple(B.shape)}, expected ({rank}, {layer.in_features}) and ({layer.out_features}, "
+                             f"{rank})")
+    if about["base"] and model.files and about["base"] != model.base_hash:
+        warnings.warn(f"{path} was trained on another base ({about['base'][:10]}) than this one "
+                      f"({model.base_hash[:10]})", stacklevel=2)
+    for layer, A, B in pairs.values():  # only now that all of it fits
+        A, B = (factor.to(layer.weight.device, torch.float32) for factor in (A, B))
+        layer.weight.data = (layer.weight.float() + multiplier * about["scale"] * B @ A).to(layer.weight.dtype)
+    return about
+
+
+def _linear(model, name, path):
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise InputError(f"{path} is for another base: this one has no {name}") from None
+    if not isinstance(layer, torch.nn.Linear):
+        raise InputError(f"{path}: {name} is no linear layer of the base (a live adapter must be merged first)")
+    return layer

@@ -1,0 +1,58 @@
+"""Prompts to token ids: CLIP's byte-pair encoding (Radford et al. 2021, arXiv:2103.00020), as open_clip does it.
+
+open_clip's cleaning is the rule (ftfy repairs broken unicode, HTML entities are resolved, white space folded, lower
+case); Hugging Face's tokenizer differs from it only for curly quotes, ligatures, entities and a literal
+``<|endoftext|>``. What is ours: the padding token, which differs between SD 1.x and 2.x, and saying what is cut.
+"""
+
+import functools
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from minildm.config import MAX_TOKENS
+
+BEGIN, END = 49406, 49407  # <|startoftext|>, <|endoftext|>
+
+
+@functools.cache
+def _byte_pair_encoder():
+    """open_clip's tokenizer, loaded by file: ``import open_clip`` would bring torchvision and timm, 3 s more."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        raise ModuleNotFoundError("the tokenizer comes from open_clip: pip install open-clip-torch")
+    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
+    spec = importlib.util.spec_from_file_location("minildm_open_clip_tokenizer", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module._tokenizer  # built when the module loads; a second one would cost 0.2 s
+
+
+class Tokenizer:
+    """Prompts -> token ids (B, 77) int64: begin, at most 75 tokens, end, then ``pad_token_id``."""
+
+    def __init__(self, pad_token_id=END):
+        self.pad_token_id = pad_token_id
+
+    def encode(self, prompt):
+        """The prompt's token ids, a list of any length, without begin and end."""
+        return _byte_pair_encoder().encode(prompt)
+
+    def cut(self, prompt):
+        """The end of the prompt that does not fit and is therefore not read; '' if all of it fits."""
+        return _byte_pair_encoder().decode(self.encode(prompt)[MAX_TOKENS - 2:]).strip()
+
+    def __call__(self, prompts):
+        """(B, 77) int64 for a list of B prompts. Warns, naming what is cut, when a prompt has over 75 tokens."""
+        token_ids = torch.full((len(prompts), MAX_TOKENS), self.pad_token_id, dtype=torch.int64)
+        for row, prompt in zip(token_ids, prompts):
+            tokens = self.encode(prompt)
+            if len(tokens) > MAX_TOKENS - 2:
+                warnings.warn(f"the prompt has {len(tokens)} tokens and only the first {MAX_TOKENS - 2} are read; "
+                              f"cut: {self.cut(prompt)!r}", stacklevel=2)
+            tokens = [BEGIN, *tokens[:MAX_TOKENS - 2], END]
+            row[:len(tokens)] = torch.tensor(tokens)
+        return token_ids

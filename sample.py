@@ -1,0 +1,166 @@
+"""Draw pictures: python sample.py "chest x-ray, age 47 male" -n 4
+
+Reads like the data's way through the system: prompts -> token ids -> context -> latents -> images -> PNG files.
+"""
+
+import argparse
+import csv
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minildm import __version__, load
+from minildm.errors import InputError, exit_cleanly
+from minildm.files import writable_folder
+from minildm.pictures import SAMPLER_NAMES, contact_sheet, parameters_text, read_parameters, save_png
+from minildm.samplers import SAMPLERS
+
+SHEET_PICTURES = 64  # at most, on one contact sheet
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="sample.py", description="Draw pictures from prompts.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("what").add_argument
+    add("prompt", nargs="?", help="what to draw")
+    add("--prompts", metavar="FILE", type=Path, help="many: a text file with one prompt a line, or a .csv; the same "
+        "command continues where an interrupted one stopped")
+    add("--column", help="column of the .csv (default: prompt, or text)")
+    add("--negative", default="", help="what to lead away from")
+    add("-n", type=int, default=1, help="pictures for each prompt")
+    add("--height", type=int, help="pixels, a multiple of 8 (default: the model's own size)")
+    add("--width", type=int, help="pixels, a multiple of 8 (default: the model's own size)")
+    add = parser.add_argument_group("how").add_argument
+    add("--sampler", default="ddim", choices=tuple(SAMPLERS), help="20 steps do for dpm++")
+    add("--steps", type=int, default=50, help="calls of the U-Net, 1 to 1000")
+    add("--guidance", type=float, default=7.5, help="guidance scale; 1 = off, and twice as fast")
+    add("--eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
+    add("--karras", action="store_true", help="Karras spacing of dpm++'s steps")
+    add("--seed", type=int, default=0, help="picture i has seed + i")
+    add = parser.add_argument_group("with what").add_argument
+    add("--base", help=".safetensors file or diffusers-layout folder (default: the one in weights/)")
+    add("--adapter", action="append", default=[], metavar="FILE[:0.6]", help="adapter file or run folder, with its "
+        "multiplier; repeat for several")
+    add("--prediction", choices=("epsilon", "v"), help="of a single file that cannot say it: v for SD v2.x at 768 px")
+    add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float16 on a GPU, float32 elsewhere)")
+    add("--compile", action="store_true", help="compile the U-Net: a minute's start, then faster")
+    add("--batch-size", type=int, default=4, help="pictures at a time; changes the speed, not the pictures")
+    add("--out", type=Path, default=Path("samples"), help="folder for the PNGs")
+    return parser.parse_args(arguments)
+
+
+def main(arguments):
+    args = parse(arguments)
+    prompts = read_prompts(args)
+    for name in ("n", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    writable_folder(args.out)
+
+    start = time.perf_counter()
+    model = load(args.base, args.adapter, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
+                 prediction=args.prediction)
+    print(f"{model.files.path}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
+          f"{str(model.dtype).removeprefix('torch.')} on {model.device}, loaded in {time.perf_counter() - start:.1f} s")
+    if args.compile:
+        model.unet.compile()
+
+    todo = plan(args, prompts, model)
+    skipped = len(prompts) * args.n - len(todo)
+    if skipped:
+        print(f"{skipped} pictures are already in {args.out}; {len(todo)} to draw")
+    shown, start = [], time.perf_counter()
+    calls = args.steps + (args.sampler == "plms" and args.steps > 1)
+    batches = split_batches(todo, args.batch_size)
+    with tqdm(total=calls * len(batches), unit="step", disable=None, dynamic_ncols=True) as bar:
+        for batch in batches:
+            images = model.sample([prompt for prompt, *_ in batch], args.negative, args.steps, args.guidance,
+                                  args.sampler, args.eta, seed=batch[0][1], height=args.height, width=args.width,
+                                  karras=args.karras, callback=lambda step, latents: bar.update())
+            for image, (_, _, path, parameters) in zip(images, batch):
+                save_png(image, path, parameters)
+                shown += [image] if len(shown) < SHEET_PICTURES else []
+
+    for _, seed, path, _ in todo[:8]:
+        print(f"{path} (seed {seed})")
+    if len(todo) > 1:
+        sheet = args.out / "sheets" / todo[0][2].name  # in a folder of its own: metrics read every picture in --out
+        writable_folder(sheet.parent)
+        save_png(contact_sheet(shown), sheet, f"contact sheet of {len(shown)} pictures")
+        print(f"{len(todo)} pictures in {args.out}, {time.perf_counter() - start:.1f} s; contact sheet: {sheet}")
+    print(f"next: another seed, python sample.py ... --seed {args.seed + len(prompts) * args.n}")
+    return 0
+
+
+def read_prompts(args):
+    """The prompts of the command line: one, or a file's."""
+    if (args.prompt is None) == (args.prompts is None):
+        raise InputError('give one prompt, as in sample.py "chest x-ray", or a file of them with --prompts FILE')
+    if args.prompts is None:
+        return [args.prompt]
+    if not args.prompts.is_file():
+        raise FileNotFoundError(f"--prompts {args.prompts}: no such file")
+    try:
+        text = args.prompts.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"--prompts {args.prompts} is not UTF-8 text") from None
+    if args.prompts.suffix.lower() != ".csv":
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        rows = list(csv.DictReader(text.splitlines(keepends=True)))
+        columns = list(rows[0]) if rows else []
+        column = args.column or next((name for name in ("prompt", "text") if name in columns), None)
+        if column not in columns:
+            raise InputError(f"--prompts {args.prompts} has no column {column or 'prompt or text'!r}; its columns: "
+                             f"{', '.join(map(str, columns)) or 'none'}; name one with --column")
+        prompts = [row[column] or "" for row in rows]
+    if not prompts:
+        raise InputError(f"--prompts {args.prompts} holds no prompt")
+    return prompts
+
+
+def plan(args, prompts, model):
+    """What is to be drawn: [(prompt, seed, path, parameters text)], in the order of the seeds.
+
+    A single prompt's pictures are numbered on from those in the folder. Those of --prompts have fixed numbers: a
+    picture that is there and was made the same way is not drawn again, one made otherwise is an error.
+    """
+    numbers = [int(match[1]) for path in args.out.glob("*.png") if (match := re.match(r"(\d+)-", path.name))]
+    first = max(numbers, default=-1) + 1 if args.prompts is None else 0
+    size = f"{args.width or model.config.image_size}x{args.height or model.config.image_size}"
+    settings = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler] + " Karras" * args.karras,
+                "CFG scale": args.guidance}
+    adapters = {"Adapter": " + ".join(args.adapter)} if args.adapter else {}
+    model_pairs = adapters | {"Size": size, "Model hash": model.base_hash[:10], "Model": model.files.path.stem}
+    todo = []
+    for i in range(len(prompts) * args.n):
+        prompt, seed, path = prompts[i // args.n], args.seed + i, args.out / f"{first + i:05d}-seed{args.seed + i}.png"
+        pairs = settings | {"Seed": seed} | model_pairs | ({"Eta": args.eta} if args.eta else {})
+        parameters = parameters_text(prompt, args.negative, **pairs, Version=f"minildm {__version__}")
+        if not path.exists():
+            todo.append((prompt, seed, path, parameters))
+        elif read_parameters(path) != parameters:
+            settings_of = [(text or "no parameters").splitlines()[-1] for text in (read_parameters(path), parameters)]
+            raise InputError(f"{path} is there and was made otherwise ({settings_of[0]}) than this command would make "
+                             f"it ({settings_of[1]}), or from another prompt; give another --out")
+    return todo
+
+
+def split_batches(todo, batch_size):
+    """Batches of at most ``batch_size`` pictures whose seeds follow each other."""
+    batches = []
+    for item in todo:
+        if batches and len(batches[-1]) < batch_size and item[1] == batches[-1][-1][1] + 1:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, sys.argv[1:])

@@ -1,0 +1,17 @@
+"""Fixtures that several test files use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real samples, which cannot be part of the repository. Named by MINILDM_SHARED_DATA, or
+    shared/data beside the repository."""
+    beside = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    folder = Path(os.environ.get("MINILDM_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"the real samples are not at {folder}; MINILDM_SHARED_DATA can name another place")
+    return folder

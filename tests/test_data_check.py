@@ -1,0 +1,127 @@
+"""``python -m minildm check`` and ``prompts``: what they find, what they write, how they exit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import made_data
+import pytest
+from PIL import Image
+
+from minildm.data import check
+from minildm.data.records import open_data_set
+from minildm.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(tmp_path, data, *flags):
+    code = check.main([str(data), "--out", str(tmp_path / "out"), "--size", "64", *flags])
+    return code, json.loads((tmp_path / "out" / "check.json").read_text(encoding="utf-8"))
+
+
+def test_a_sound_data_set_passes(tmp_path, capsys):
+    code, report = run(tmp_path, f"folder:{made_data.folder(tmp_path / 'data', 30)}")
+    assert code == 0 and report["faults"] == [] and report["broken"] == []
+    assert report["pictures"] == 30 and report["kinds"] == {"8-bit grey": 30}
+    assert report["fields"]["sex"]["most"] == {"male": 15, "female": 15}
+    assert report["captions"]["tokens"]["max"] < 20 and report["captions"]["cut"] == 0
+    assert report["splits"]["train"] == {"pictures": 24, "patients": 24} and report["splits"]["leaks"] == []
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").width == check.COLUMNS * check.THUMBNAIL
+    assert "next: python -m minildm prompts folder:" in capsys.readouterr().out
+
+
+def test_everything_that_is_wrong_is_found_at_once(tmp_path, capsys):
+    root = made_data.folder(tmp_path / "data", 40)
+    (root / "images" / "004.png").write_bytes(b"")
+    (root / "images" / "005.png").write_bytes((root / "images" / "006.png").read_bytes()[:200])
+    (root / "images" / "011.png").write_bytes((root / "images" / "010.png").read_bytes())
+    Image.open(root / "images" / "012.png").save(root / "images" / "013.png", compress_level=0)
+    Image.new("L", (64, 64), 90).save(root / "images" / "020.png")
+    table = (root / "metadata.csv").read_text()
+    long = " ".join(f"finding number {i}" for i in range(40))
+    (root / "metadata.csv").write_text(table.replace('a chest x-ray, number 1"', f'The XXXX is clear. {long}"'))
+    code, report = run(tmp_path, f"folder:{root}", "--split", "70/10/20")
+    assert code == 1 and "2 pictures cannot be decoded" in report["faults"][0]
+    assert [line.rsplit("/", 1)[1][:7] for line in report["broken"]] == ["004.png", "005.png"]
+    assert report["identical"] == [["images/010.png", "images/011.png"]]
+    flagged = report["flagged"]
+    assert flagged["images/011.png"] == ["the same file as images/010.png"]
+    assert flagged["images/013.png"] == ["nearly the same picture as images/012.png"]
+    assert flagged["images/020.png"][0].startswith("low contrast")
+    assert report["captions"]["cut"] == 1 and report["captions"]["deidentification_marks"] == 1
+    assert report["captions"]["longest_loses"].startswith("finding number")
+    sides = {name: split for a, split_a, b, split_b in report["splits"]["leaks"]
+             for name, split in ((a, split_a), (b, split_b))}
+    assert all(name in ("images/010.png", "images/011.png", "images/012.png", "images/013.png") for name in sides)
+    printed = capsys.readouterr().out
+    assert "would fail: 2 pictures cannot be decoded" in printed and "1 (2.5%) are longer than 77" in printed
+    assert run(tmp_path, f"folder:{root}", "--skip-bad")[0] == 0
+
+
+def test_leaks_across_patients_are_reported(tmp_path):
+    root = made_data.folder(tmp_path / "data", 30)
+    for i in range(1, 30):
+        (root / "images" / f"{i:03}.png").write_bytes((root / "images" / "000.png").read_bytes())
+    _, report = run(tmp_path, f"folder:{root}")
+    assert len(report["splits"]["leaks"]) == 24 * 6 + 5 * 1  # train x (validation + test), validation x test
+
+
+def test_a_run_that_would_have_an_empty_split_or_no_prompts_fails_the_check(tmp_path):
+    root = made_data.folder(tmp_path / "data", 5)
+    assert "the test split is empty" in run(tmp_path, f"folder:{root}")[1]["faults"][0]
+    code, report = run(tmp_path, f"folder:{root}", "--prompt-template", "{loc}")
+    assert code == 1 and any("5 of 5 prompts are empty" in fault for fault in report["faults"])
+
+
+def test_what_was_flagged_can_be_excluded(tmp_path):
+    root = made_data.folder(tmp_path / "data", 30)
+    Image.new("L", (64, 64), 90).save(root / "images" / "020.png")
+    run(tmp_path, f"folder:{root}")
+    _, report = run(tmp_path, f"folder:{root}", "--exclude", str(tmp_path / "out" / "flagged.txt"))
+    assert report["pictures"] == 29 and report["flagged"] == {}
+
+
+def test_the_commands_run_and_a_mistake_is_one_line(tmp_path):
+    def command(*words):
+        return subprocess.run([sys.executable, "-m", "minildm", *words], cwd=ROOT, capture_output=True, text=True)
+
+    shown = command("prompts", f"padchest:{made_data.padchest(tmp_path)}", "-n", "1")
+    assert shown.returncode == 0 and shown.stdout == (
+        "a_1.png\tchest x-ray, age 47 male, view PA, projection PA, modality DX, diagnosis calcified granuloma, "
+        "loc right upper lobe\n")
+    failed = command("check", "padchst:/nowhere")
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr.count("\n") == 1 and failed.stderr.startswith("error: unknown data set 'padchst'")
+
+
+def test_prompts_shows_what_is_cut(tmp_path, capsys):
+    made_data.save(tmp_path / "a.png").with_suffix(".txt").write_text("lung " * 80, encoding="utf-8")
+    assert check.show_prompts([f"folder:{tmp_path}"]) == 0
+    assert capsys.readouterr().out.endswith("[not read: lung lung lung lung lung]\n")
+
+
+def test_the_real_chest_x_rays_pass(shared_data, tmp_path):
+    code, report = run(tmp_path, f"folder:{shared_data / 'cxr'}")
+    assert code == 0 and report["pictures"] == 289 and report["patients"] == 266
+    assert report["broken"] == report["identical"] == report["splits"]["leaks"] == []
+    assert sorted(report["flagged"]) == ["images/covid_covid-19-pneumonia-8.png", "images/nih_00003867_004.png"]
+    sheet = Image.open(tmp_path / "out" / "contact_sheet.png").convert("L")
+    assert 90 < sum(sheet.crop((0, 0, sheet.width, 6 * check.THUMBNAIL)).resize((1, 1)).getdata()) < 170
+
+
+def test_an_output_folder_that_cannot_be_written_is_said_first(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises((InputError, NotADirectoryError)):
+        check.main(["folder:/nowhere", "--out", str(tmp_path / "file")])
+
+
+def test_the_classes_to_balance_by_are_counted_and_an_unknown_field_is_a_fault(tmp_path):
+    root = made_data.folder(tmp_path / "data", 30)
+    field = next(iter(open_data_set(f"folder:{root}").records[0].fields))
+    _, report = run(tmp_path, f"folder:{root}", "--balance", field)
+    assert sum(report["classes"].values()) >= 30
+    code, report = run(tmp_path, f"folder:{root}", "--balance", "nonsense")
+    assert code == 1
+    assert "nonsense" in report["faults"][0] and field in report["faults"][0]

@@ -1,0 +1,285 @@
+"""Publishers' folders -> records: made copies of each layout, and the real tables where they are at hand."""
+
+import collections
+import gzip
+import json
+import shutil
+
+import made_data
+import pytest
+
+from minildm.data import iu_xray, montgomery, padchest, records
+from minildm.data.records import open_data_set
+from minildm.errors import InputError
+
+
+def fields_of(data_set, name):
+    return next(record for record in data_set.records if record.name == name).fields
+
+
+# --- PadChest ---------------------------------------------------------------------------------------------------------
+def test_padchest_rows_become_records(tmp_path):
+    data_set = open_data_set(f"padchest:{made_data.padchest(tmp_path)}")
+    assert [record.name for record in data_set.records] == ["a_1.png", "b_1.png", "c_1.png"]
+    assert fields_of(data_set, "a_1.png") == {
+        "age": "47", "sex": "male", "view": "PA", "projection": "PA", "modality": "DX",
+        "diagnosis": "calcified granuloma", "loc": "right upper lobe", "report": "sin hallazg .",
+        "labelled_by": "physician", "pediatric": "no"}
+    assert fields_of(data_set, "b_1.png") == {
+        "age": "5", "sex": "female", "projection": "AP horizontal", "modality": "CR", "diagnosis": "alveolar pattern",
+        "loc": "tracheal, left", "labelled_by": "model", "pediatric": "yes"}
+    assert fields_of(data_set, "c_1.png") == {"projection": "PA", "modality": "CR", "labelled_by": "model",
+                                              "pediatric": "no"}  # what is missing is not there
+    assert data_set.records[0].path == tmp_path / "0" / "a_1.png" and data_set.records[0].patient == "7"
+    assert data_set.notes == ("1 of 5 left out: known to be broken in the distribution",
+                              "1 of 4 left out: lateral views (--views all keeps them)")
+
+
+def test_padchest_views_children_and_ages_are_options(tmp_path):
+    spec = f"padchest:{made_data.padchest(tmp_path)}"
+    assert len(open_data_set(spec, views="all")) == 4
+    assert len(open_data_set(spec, drop_pediatric=True)) == 2
+    assert [record.name for record in open_data_set(spec, min_age=18).records] == ["a_1.png"]  # c: age unknown
+
+
+def test_padchest_also_lies_flat_and_packed(tmp_path):
+    made_data.padchest(tmp_path)
+    for path in list(tmp_path.glob("[01]/*.png")):
+        path.rename(tmp_path / path.name)
+    table = next(tmp_path.glob("*.csv"))
+    (tmp_path / f"{table.name}.gz").write_bytes(gzip.compress(table.read_bytes()))
+    table.unlink()
+    assert len(open_data_set(f"padchest:{tmp_path}")) == 3
+
+
+def test_real_padchest_tables_are_understood(shared_data, tmp_path):
+    found, notes = padchest.records(shared_data / "padchest")
+    assert len(found) == 67 and not notes
+    assert {record.fields["labelled_by"] for record in found} == {"physician", "model"}
+    assert sum("diagnosis" in record.fields for record in found) == 66
+    for name in ("neumo_pneumonia_f.tsv", "neumo_pneumonia_m.tsv"):
+        shutil.copy(shared_data / "padchest" / name, tmp_path)
+    found, notes = padchest.records(tmp_path)
+    assert len(found) == 5920 and notes == ["1 of 5,921 left out: known to be broken in the distribution"]
+    ages = [int(record.fields["age"]) for record in found]
+    assert (min(ages), max(ages)) == (0, 99)
+    assert {record.fields["projection"] for record in found} == {"PA", "L", "AP", "AP horizontal", "COSTAL"}
+    assert {record.fields.get("view") for record in found} == {None, "PA", "AP", "L"}
+    words = [part for record in found for part in record.fields.get("diagnosis", "").split(", ")]
+    assert all(word == word.strip() for word in words) and "exclude" not in words
+
+
+def test_padchest_lists_are_read_whatever_their_form():
+    assert padchest.items("['consolidation', ' pneumonia', '', 'consolidation']") == ["consolidation", "pneumonia"]
+    assert padchest.items("['loc  tracheal, loc  left']") == ["loc tracheal", "loc left"]
+    assert padchest.items("[]") == padchest.items(None) == []
+    assert padchest.age("20140915", "1930.0") == "84" and padchest.age("20140915", "2015.0") is None
+
+
+# --- Montgomery -------------------------------------------------------------------------------------------------------
+def test_montgomery_readings_become_records(tmp_path):
+    data_set = open_data_set(f"montgomery:{made_data.montgomery(tmp_path)}")
+    assert fields_of(data_set, "MCUCXR_0001_0.png") == {"age": "32", "sex": "female", "findings": "normal",
+                                                        "diagnosis": "normal"}
+    assert fields_of(data_set, "MCUCXR_0113_1.png")["findings"] == "miliary nodules; right effusion"
+    assert fields_of(data_set, "MCUCXR_0166_1.png") == {"age": "49", "diagnosis": "tuberculosis"}  # O; NO REPORT
+    assert [record.patient for record in data_set.records] == ["0001", "0113", "0113", "0113"]
+    assert all("CXR_png" in str(record.path) for record in data_set.records)  # not the masks of the same name
+
+
+def test_real_montgomery_readings_are_understood(shared_data):
+    found, _ = montgomery.records(shared_data / "montgomery")
+    assert len(found) == 138 and len({record.patient for record in found}) == 135
+    by_number = {record.name[7:11]: record for record in found}
+    assert by_number["0117"].patient == "0113" and by_number["0170"].patient == by_number["0166"].patient == "0162"
+    assert by_number["0170"].fields["findings"].endswith("will switch to HR only")
+    assert "sex" not in by_number["0080"].fields and "findings" not in by_number["0166"].fields
+    assert collections.Counter(record.fields["diagnosis"] for record in found) == {"normal": 80, "tuberculosis": 58}
+    ages = sorted(int(record.fields["age"]) for record in found)
+    assert (ages[0], ages[-1]) == (4, 89)
+
+
+# --- IU X-ray ---------------------------------------------------------------------------------------------------------
+def test_iu_xray_kaggle_tables_become_records(tmp_path):
+    data_set = open_data_set(f"iu-xray:{made_data.iu_kaggle(tmp_path)}")
+    assert [record.name for record in data_set.records] == ["1_IM-0001-4001.dcm.png"]
+    assert data_set.records[0].fields == {"findings": "Lungs are clear.", "impression": "Normal.",
+                                          "indication": "Cough.", "diagnosis": "normal"}
+    assert "1 of 3 left out: no findings in the report" in data_set.notes
+
+
+def test_real_iu_xray_has_the_papers_number_of_frontal_pictures_with_findings(shared_data, tmp_path):
+    for name in ("indiana_reports.csv", "indiana_projections.csv"):
+        shutil.copy(shared_data / "iu_xray" / name, tmp_path)
+    found, _ = iu_xray.records(tmp_path)
+    frontal = [record for record in found if record.frontal]
+    assert len(frontal) == 3307 and round(0.04 * len(frontal)) == 132
+
+
+def test_real_iu_xray_xml_reports_are_understood(shared_data, tmp_path):
+    shutil.copytree(shared_data / "iu_xray" / "NLMCXR_reports", tmp_path / "NLMCXR_reports")
+    found, _ = iu_xray.records(tmp_path)
+    first = next(record for record in found if record.name == "CXR1_1_IM-0001-3001.png")
+    assert first.fields["findings"].startswith("The cardiac silhouette") and first.fields["diagnosis"] == "normal"
+    assert {record.frontal for record in found} == {None}
+    shutil.copy(shared_data / "iu_xray" / "indiana_projections.csv", tmp_path)
+    found, _ = iu_xray.records(tmp_path)  # views from the table, texts from the XML
+    views = collections.Counter(record.frontal for record in found)
+    assert views == {True: 164, False: 150, None: views[None]} and views[None] <= 3
+    kaggle = {row["uid"]: row.get("findings") for _, row in records.read_table(
+        shared_data / "iu_xray" / "indiana_reports.csv", ())}
+    same = [record.fields["findings"] == " ".join(kaggle[record.patient].split()) for record in found
+            if kaggle.get(record.patient)]
+    assert len(same) > 300 and sum(same) / len(same) > 0.95
+
+
+def test_xml_without_projections_cannot_be_trained_frontal_only(shared_data, tmp_path):
+    shutil.copytree(shared_data / "iu_xray" / "NLMCXR_reports", tmp_path / "NLMCXR_reports")
+    with pytest.raises(InputError, match=r"do not say whether they are frontal; put Kaggle's indiana_projections.csv"):
+        open_data_set(f"iu-xray:{tmp_path}")
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
+def test_patch_gastric_patches_belong_to_their_slide(tmp_path):
+    data_set = open_data_set(f"patch-gastric:{made_data.patch_gastric(tmp_path)}")
+    assert [record.patient[0] for record in data_set.records] == ["a", "a", "b", "b"]
+    assert data_set.records[0].fields == {"subtype": "Signet ring cell carcinoma",
+                                          "text": "Cells of signet ring cell carcinoma."}
+    assert data_set.notes == ("2 of 6 left out: no caption for their slide in captions.csv",)
+
+
+def test_real_patch_gastric_captions_are_understood(shared_data, tmp_path):
+    shutil.copy(shared_data / "patchgastric" / "captions.csv", tmp_path)
+    slides = [row["id"] for _, row in records.read_table(tmp_path / "captions.csv", ("id", "subtype", "text"))]
+    assert len(slides) == len(set(slides)) == 991
+    for slide in slides[:5]:
+        made_data.save(tmp_path / "patches_captions" / f"{slide}_7c.jpg")
+    assert len(open_data_set(f"patch-gastric:{tmp_path}")) == 5
+
+
+def test_mimic_cxr_joins_metadata_labels_and_reports(tmp_path):
+    data_set = open_data_set(f"mimic-cxr:{made_data.mimic(tmp_path)}")
+    first, second = data_set.records
+    assert first.name == "p10/p10000032/s50414267/d1.jpg" and first.patient == "10000032"
+    assert first.fields == {"view": "PA", "projection": "PA", "diagnosis": "No Finding",
+                            "findings": "There is no focal consolidation. The heart is normal: no change.",
+                            "impression": "No acute process.", "indication": "___F with cough"}
+    assert second.fields == {"view": "AP", "projection": "AP", "diagnosis": "Edema"}
+
+
+# --- folder -----------------------------------------------------------------------------------------------------------
+def test_a_folder_with_metadata_csv_is_read(tmp_path):
+    data_set = open_data_set(f"folder:{made_data.folder(tmp_path, 4)}")
+    assert data_set.prompt == "{text}" and not data_set.notes
+    assert data_set.records[1].patient == "p1" and data_set.records[1].fields == {
+        "age": "31", "sex": "female", "view": "PA", "finding": "Edema", "diagnosis": "Edema",
+        "text": "a chest x-ray, number 1"}
+
+
+@pytest.mark.parametrize("column", ["file_name", "file", "image", "path"])
+def test_metadata_jsonl_and_every_name_of_the_image_column_are_read(tmp_path, column):
+    made_data.save(tmp_path / "a.png")
+    row = {column: "a.png", "text": "né\nau", "age": 3, "sex": None}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n\n", encoding="utf-8")
+    data_set = open_data_set(f"folder:{tmp_path}")
+    assert data_set.records[0].fields == {"text": "né au", "age": "3"}
+    assert "every picture counts as a patient of its own" in data_set.notes[0]
+
+
+def test_captions_beside_images_are_read(tmp_path):
+    for name in ("a.png", "sub/b.jpg"):
+        made_data.save(tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}\n", encoding="utf-8")
+    data_set = open_data_set(f"folder:{tmp_path}")
+    assert [record.fields["text"] for record in data_set.records] == ["caption of a.png", "caption of sub/b.jpg"]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(InputError, match=r"1 of 2 images in .* have no .txt caption"):
+        open_data_set(f"folder:{tmp_path}")
+    (tmp_path / "sub/b.txt").unlink()
+    assert open_data_set(f"folder:{tmp_path}").prompt is None  # images alone: the user must say what they are
+
+
+def test_the_real_folder_is_read(shared_data):
+    data_set = open_data_set(f"folder:{shared_data / 'cxr'}")
+    assert len(data_set) == 289 and data_set.prompt == "full"  # 207 of 303 have no text of their own
+    assert len(open_data_set(f"folder:{shared_data / 'cxr'}", views="all")) == 303
+    brats = open_data_set(f"folder:{shared_data / 'brats' / 'trainset'}")
+    assert len(brats) == 160 and brats.prompt == "{text}"
+
+
+# --- what can be wrong ------------------------------------------------------------------------------------------------
+def test_an_unknown_data_set_lists_the_known_ones():
+    with pytest.raises(InputError, match=r"unknown data set 'padchst'; .* phantom, folder, iu-xray, montgomery"):
+        open_data_set("padchst:/data")
+    with pytest.raises(InputError, match=r"needs a path: padchest:/where/it/is"):
+        open_data_set("padchest")
+
+
+@pytest.mark.parametrize("name", [name for name in records.DATA_SETS if name != "phantom"])
+def test_a_path_that_is_not_the_data_set_says_what_was_looked_for_and_what_is_there(tmp_path, name):
+    (tmp_path / "notes.doc").touch()
+    with pytest.raises(InputError, match=r"does not hold .*(csv|txt).*; it holds notes.doc"):
+        open_data_set(f"{name}:{tmp_path}")
+    with pytest.raises(InputError, match=r"is not a folder; .* expects the folder that holds"):
+        open_data_set(f"{name}:{tmp_path / 'absent'}")
+
+
+def test_a_missing_column_is_named(tmp_path):
+    table = made_data.write_csv(tmp_path / "PADCHEST_x.csv", ["ImageID", "PatientID"], [])
+    with pytest.raises(InputError, match=r"PADCHEST_x.csv: no column PatientBirth, .*; its columns: ImageID, Pa"):
+        open_data_set(f"padchest:{table.parent}")
+    made_data.write_csv(tmp_path / "metadata.csv", ["picture", "text"], [["a.png", "b"]])
+    with pytest.raises(InputError, match=r"no column file_name, file, image or path that names the image; .* picture"):
+        open_data_set(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("row", [b"b.png", b"b.png,x,y", b'b.png,"x', b"b.png,\xff\xfe"])
+def test_an_unreadable_row_is_named(tmp_path, row):
+    (tmp_path / "metadata.csv").write_bytes(b'file_name,text\na.png,"two\nlines"\n' + row + b"\n")
+    with pytest.raises(InputError, match=r"metadata.csv, row 4: "):
+        open_data_set(f"folder:{tmp_path}")
+
+
+def test_a_value_that_cannot_be_understood_is_named(tmp_path):
+    table = next(made_data.padchest(tmp_path).glob("*.csv"))
+    table.write_text(table.read_text().replace("['alveolar pattern', 'exclude']", "['alveolar"))
+    with pytest.raises(InputError, match=r"row 4: cannot be understood"):
+        open_data_set(f"padchest:{tmp_path}")
+
+
+def test_absent_images_are_counted_and_the_first_five_named(tmp_path):
+    made_data.folder(tmp_path, 12)
+    for i in range(2, 9):
+        (tmp_path / "images" / f"{i:03}.png").unlink()
+    with pytest.raises(InputError, match=r"7 of 12 images listed .* are absent, such as .*/002.png, .*006.png; --skip"):
+        open_data_set(f"folder:{tmp_path}")
+    data_set = open_data_set(f"folder:{tmp_path}", skip_bad=True)
+    assert len(data_set) == 5 and data_set.notes[0].startswith("7 of 12 left out: listed but absent, such as images/")
+
+
+def test_no_usable_picture_is_an_error_that_says_why(tmp_path):
+    made_data.padchest(tmp_path)
+    with pytest.raises(InputError, match=r"holds no usable picture; 1 of 5 left out.*younger than 200"):
+        open_data_set(f"padchest:{tmp_path}", min_age=200)
+
+
+def test_a_picture_listed_twice_is_an_error(tmp_path):
+    made_data.write_csv(tmp_path / "metadata.csv", ["file_name"], [["a.png"], ["a.png"]])
+    with pytest.raises(InputError, match=r"row 3: a.png is listed twice"):
+        open_data_set(f"folder:{tmp_path}")
+
+
+def test_limit_is_a_seeded_draw_that_does_not_depend_on_order(tmp_path):
+    spec = f"folder:{made_data.folder(tmp_path, 20)}"
+    first = [record.name for record in open_data_set(spec, limit=5, seed=1).records]
+    assert len(first) == 5 and first == [record.name for record in open_data_set(spec, limit=5, seed=1).records]
+    assert first != [record.name for record in open_data_set(spec, limit=5, seed=2).records]
+    assert set(first) < {record.name for record in open_data_set(spec, limit=6, seed=1).records}
+
+
+def test_what_a_person_excluded_is_left_out(tmp_path):
+    spec = f"folder:{made_data.folder(tmp_path / 'data', 4)}"
+    (tmp_path / "flagged.txt").write_text("images/002.png\tlow contrast\n")
+    assert len(open_data_set(spec, exclude=tmp_path / "flagged.txt")) == 3
+    (tmp_path / "flagged.txt").write_text("elsewhere.png\n")
+    with pytest.raises(InputError, match=r"none of the 1 names in .* is in the data set"):
+        open_data_set(spec, exclude=tmp_path / "flagged.txt")

@@ -1,0 +1,118 @@
+"""The building blocks, one by one, against their definitions."""
+
+import math
+
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+from peers import PARITY, relative_error
+
+from minildm.layers import (
+    GEGLU,
+    Attention,
+    Downsample,
+    ResnetBlock,
+    SpatialTransformer,
+    Upsample,
+    attend,
+    timestep_embedding,
+    to_map,
+    to_tokens,
+)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dim", [2, 32, 320])
+def test_timestep_embedding_matches_diffusers(dim):
+    from diffusers.models.embeddings import get_timestep_embedding
+    timesteps = torch.tensor([0, 1, 17, 500, 999])
+    theirs = get_timestep_embedding(timesteps, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(timestep_embedding(timesteps, dim), theirs, rtol=0, atol=0)
+
+
+def test_timestep_embedding_is_cosines_then_sines_of_falling_frequencies():
+    t, dim = 999, 8
+    angles = [t * 10000 ** (-i / (dim // 2)) for i in range(dim // 2)]
+    expected = torch.tensor([[*map(math.cos, angles), *map(math.sin, angles)]])
+    # float32 holds an angle near 1000 to 3e-5
+    torch.testing.assert_close(timestep_embedding(torch.tensor([t]), dim), expected, rtol=0, atol=1e-4)
+
+
+def test_attention_is_the_softmax_of_scaled_products_head_by_head():
+    query, key, value = (noise(2, n, 12, seed=n).double() for n in (5, 7, 8))
+    value = value[:, :7]
+    out = attend(query, key, value, n_heads=3)
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        weights = (query[..., part] @ key[..., part].mT / 2).softmax(dim=-1)  # sqrt(d_head) = 2
+        torch.testing.assert_close(out[..., part], weights @ value[..., part])
+
+
+def test_attention_without_context_looks_at_itself():
+    attention = peers.randomize(Attention(16, 2))
+    x = noise(1, 5, 16)
+    torch.testing.assert_close(attention(x), attention(x, x), rtol=0, atol=0)
+
+
+def test_geglu_matches_diffusers():
+    from diffusers.models.activations import GEGLU as DiffusersGEGLU
+    ours, theirs = GEGLU(16, 24), DiffusersGEGLU(16, 24)
+    theirs.load_state_dict(ours.state_dict())
+    x = noise(2, 5, 16)
+    assert relative_error(ours(x), theirs(x)) <= PARITY
+
+
+def test_a_linear_projection_is_the_convolution_with_the_same_numbers():
+    conv = peers.randomize(SpatialTransformer(32, 4, 24, 8, linear_projection=False))
+    linear = SpatialTransformer(32, 4, 24, 8, linear_projection=True)
+    linear.load_state_dict({name: tensor.flatten(1) if tensor.dim() == 4 else tensor
+                            for name, tensor in conv.state_dict().items()})
+    x, context = noise(2, 32, 5, 7), noise(2, 77, 24)
+    assert relative_error(linear(x, context), conv(x, context)) <= PARITY
+
+
+@pytest.mark.parametrize("h, w, half", [(8, 8, (4, 4)), (7, 30, (4, 15)), (9, 13, (5, 7)), (1, 1, (1, 1))])
+def test_downsampling_halves_rounding_up_and_upsampling_takes_the_size_back(h, w, half):
+    x = noise(1, 8, h, w)
+    down = Downsample(8)(x)
+    assert down.shape[2:] == half
+    assert Upsample(8)(down, size=(h, w)).shape == x.shape
+    assert Upsample(8)(down).shape[2:] == (2 * half[0], 2 * half[1])
+
+
+def test_upsampling_repeats_pixels_before_it_convolves():
+    up = Upsample(4)
+    x = noise(1, 4, 3, 5)
+    expected = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), up.conv.weight, up.conv.bias, padding=1)
+    torch.testing.assert_close(up(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_resnet_block_adds_the_time_at_every_position():
+    block = peers.randomize(ResnetBlock(8, 8, 4, 1e-5, time_dim=6))
+    block.conv1.weight.data.zero_(), block.conv1.bias.data.zero_()
+    x, time = noise(2, 8, 4, 4), noise(2, 6)
+    shift = block.time_emb_proj(time)[:, :, None, None].expand(2, 8, 4, 4)
+    expected = x + block.conv2(F.silu(block.norm2(shift)))
+    assert relative_error(block(x, time), expected) <= PARITY
+
+
+@pytest.mark.parametrize("c_out, has_shortcut", [(8, False), (16, True)])
+def test_a_resnet_block_has_a_shortcut_only_where_the_width_changes(c_out, has_shortcut):
+    block = ResnetBlock(8, c_out, 4, 1e-6)
+    assert (block.conv_shortcut is not None) is has_shortcut
+    assert block.time_emb_proj is None
+    assert block(noise(1, 8, 3, 3)).shape == (1, c_out, 3, 3)
+
+
+def test_maps_and_tokens_are_two_views_of_the_same_memory():
+    x = noise(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    tokens = to_tokens(x)
+    assert tokens.shape == (2, 20, 3)
+    assert torch.equal(tokens[1, 7], x[1, :, 1, 2])  # row by row: position 7 of rows of 5 is (1, 2)
+    back = to_map(tokens, 4, 5)
+    assert torch.equal(back, x)
+    assert back.data_ptr() == tokens.data_ptr() == x.data_ptr()
