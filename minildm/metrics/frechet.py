@@ -76,8 +76,8 @@ def covariance_factor(sigma):
 class Statistics:
     """Mean and covariance of features that arrive batch by batch; memory O(d^2) however many arrive.
 
-    Up to d rows are held as they are: the exact factor of a small set. Beyond, rows are folded, some hundreds at a time,
-    into the scatter matrix (Chan, Golub and LeVeque 1983, Eq. 2.1).
+    Up to d rows are held as they are: the exact factor of a small set. Beyond, rows are folded, some hundreds at a
+    time, into the scatter matrix (Chan, Golub and LeVeque 1983, Eq. 2.1).
     """
 
     def __init__(self, dim):

@@ -21,10 +21,10 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from metrics_helpers import random_weights, smooth_noise  # noqa: E402
+from metrics_helpers import random_weights, smooth_noise
 
-from minildm.metrics import frechet_distance, frechet_distance_from_features  # noqa: E402
-from minildm.metrics.features import Extractor, as_tensor, collect, inception_extractor, list_pictures  # noqa: E402
+from minildm.metrics import frechet_distance, frechet_distance_from_features
+from minildm.metrics.features import Extractor, as_tensor, collect, inception_extractor, list_pictures
 
 warnings.simplefilter("ignore")
 
