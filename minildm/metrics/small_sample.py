@@ -18,7 +18,7 @@ class SmallSample:
     floor: float          # real against other real pictures
     distance_at_half: float  # fake against real, at the same size
     infinity: float       # extrapolated to n -> infinity
-    infinity_error: float  # standard error of that
+    infinity_error: float  # standard error of that fit; too small, as the subsets overlap
 
 
 def small_sample(real, fake, replicates=100, seed=0, progress=None):
@@ -33,7 +33,7 @@ def small_sample(real, fake, replicates=100, seed=0, progress=None):
                            for _ in range(replicates)])
         # Resampling repeats pictures, which by itself raises a Frechet distance: only the spread about its mean counts.
         value = resampler.fake_to_real(np.ones(n), np.ones(m))
-        low, high = value + np.quantile(spread - spread.mean(), (0.025, 0.975))
+        low, high = (value + np.quantile(spread - spread.mean(), (0.025, 0.975))).clip(0)
         half = min(n // 2, m)
         floors, distances = [], []
         for _ in range(10):
