@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from metrics_helpers import random_weights, reference_fid, reference_fid_in_span, write_pictures
+from peers import random_model, write_folder
 from PIL import Image
 
 from minildm.__main__ import main
+from minildm.config import ModelConfig
 from minildm.errors import InputError
 from minildm.metrics import fid
 from minildm.metrics.features import Extractor, as_tensor, collect, list_pictures, open_extractor, open_rgb
@@ -197,3 +199,16 @@ def test_command_answers_a_mistake_with_one_line_and_code_2(tmp_path, monkeypatc
 def test_import_is_light():
     code = "import sys, minildm.metrics; print({'scipy', 'open_clip', 'matplotlib', 'torchvision'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_a_vae_s_mean_latents_on_an_8_x_8_grid_are_features_too(folders, tmp_path):
+    model = random_model(ModelConfig.tiny())
+    extractor = open_extractor("vae", base=write_folder(model, tmp_path / "base"))
+    image = open_rgb(sorted(folders[0].glob("*.png"))[0])
+    pixels = torch.nn.functional.interpolate(as_tensor(image)[None] / 255, (256, 256), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        z = model.vae.encode(2 * pixels.clamp(0, 1) - 1).mean  # (1, 4, 32, 32)
+        found = extractor.network(extractor.prepare(image)[None])[256]
+    expected = z.unflatten(2, (8, 4)).unflatten(4, (8, 4)).mean(dim=(3, 5)).flatten(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert extractor.label == "FD-vae"

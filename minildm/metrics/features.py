@@ -117,13 +117,13 @@ def _for_inception(image):
 def vae_extractor(base=None, device="cpu"):
     """The mean latents of a Stable Diffusion VAE at 256 px, averaged to 4 x 8 x 8 = 256 numbers."""
     import minildm
-    model = minildm.load(base, device=device)
+    model = minildm.load(base, device=device, dtype=torch.float32)
 
     def network(images):
         z = model.vae.encode(2 * images.to(device) - 1).mean  # (B, 4, 32, 32), unscaled
         return {256: F.adaptive_avg_pool2d(z, 8).flatten(1)}
 
-    facts = {"weights": str(base) if base is not None else "default base", "resize": "256 x 256 bilinear, antialias"}
+    facts = {"weights": f"{model.files.path.name} {model.base_hash[:10]}", "resize": "256 x 256 bilinear, antialias"}
     return Extractor("FD-vae", (256,), lambda image: _squeezed(image, 256), network, facts)
 
 
