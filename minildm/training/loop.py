@@ -37,7 +37,7 @@ class State:
         self.optimizer = AdamW(list(self.trained.values()), weight_decay=config.weight_decay)
         self.best = None  # (validation loss, step)
         self.bad_steps, self.skipped = 0, 0  # in a row; in all
-        self.loss_scale = FP16_SCALE if getattr(model, "dtype", None) == torch.float16 else 1.0
+        self.loss_scale = FP16_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
         self.good_steps = 0  # since the loss scale changed
         self.seconds = 0.0  # of training, over all sittings
 
@@ -243,8 +243,9 @@ def memory_advice(config):
 
 def peak_memory_mb(model):
     """The device's peak so far: of the GPU's allocator, or of this process."""
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(model.device) / 1e6
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
