@@ -11,6 +11,7 @@ Files are whole or absent, and written by one process only.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -80,6 +81,8 @@ class Run:
         self._guarded(self._write_state, state | {"log_bytes": self.log_bytes})
 
     def _write_state(self, state):
+        with open(self.folder / "log.jsonl", "ab") as file:
+            os.fsync(file.fileno())  # the log must not be shorter than the state says, even after a power cut
         with written_beside(self.state) as path:
             torch.save(state, path)
 
@@ -90,8 +93,8 @@ class Run:
             try:
                 state = torch.load(self.state, map_location="cpu", weights_only=True)
             except Exception as error:
-                raise InputError(f"{self.state} is damaged ({error}); the best adapter so far is in {self.adapter}, "
-                                 "start a new run with another --out") from None
+                raise InputError(f"{self.state} is damaged ({_first_line(error)}); the best adapter so far is in "
+                                 f"{self.adapter}, begin a new run with another --out") from None
         self.log_bytes = state["log_bytes"] if state else 0
         if (self.folder / "log.jsonl").exists():
             with open(self.folder / "log.jsonl", "r+b") as file:
@@ -119,4 +122,4 @@ def read_settings(folder):
 
 
 def _first_line(error):
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return str(error).splitlines()[0][:100] if str(error) else type(error).__name__
