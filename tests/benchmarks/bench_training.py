@@ -1,4 +1,4 @@
-"""Training, side by side with diffusers + transformers + PEFT: python tests/benchmarks/bench_training.py [--device cuda]
+"""Training, side by side with diffusers + transformers + PEFT: python tests/benchmarks/bench_training.py
 
 The same LoRA step (rank 4 on every linear layer of both networks: the text encoder's forward, noise, the U-Net's
 forward and backward, clipping, AdamW) on the same random weights and data. Time: both in one process, taking turns.
@@ -10,9 +10,9 @@ Nothing here is asserted: the numbers go into the README.
 """
 
 import argparse
+import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -84,7 +84,8 @@ def peer_step(model, data):
     import torch
     from peers import diffusers_unet, transformers_text_encoder
     from peft import LoraConfig, inject_adapter_in_model
-    unet, text_encoder = diffusers_unet(model.unet), transformers_text_encoder(model.text_encoder)
+    unet = diffusers_unet(model.unet).to(memory_format=torch.contiguous_format)  # as diffusers loads it
+    text_encoder = transformers_text_encoder(model.text_encoder)
     parameters = []
     for network in (unet, text_encoder):
         network.requires_grad_(False)
@@ -158,22 +159,25 @@ def child(side, size, device, dtype, batch, pixels):
     model = model_of(size, device, getattr(torch, dtype))
     data = data_of(model, int(batch), int(pixels))
     step = our_step(model, data) if side == "minildm" else peer_step(model, data)
-    before = _memory(device)
-    for _ in range(2):
+    before = _memory(device, reset=True)
+    for _ in range(3):
         step()
-    peak = _memory(device, peak=True)
-    print(json.dumps({"peak": peak, "step": max(peak - before, 1e-3)}))
+    peak = _memory(device)
+    print(json.dumps({"peak": peak, "step": peak - before}))
 
 
-def _memory(device, peak=False):
-    """MB."""
+def _memory(device, reset=False):
+    """The peak in MB; with ``reset`` it counts from now on."""
     import torch
     if device == "cuda":
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 1e6
+    if reset:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident now
     status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024 / 1e6
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 # --- SeLoRA's test ---------------------------------------------------------------------------------------------------
@@ -183,9 +187,9 @@ def bench_test(args, dtype, batch):
     plain, sampled, expected = (statistics.median(t) for t in by_turns(
         (step, lambda: step(test=True), lambda: step(test=True, expected=True)), args.device, args.seconds))
     for name, tested in (("sampled", sampled), ("expected", expected)):
-        print(f"SeLoRA's test, {name}, {args.pixels} px, batch {batch}, {str(dtype)[6:]}: {1000 * plain:.1f} ms a step, "
-              f"{1000 * tested:.1f} ms with it: {100 * (tested / plain - 1) / INTERVAL:+.2f} % of training at t = "
-              f"{INTERVAL}", flush=True)
+        print(f"SeLoRA's test, {name}, {args.pixels} px, batch {batch}, {str(dtype)[6:]}: {1000 * plain:.1f} ms a "
+              f"step, {1000 * tested:.1f} ms with it: {100 * (tested / plain - 1) / INTERVAL:+.2f} % of training at "
+              f"t = {INTERVAL}", flush=True)
 
 
 def row(what, ours, peer, unit, note=""):
