@@ -58,3 +58,30 @@ def same_bits(model, other):
 
 def largest_difference(model, other):
     return max((a - b).abs().max().item() for a, b in zip(factors(model), factors(other), strict=True))
+
+
+def full_size_run(folder):
+    """Three SeLoRA steps on an SD v1.5-shaped random model at 224 px, batch 1, bfloat16. Prints the peak in GB."""
+    from pathlib import Path
+
+    from minildm.checkpoint import build_networks
+    from minildm.config import VAEConfig
+    from minildm.latent_diffusion import LatentDiffusion
+    config = dataclasses.replace(ModelConfig(), vae=VAEConfig.tiny())
+    networks = {name: network.to(torch.bfloat16).to_empty(device="cpu").eval()
+                for name, network in build_networks(config).items()}
+    generator = torch.Generator().manual_seed(0)
+    for network in networks.values():
+        for name, p in network.named_parameters():
+            if p.dim() < 2:
+                p.data.fill_(float("norm" in name and name.endswith("weight")))
+            else:
+                p.data.normal_(0, p[0].numel() ** -0.5, generator=generator)
+    model = LatentDiffusion(config, **networks)
+    run = Run(folder, {})
+    run.begin()
+    training = settings(steps=3, batch_size=1, expand_interval=2, checkpointing=True, save_interval=3)
+    state = adapt(model, pictures(2, side=28), pictures(0), training, run, Path(folder).parent / "cache")
+    assert state.skipped == 0
+    assert any("grown" in entry for entry in run.entries())
+    print(run.entries()[-1]["memory_mb"] / 1000)

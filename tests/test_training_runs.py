@@ -259,3 +259,12 @@ def test_real_radiographs_train(place, shared_data, tmp_path, capsys):
                  "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
     assert "validation loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_full_size_model_trains_in_8_gb_on_a_cpu(tmp_path):
+    code = f"from made_runs import full_size_run; full_size_run({str(tmp_path / 'run')!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 8
