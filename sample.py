@@ -1,23 +1,25 @@
 """Draw pictures: python sample.py "chest x-ray, age 47 male" -n 4
 
 Reads like the data's way through the system: prompts -> token ids -> context -> latents -> images -> PNG files.
+torch is imported inside `main`, once the command line is known to be good.
 """
 
 import argparse
 import csv
+import itertools
+import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from minildm import __version__, load
+from minildm import __version__
 from minildm.errors import InputError, exit_cleanly
-from minildm.files import writable_folder
+from minildm.files import sha256, writable_folder
 from minildm.pictures import SAMPLER_NAMES, contact_sheet, parameters_text, read_parameters, save_png
-from minildm.samplers import SAMPLERS
 
 SHEET_PICTURES = 64  # at most, on one contact sheet
 
@@ -35,9 +37,9 @@ def parse(arguments):
     add("--height", type=int, help="pixels, a multiple of 8 (default: the model's own size)")
     add("--width", type=int, help="pixels, a multiple of 8 (default: the model's own size)")
     add = parser.add_argument_group("how").add_argument
-    add("--sampler", default="ddim", choices=tuple(SAMPLERS), help="20 steps do for dpm++")
+    add("--sampler", default="ddim", choices=tuple(SAMPLER_NAMES), help="20 steps do for dpm++")
     add("--steps", type=int, default=50, help="calls of the U-Net, 1 to 1000")
-    add("--guidance", type=float, default=7.5, help="guidance scale; 1 = off, and twice as fast")
+    add("--guidance", type=float, default=7.5, help="guidance scale; 1 or less = off, and twice as fast")
     add("--eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
     add("--karras", action="store_true", help="Karras spacing of dpm++'s steps")
     add("--seed", type=int, default=0, help="picture i has seed + i")
@@ -49,7 +51,7 @@ def parse(arguments):
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float16 on a GPU, float32 elsewhere)")
     add("--compile", action="store_true", help="compile the U-Net: a minute's start, then faster")
-    add("--batch-size", type=int, default=4, help="pictures at a time; changes the speed, not the pictures")
+    add("--batch-size", type=int, default=4, help="pictures at a time")
     add("--out", type=Path, default=Path("samples"), help="folder for the PNGs")
     return parser.parse_args(arguments)
 
@@ -57,22 +59,29 @@ def parse(arguments):
 def main(arguments):
     args = parse(arguments)
     prompts = read_prompts(args)
-    for name in ("n", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     writable_folder(args.out)
+
+    import torch
+
+    from minildm.latent_diffusion import check_sampling, load, split_multiplier
+    check_sampling(args.steps, args.guidance, args.sampler, args.eta, args.karras, args.seed, args.height, args.width)
+    adapters = [split_multiplier(adapter) for adapter in args.adapter]
+    if absent := [str(path) for path, _ in adapters if not path.is_file()]:
+        raise FileNotFoundError(f"no such adapter: {', '.join(absent)}")
 
     start = time.perf_counter()
     model = load(args.base, args.adapter, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
                  prediction=args.prediction)
     print(f"{model.files.path}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
           f"{str(model.dtype).removeprefix('torch.')} on {model.device}, loaded in {time.perf_counter() - start:.1f} s")
+    hashing = threading.Thread(target=lambda: model.base_hash, daemon=True)  # seconds of reading, while sampling starts
+    hashing.start()
     if args.compile:
         model.unet.compile()
 
-    todo = plan(args, prompts, model)
-    skipped = len(prompts) * args.n - len(todo)
-    if skipped:
+    settings = describe(args, model, adapters)
+    todo = plan(args, prompts, settings, hashing, model)
+    if skipped := len(prompts) * args.n - len(todo):
         print(f"{skipped} pictures are already in {args.out}; {len(todo)} to draw")
     shown, start = [], time.perf_counter()
     calls = args.steps + (args.sampler == "plms" and args.steps > 1)
@@ -82,11 +91,12 @@ def main(arguments):
             images = model.sample([prompt for prompt, *_ in batch], args.negative, args.steps, args.guidance,
                                   args.sampler, args.eta, seed=batch[0][1], height=args.height, width=args.width,
                                   karras=args.karras, callback=lambda step, latents: bar.update())
-            for image, (_, _, path, parameters) in zip(images, batch):
-                save_png(image, path, parameters)
+            hashing.join()
+            for image, (prompt, seed, path) in zip(images, batch):
+                save_png(image, path, parameters(args, prompt, seed, settings, model))
                 shown += [image] if len(shown) < SHEET_PICTURES else []
 
-    for _, seed, path, _ in todo[:8]:
+    for _, seed, path in todo[:8]:
         print(f"{path} (seed {seed})")
     if len(todo) > 1:
         sheet = args.out / "sheets" / todo[0][2].name  # in a folder of its own: metrics read every picture in --out
@@ -98,11 +108,24 @@ def main(arguments):
 
 
 def read_prompts(args):
-    """The prompts of the command line: one, or a file's."""
+    """The prompts of the command line: one, or a file's. Raises InputError for whatever is wrong with the numbers."""
     if (args.prompt is None) == (args.prompts is None):
         raise InputError('give one prompt, as in sample.py "chest x-ray", or a file of them with --prompts FILE')
-    if args.prompts is None:
-        return [args.prompt]
+    for name in ("n", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    prompts = [args.prompt] if args.prompts is None else prompts_of_file(args)
+    for text in (*prompts, args.negative):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the prompt {text!r} is not valid UTF-8") from None
+    if not 0 <= args.seed <= 2**63 - len(prompts) * args.n:
+        raise InputError(f"--seed must be in [0, 2^63 - {len(prompts) * args.n}], got {args.seed}")
+    return prompts
+
+
+def prompts_of_file(args):
     if not args.prompts.is_file():
         raise FileNotFoundError(f"--prompts {args.prompts}: no such file")
     try:
@@ -110,10 +133,15 @@ def read_prompts(args):
     except UnicodeDecodeError:
         raise InputError(f"--prompts {args.prompts} is not UTF-8 text") from None
     if args.prompts.suffix.lower() != ".csv":
+        if args.column is not None:
+            raise InputError(f"--column is for a .csv, but --prompts is {args.prompts}")
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         rows = csv.DictReader(text.splitlines(keepends=True))
-        columns = rows.fieldnames or []
+        try:
+            columns, rows = rows.fieldnames or [], list(rows)
+        except csv.Error as error:
+            raise InputError(f"--prompts {args.prompts} is not readable as CSV ({error})") from None
         column = args.column or next((name for name in ("prompt", "text") if name in columns), None)
         if column not in columns:
             raise InputError(f"--prompts {args.prompts} has no column {column or 'prompt or text'!r}; its columns: "
@@ -124,30 +152,48 @@ def read_prompts(args):
     return prompts
 
 
-def plan(args, prompts, model):
-    """What is to be drawn: [(prompt, seed, path, parameters text)], in the order of the seeds.
+def describe(args, model, adapters):
+    """The settings that every picture of this call shares, for its parameters: [before the seed], [after it]."""
+    size = f"{args.width or model.config.image_size}x{args.height or model.config.image_size}"
+    before = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler] + " Karras" * args.karras,
+              "CFG scale": args.guidance}
+    after = {"Size": size, "Model": model.files.path.stem, "Prediction": model.config.schedule.prediction,
+             "Precision": str(model.dtype).removeprefix("torch.")}
+    if args.eta:
+        after["Eta"] = args.eta
+    if adapters:  # by content: the same name may hold another training tomorrow
+        after["Adapter"] = " + ".join(f"{path.parent.name}/{path.name} {sha256(path)[:10]} x {multiplier:g}"
+                                      for path, multiplier in adapters)
+    return before, after
+
+
+def parameters(args, prompt, seed, settings, model):
+    before, after = settings
+    return parameters_text(prompt, args.negative, **before, Seed=seed, **{"Model hash": model.base_hash[:10]}, **after,
+                           Version=f"minildm {__version__}")
+
+
+def plan(args, prompts, settings, hashing, model):
+    """What is to be drawn: [(prompt, seed, path)], in the order of the seeds.
 
     A single prompt's pictures are numbered on from those in the folder. Those of --prompts have fixed numbers: a
     picture that is there and was made the same way is not drawn again, one made otherwise is an error.
     """
-    numbers = [int(match[1]) for path in args.out.glob("*.png") if (match := re.match(r"(\d+)-", path.name))]
+    there = set(os.listdir(args.out))
+    numbers = [int(match[1]) for name in there if (match := re.match(r"(\d+)-.*\.png$", name))]
     first = max(numbers, default=-1) + 1 if args.prompts is None else 0
-    size = f"{args.width or model.config.image_size}x{args.height or model.config.image_size}"
-    settings = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler] + " Karras" * args.karras,
-                "CFG scale": args.guidance}
-    adapters = {"Adapter": " + ".join(args.adapter)} if args.adapter else {}
-    model_pairs = adapters | {"Size": size, "Model hash": model.base_hash[:10], "Model": model.files.path.stem}
     todo = []
-    for i in range(len(prompts) * args.n):
-        prompt, seed, path = prompts[i // args.n], args.seed + i, args.out / f"{first + i:05d}-seed{args.seed + i}.png"
-        pairs = settings | {"Seed": seed} | model_pairs | ({"Eta": args.eta} if args.eta else {})
-        parameters = parameters_text(prompt, args.negative, **pairs, Version=f"minildm {__version__}")
-        if not path.exists():
-            todo.append((prompt, seed, path, parameters))
-        elif read_parameters(path) != parameters:
-            settings_of = [(text or "no parameters").splitlines()[-1] for text in (read_parameters(path), parameters)]
-            raise InputError(f"{path} is there and was made otherwise ({settings_of[0]}) than this command would make "
-                             f"it ({settings_of[1]}), or from another prompt; give another --out")
+    for i, prompt in enumerate(itertools.chain.from_iterable([prompt] * args.n for prompt in prompts)):
+        seed, path = args.seed + i, args.out / f"{first + i:05d}-seed{args.seed + i}.png"
+        if path.name not in there:
+            todo.append((prompt, seed, path))
+            continue
+        hashing.join()
+        old, new = read_parameters(path), parameters(args, prompt, seed, settings, model)
+        if old != new:
+            old_line, new_line = ((text or "no parameters").splitlines()[-1] for text in (old, new))
+            raise InputError(f"{path} is there and was made otherwise ({old_line}) than this command would make it "
+                             f"({new_line}), or from another prompt; give another --out")
     return todo
 
 

@@ -17,7 +17,25 @@ def prompts(arguments):
     return show_prompts(arguments)
 
 
-COMMANDS = {"check": check, "prompts": prompts}
+def fid(arguments):
+    """Frechet distance of two folders of pictures, and what it is worth at this n"""
+    from minildm.metrics.fid_score import main
+    return main(arguments)
+
+
+def clip_score(arguments):
+    """how well pictures agree with their prompts, in the eyes of a CLIP model"""
+    from minildm.metrics.clip_score import main
+    return main(arguments)
+
+
+def audit(arguments):
+    """has the model memorised its training pictures?"""
+    from minildm.metrics.audit import main
+    return main(arguments)
+
+
+COMMANDS = {"check": check, "prompts": prompts, "fid": fid, "clip-score": clip_score, "audit": audit}
 
 
 def usage():

@@ -16,6 +16,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -158,6 +159,9 @@ def _inspect_single_file(path, prediction):
     file = TensorFile(path)
     _refuse_other_models(file)
     config = single_file.read_config(file)
+    if prediction is None and config.text_encoder.activation == "gelu":
+        warnings.warn("an SD v2 single file cannot say what it predicts: taken as epsilon, 512 px; the 768 px models "
+                      "need prediction=\"v\" (--prediction v)", stacklevel=4)
     if prediction == "v" and config.text_encoder.activation == "gelu":
         config = replace(config, unet=replace(config.unet, latent_size=96))  # of v2.x, those that predict v draw 768 px
     networks = build_networks(config)
@@ -267,7 +271,7 @@ def _refuse_other_models(file):
     if has("lora_") or has("hada_") or has(".lora."):
         refuse("an adapter (LoRA)", "it changes a base model and cannot stand alone: give the base here")
     if has("conditioner.embedders."):
-        refuse("an SDXL or SD 2.x refiner-family model", "use a v1.x or v2.x checkpoint")
+        refuse("an SDXL model (base or refiner)", "use a v1.x or v2.x checkpoint")
     if has("model.diffusion_model.joint_blocks") or has("double_blocks."):
         refuse("a diffusion transformer (SD 3, Flux)", "use a v1.x or v2.x checkpoint")
     if has("model.diffusion_model.input_blocks."):
@@ -346,7 +350,12 @@ def _require_match(checkpoint, expected):
 
 
 def save_folder(networks, config, path, dtype=torch.float16):
-    """Write a diffusers-layout folder: networks {"unet": module, ...} and their ModelConfig, tensors as ``dtype``."""
+    """Write a diffusers-layout folder: networks {"unet": module, ...} and their ModelConfig, tensors as ``dtype``.
+
+    The tokenizer's vocabulary is not written: it is CLIP's, the same for all. Raises InputError if an adapter is live.
+    """
+    if any("lora_" in name for module in networks.values() for name, _ in module.named_parameters()):
+        raise InputError("the model has a live adapter; merge_adapter(model) before saving it as a base")
     path = Path(path)
     to_json = {"unet": settings.unet_to_json, "vae": settings.vae_to_json,
                "text_encoder": settings.text_encoder_to_json}

@@ -99,6 +99,9 @@ class ScheduleConfig:
     def __post_init__(self):
         if self.prediction not in ("epsilon", "v"):
             raise InputError(f"prediction must be 'epsilon' or 'v', got {self.prediction!r}")
+        if not (self.n_timesteps >= 1 and 0 < self.beta_start <= self.beta_end < 1):
+            raise InputError(f"a noise schedule needs timesteps and 0 < beta_start <= beta_end < 1, got "
+                             f"{self.n_timesteps} timesteps, {self.beta_start} to {self.beta_end}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A user's mistake is answered in one line: what came, what was expected, what to do."""
 
 import sys
+import warnings
 
 
 class InputError(ValueError):
@@ -9,7 +10,8 @@ class InputError(ValueError):
 
 def exit_cleanly(main, *arguments):
     """Run a command's ``main``: exit code 2 and one line for a user's mistake, 130 for Ctrl-C; our own bugs keep
-    their traceback."""
+    their traceback. Warnings are one line as well."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(message)}", file=sys.stderr)
     try:
         sys.exit(main(*arguments))
     except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
@@ -22,5 +24,9 @@ def exit_cleanly(main, *arguments):
 
 
 def _fail(code, message):
-    print(" ".join(message.splitlines()), file=sys.stderr)
+    print(_one_line(message), file=sys.stderr)
     return code
+
+
+def _one_line(message):
+    return " ".join(str(message).split())

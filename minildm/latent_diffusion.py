@@ -35,14 +35,24 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
     Returns: LatentDiffusion, frozen and in eval mode.
     Raises: FileNotFoundError; InputError (a ValueError) for broken files and other models, naming the tensors.
     """
-    device = _find_device(device)
+    device = _usable_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     plan = checkpoint.inspect(find_base() if base is None else base, prediction)
     model = LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
-    for adapter in adapters:
+    for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
         merge_file(model, *split_multiplier(adapter))
     return model
+
+
+def _usable_device(name):
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own words for a device it lacks
+        raise InputError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]}); --device cpu "
+                         "always can") from None
 
 
 def split_multiplier(adapter):
@@ -53,17 +63,6 @@ def split_multiplier(adapter):
     except ValueError:  # the colon belongs to the path
         path, multiplier = str(adapter), 1.0
     return (Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)), multiplier
-
-
-def _find_device(name):
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}; expected cpu, cuda, cuda:1, mps, ...") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} cuda devices; "
-                         "use another one, or cpu")
-    return device
 
 
 def find_base(folder=WEIGHTS):
@@ -97,6 +96,7 @@ class LatentDiffusion(nn.Module):
         schedule = config.schedule
         self.schedule = NoiseSchedule(schedule.prediction, schedule.n_timesteps, schedule.beta_start, schedule.beta_end)
         self.files = files  # the checkpoint it came from
+        self.merged = []  # adapters merged into it: [{"adapter": SHA-256, "multiplier": ...}]
 
     @property
     def device(self):
@@ -123,6 +123,9 @@ class LatentDiffusion(nn.Module):
     # --- images: the only place where the scaling factor is applied ---------------------------------------------------
     def encode_images(self, images, generator=None):
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), drawn from the encoder's Gaussian."""
+        if any(side % SPATIAL_FACTOR for side in images.shape[2:]):
+            raise InputError(f"images must have sides that are multiples of {SPATIAL_FACTOR}, got "
+                             f"{tuple(images.shape[2:])}; crop or resize them")
         z = self.vae.encode(images.to(self.device, self.vae.quant_conv.weight.dtype)).sample(generator)
         return (z * self.config.vae.scaling_factor).to(self.dtype)
 
@@ -141,12 +144,15 @@ class LatentDiffusion(nn.Module):
             with torch.inference_mode(False):  # weights made in inference mode could never take part in training
                 self.vae.float()
             images = self.vae.decode(z.float())
+        if not images.isfinite().all():
+            raise InputError("the VAE gave non-finite pixels in float32; the latents or its weights are broken")
         return images
 
     # --- sampling ----------------------------------------------------------------------------------------------------
     def sample(self, prompts, negative_prompt="", steps=50, guidance=7.5, sampler="ddim", eta=0.0, seed=0, height=None,
                width=None, latents=None, output="pil", callback=None, karras=False):
-        """Draw one picture for each prompt. Picture i depends on its prompt and on seed + i, not on its batch.
+        """Draw one picture for each prompt. Picture i depends on its prompt and on seed + i; on its batch only in the
+        last digits, as products of other shapes are rounded otherwise.
 
         Args:
             prompts: list of B prompts.
@@ -164,7 +170,17 @@ class LatentDiffusion(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         height, width = (self.config.image_size if side is None else side for side in (height, width))
-        _check_sampling(prompts, negatives, steps, guidance, sampler, eta, karras, seed, height, width, output)
+        check_sampling(steps, guidance, sampler, eta, karras, seed, height, width, output, self.schedule.n_timesteps)
+        if not prompts:
+            raise InputError("no prompts: the list is empty; give at least one")
+        if len(negatives) != len(prompts):
+            raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+        reached = self.schedule.n_timesteps // steps * steps
+        if sampler != "dpm++" and reached < 0.9 * self.schedule.n_timesteps:
+            warnings.warn(f"{steps} steps of {sampler} begin at timestep {reached} of {self.schedule.n_timesteps}, too "
+                          "late for pure noise; take a number that divides it (such as 50, 250, 500)", stacklevel=2)
+        if guidance <= 1 and any(negatives):
+            warnings.warn(f"the negative prompt is not used: guidance {guidance} is off", stacklevel=2)
         shape = (self.config.unet.latent_channels, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
 
@@ -185,6 +201,9 @@ class LatentDiffusion(nn.Module):
             for step, latents in enumerate(path, start=1):
                 if callback is not None:
                     callback(step, latents)
+            if not latents.isfinite().all():
+                raise InputError(f"the U-Net gave non-finite latents in {self.dtype}; try --dtype float32 (load(..., "
+                                 "dtype=torch.float32)), or look at the base and the adapters")
             images = latents if output == "latent" else self.decode_latents(latents).clamp(-1, 1)
         images = images.clone()  # an ordinary tensor again, that may take part in training
         return to_pil(images) if output == "pil" else images
@@ -196,15 +215,13 @@ def to_pil(images):
     return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels.numpy()]  # (H, W, 3)
 
 
-def _check_sampling(prompts, negatives, steps, guidance, sampler, eta, karras, seed, height, width, output):
-    if not prompts:
-        raise InputError("no prompts: the list is empty; give at least one")
-    if len(negatives) != len(prompts):
-        raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+def check_sampling(steps, guidance, sampler, eta=0.0, karras=False, seed=0, height=None, width=None, output="pil",
+                   n_timesteps=1000):
+    """Raise InputError, naming the setting, if `LatentDiffusion.sample` could not run with these."""
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
-    if not 1 <= steps <= 1000:
-        raise InputError(f"steps must be in [1, 1000], got {steps}")
+    if not 1 <= steps <= n_timesteps:
+        raise InputError(f"steps must be in [1, {n_timesteps}], got {steps}")
     if not (math.isfinite(guidance) and guidance >= 0):
         raise InputError(f"guidance must be a number >= 0 (1 = off, 7.5 is usual), got {guidance}")
     if not 0 <= eta <= 1:
@@ -216,7 +233,7 @@ def _check_sampling(prompts, negatives, steps, guidance, sampler, eta, karras, s
     if not 0 <= seed < 2**63:
         raise InputError(f"seed must be in [0, 2^63), got {seed}")
     for name, side in (("height", height), ("width", width)):
-        if side <= 0 or side % SPATIAL_FACTOR:
+        if side is not None and (side <= 0 or side % SPATIAL_FACTOR):
             near = max(round(side / SPATIAL_FACTOR), 1) * SPATIAL_FACTOR
             raise InputError(f"{name} must be a positive multiple of {SPATIAL_FACTOR}, got {side}; try {near}")
     if output not in ("pil", "tensor", "latent"):

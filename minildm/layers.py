@@ -77,21 +77,11 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-class Linear(nn.Linear):
-    """y = x W^T + b, (B, L, in) -> (B, L, out). Large float32 products on a CPU run as the 1x1 convolution they equal:
-    oneDNN's takes 0.6 of the time of MKL's matrix product on AMD processors and as long on Intel's."""
-
-    def forward(self, x):
-        if x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 3 and x.numel() * len(self.weight) > 1e8:
-            maps = x.transpose(1, 2).unsqueeze(2)  # (B, in, 1, L): channels-last without a copy
-            return F.conv2d(maps, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)
-        return super().forward(x)
-
-
 def attend(query, key, value, n_heads):
     """softmax(Q K^T / sqrt(d_head)) V for each head: (B, L, D), (B, L_k, D), (B, L_k, D) -> (B, L, D)."""
     query, key, value = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (query, key, value))
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled():
+    on_cpu_in_bfloat16 = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if on_cpu_in_bfloat16 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         out = attend_in_blocks(query, key, value)
     else:
         out = F.scaled_dot_product_attention(query, key, value)  # (B, n_heads, L, d_head)
@@ -118,10 +108,10 @@ class Attention(nn.Module):
     def __init__(self, dim, n_heads, context_dim=None):
         super().__init__()
         self.n_heads = n_heads
-        self.to_q = Linear(dim, dim, bias=False)
-        self.to_k = Linear(context_dim or dim, dim, bias=False)
-        self.to_v = Linear(context_dim or dim, dim, bias=False)
-        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x, context=None):
         """x (B, L, dim), context (B, 77, context_dim) -> (B, L, dim)."""
@@ -135,7 +125,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim, dim_out):
         super().__init__()
-        self.proj = Linear(dim, 2 * dim_out)
+        self.proj = nn.Linear(dim, 2 * dim_out)
 
     def forward(self, x):
         x, gate = self.proj(x).chunk(2, dim=-1)
@@ -147,7 +137,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])  # net.1: no dropout
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])  # net.1: no dropout
 
     def forward(self, x):
         return self.net[2](self.net[0](x))
@@ -179,9 +169,9 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         # The same product; SD 1.x stores it as a 1x1 convolution, SD 2.x as a linear layer.
         self.linear_projection = linear_projection
-        self.proj_in = Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, n_heads, context_dim)])
-        self.proj_out = Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, context):
         """x (B, C, h, w), context (B, 77, context_dim) -> (B, C, h, w)."""

@@ -27,10 +27,11 @@ def guide(unet, context, guidance):
     Returns: denoise(latents, t) -> prediction, (B, 4, h, w) float32.
     """
     def denoise(latents, t):
+        timesteps = torch.full((1,), t, device=latents.device)  # a tensor: a compiler would make each number a program
         if guidance <= 1:
-            return unet(latents.to(context.dtype), t, context).float()
+            return unet(latents.to(context.dtype), timesteps, context).float()
         both = torch.cat([latents, latents]).to(context.dtype)  # (2 B, 4, h, w)
-        uncond, cond = unet(both, t, context).float().chunk(2)
+        uncond, cond = unet(both, timesteps, context).float().chunk(2)
         return uncond + guidance * (cond - uncond)
 
     return denoise
@@ -38,7 +39,11 @@ def guide(unet, context, guidance):
 
 def leading_timesteps(schedule, steps):
     """``steps`` timesteps, descending, and the distance between them: 981, 961, ..., 1 for 50 of 1000. With all 1000
-    steps there is no room for the offset of 1, and they are 999, ..., 0."""
+    steps there is no room for the offset of 1, and they are 999, ..., 0.
+
+    The distance is a whole number, so step counts that do not divide 1000 begin late: 600 steps at timestep 600, where
+    a picture should be half there. That is what published samplers do; `LatentDiffusion.sample` warns of it.
+    """
     stride = schedule.n_timesteps // steps
     offset = 0 if steps == schedule.n_timesteps else 1
     return [i * stride + offset for i in reversed(range(steps))], stride
@@ -80,14 +85,14 @@ def ddpm(denoise, latents, schedule, steps, draw_noise):
 
 def plms(denoise, latents, schedule, steps, draw_noise=None):
     """Pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778), the scheduler that SD v1.5's own file names: DDIM
-    steps along a combination of the last four predictions, which the paper calls the transfer part.
+    steps (the paper's transfer part) along a combination of the last four predictions (its gradient part, section 3.3).
 
     The warm-up is Stable Diffusion's: the first step is taken twice, the second time along the mean of the predictions
     at both its ends (so ``steps`` + 1 network calls). Outputs are combined as the network gives them, also for v.
     """
     timesteps, stride = leading_timesteps(schedule, steps)
 
-    def step_from(t, latents, prediction):  # Eq. 11, the transfer part, is DDIM's step
+    def step_from(t, latents, prediction):  # DDIM's step, eta = 0
         alpha_bar, alpha_bar_prev = schedule.alpha_bar[t], schedule.alpha_bar[max(t - stride, 0)]
         clean = schedule.clean_latents(prediction, latents, alpha_bar)
         noise = schedule.noise(prediction, latents, alpha_bar)
@@ -102,7 +107,7 @@ def plms(denoise, latents, schedule, steps, draw_noise=None):
             prediction = (past[0] + denoise(guess, t - stride)) / 2
         elif len(past) == 1:
             prediction = past[0]
-        elif len(past) == 2:  # Adams-Bashforth of order 2, 3, 4 (the paper's Eq. 12)
+        elif len(past) == 2:  # Adams-Bashforth's coefficients of order 2, 3, and from then on the paper's, of order 4
             prediction = (3 * past[0] - past[1]) / 2
         elif len(past) == 3:
             prediction = (23 * past[0] - 16 * past[1] + 5 * past[2]) / 12

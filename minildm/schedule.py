@@ -41,15 +41,15 @@ class NoiseSchedule:
         Raises: ValueError if a timestep lies outside the schedule.
         """
         signal, sigma = self._signal_and_sigma(timesteps, latents)
-        return signal * latents + sigma * noise
+        return (signal * latents + sigma * noise).to(latents.dtype)
 
     def target(self, latents, noise, timesteps):
         """What the U-Net should say, (B, 4, h, w): the noise, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) z_0
-        (Salimans and Ho 2022, section 2.4)."""
+        (Salimans and Ho 2022, section 4)."""
         if self.prediction == "epsilon":
             return noise
         signal, sigma = self._signal_and_sigma(timesteps, latents)
-        return signal * noise - sigma * latents
+        return (signal * noise - sigma * latents).to(latents.dtype)
 
     def snr(self, timesteps):
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of each timestep, (B,) float32."""
@@ -94,6 +94,6 @@ class NoiseSchedule:
         return self.alphas_cumprod[index].to(torch.as_tensor(timesteps).device)
 
     def _signal_and_sigma(self, timesteps, latents):
-        """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), each (B, 1, 1, 1) in the latents' dtype and on their device."""
+        """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), each (B, 1, 1, 1) float32, on the latents' device."""
         alpha_bar = self._gather(timesteps).to(latents.device).view(-1, 1, 1, 1)
-        return alpha_bar.sqrt().to(latents.dtype), (1 - alpha_bar).sqrt().to(latents.dtype)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()

@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from minildm.data import phantom, ruler
 from minildm.errors import InputError
+from minildm.metrics.adherence import prompt_adherence
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,16 @@ def test_obeys_judges_only_what_was_asked(read):
 def test_colour_pictures_are_refused():
     with pytest.raises(InputError, match="grey uint8"):
         ruler.measure([np.zeros((64, 64, 3), np.uint8)])
+
+
+def test_phantoms_adhere_to_their_prompts_and_not_to_each_others(tmp_path):
+    paths, wanted = [], []
+    for i in range(40):
+        label = phantom.labels((77, i))
+        wanted.append(phantom.fields(label))
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(phantom.render(label, (77, i), 128)).save(paths[-1])
+    agreement = prompt_adherence(paths, wanted, ruler.measure, ruler.obeys)
+    assert agreement["view"].share >= 0.95 and agreement["view"].chance < 0.8
+    assert agreement["sex"].share >= 0.9 and agreement["sex"].chance < 0.7
+    assert agreement["diagnosis"].share >= 0.75 and agreement["diagnosis"].chance < 0.5

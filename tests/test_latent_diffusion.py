@@ -288,12 +288,41 @@ def test_images_encode_after_the_vae_has_changed_to_float32():
     assert latents.dtype == torch.float16  # what the U-Net reads
 
 
-def test_a_float32_vae_that_gives_nonsense_is_not_hidden():
+def test_a_float32_vae_that_gives_nonsense_is_an_error():
     model = peers.random_model(ModelConfig.tiny(), seed=4)
     model.vae.decoder.conv_out.bias.data[:] = math.nan
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error")
-        assert model.decode_latents(torch.zeros(1, 4, 2, 2)).isnan().all()
+    with torch.no_grad(), pytest.raises(InputError, match="non-finite pixels in float32"):
+        model.decode_latents(torch.zeros(1, 4, 2, 2))
+
+
+def test_latents_that_are_not_numbers_are_an_error_and_no_black_picture():
+    model = peers.random_model(ModelConfig.tiny(), seed=4).to(torch.bfloat16)
+    model.unet.conv_out.bias.data[:] = math.nan
+    with pytest.raises(InputError, match=r"non-finite latents in torch\.bfloat16"):
+        model.sample(["a"], steps=2)
+    assert model.vae.post_quant_conv.weight.dtype == torch.bfloat16  # the VAE is not blamed for it
+
+
+def test_a_denoising_loop_is_one_program_to_a_compiler():
+    """Timesteps reach the U-Net as a tensor: as numbers, each would be compiled anew."""
+    model = peers.random_model(ModelConfig.tiny(), seed=4)
+    programs = []
+
+    def count(graph, inputs):
+        programs.append(graph)
+        return graph.forward
+
+    before = model.sample(["a"], steps=12, output="latent")
+    torch.compiler.reset()
+    model.unet.compile(backend=count)
+    assert torch.equal(model.sample(["a"], steps=12, output="latent"), before)
+    assert len(programs) == 1
+
+
+def test_step_counts_that_begin_too_late_are_warned_of():
+    model = peers.random_model(ModelConfig.tiny(), seed=4)
+    with pytest.warns(UserWarning, match="begin at timestep 668 of 1000"):
+        model.sample(["a"], steps=334, output="latent", callback=lambda step, latents: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

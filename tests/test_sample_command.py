@@ -16,6 +16,7 @@ from peers import assert_says
 from PIL import Image
 
 import minildm
+from minildm import latent_diffusion
 from minildm.config import ModelConfig
 from minildm.errors import InputError
 from minildm.pictures import SYNTHETIC
@@ -99,7 +100,7 @@ def test_a_png_says_how_it_was_made_and_that_it_is_synthetic(base, tmp_path):
     assert values | {"Version": ""} == {
         "Steps": "2", "Sampler": "DDIM", "CFG scale": "1.0", "Seed": "11", "Size": "64x64",
         "Model hash": sha256((base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:10],
-        "Model": "tiny-sd", "Version": ""}
+        "Model": "tiny-sd", "Prediction": "epsilon", "Precision": "float32", "Version": ""}
     assert text.splitlines()[1] == "Negative prompt: text, marks"
 
 
@@ -250,7 +251,7 @@ def test_a_missing_or_binary_file_of_prompts_is_refused(base, tmp_path):
 
 def test_an_unwritable_folder_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sample_py, "load", lambda *arguments, **options: pytest.fail("loaded first"))
+    monkeypatch.setattr(latent_diffusion, "load", lambda *arguments, **options: pytest.fail("loaded first"))
     with pytest.raises(NotADirectoryError) as caught:
         sample_py.main(["a", "--out", str(tmp_path / "file")])
     assert_says(caught, tmp_path / "file", "give another --out")
@@ -260,7 +261,7 @@ def test_an_unwritable_folder_is_found_before_the_model_is_loaded(tmp_path, monk
 def test_an_unknown_device_is_refused(device, base, tmp_path):
     with pytest.raises(InputError) as caught:
         sample_py.main(["a", "--base", str(base), "--out", str(tmp_path), "--device", device])
-    assert_says(caught, repr(device), "cpu", "cuda")
+    assert_says(caught, repr(device), "--device cpu always can")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -4,6 +4,7 @@ At any moment one adapter is live, the one being trained: `add_adapter` wraps th
 learnt to the base's weights and takes the wrappers out again. Loaded adapters are merged at once (files.py).
 """
 
+import math
 import re
 
 import torch
@@ -45,6 +46,9 @@ def add_adapter(model, kind="lora", rank=4, alpha=None, targets=NETWORKS, layers
         most = min(base.in_features, base.out_features)
         if not 1 <= rank <= most:
             raise InputError(f"rank must be in [1, {most}] for {path}, got {rank}; choose another --rank")
+    if not paths or not (alpha is None or math.isfinite(alpha)):
+        raise InputError(f"an adapter needs targets (from {', '.join(NETWORKS)}) and a finite alpha, got {targets}, "
+                         f"{alpha}")
     generator = torch.Generator().manual_seed(seed)
     scale = 1.0 if alpha is None else alpha / rank
     model.requires_grad_(False)

@@ -32,10 +32,7 @@ class LoRALinear(nn.Module):
         return [(self.lora_A, self.lora_B)]
 
     def forward(self, x):
-        y = self.base(x)
-        for i, (A, B) in enumerate(self.blocks()):
-            y = AddLowRank.apply(y, x, A, B, self.scale, self.probe, i == 0)
-        return y
+        return AdaptedLinear.apply(x, self, *(factor for block in self.blocks() for factor in block))
 
     def factors(self):
         """(lora_A (rank, in), lora_B (out, rank)), without gradient: what the adapter's file holds."""
@@ -53,30 +50,42 @@ def kaiming_rows(rows, d_in, generator):
     return (2 * torch.rand(rows, d_in, generator=generator) - 1) / math.sqrt(d_in)
 
 
-class AddLowRank(torch.autograd.Function):
-    """y + scale (x A^T) B^T, keeping only what passes anyway: x (the same tensor for q, k and v, so stored once), A and
-    B. x A^T is computed again in the backward, which costs rank / out of the layer."""
+class AdaptedLinear(torch.autograd.Function):
+    """base(x) + scale (x A^T) B^T, for every pair A, B of ``factors``.
+
+    Autograd would keep x A^T and make each term of a sum as a tensor of its own; here products add into one result, and
+    only x is kept (the same tensor for q, k and v, so once). x A^T is computed again in the backward, which costs
+    rank / out of the layer. The base's weight gets no gradient: it is frozen.
+    """
 
     @staticmethod
-    def forward(ctx, y, x, A, B, scale, probe, first):
-        ctx.save_for_backward(x, A, B)
-        ctx.scale, ctx.probe, ctx.first, ctx.dtype = scale, probe, first, y.dtype
-        h = x.to(y.dtype) @ A.to(y.dtype).t()  # (..., rank)
-        return torch.add(y, h @ B.to(y.dtype).t(), alpha=scale)
+    def forward(ctx, x, layer, *factors):
+        y = layer.base(x)
+        ctx.save_for_backward(x, *factors)
+        ctx.layer, ctx.probe, ctx.dtype = layer, layer.probe, y.dtype
+        rows, out = x.reshape(-1, x.shape[-1]).to(y.dtype), y.reshape(-1, y.shape[-1])  # (tokens, in), (tokens, out)
+        for A, B in zip(factors[::2], factors[1::2]):
+            out.addmm_(rows @ A.to(y.dtype).t(), B.to(y.dtype).t(), alpha=layer.scale)
+        return out.view(y.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        x, A, B = ctx.saved_tensors
+        x, *factors = ctx.saved_tensors
+        xs = x.to(ctx.dtype).reshape(len(x), -1, x.shape[-1])  # (B, L, in): one sample a row, L = 1 for time
+        dy = dy.reshape(len(x), -1, dy.shape[-1])  # (B, L, out)
+        g = dy if ctx.layer.scale == 1 else dy * ctx.layer.scale
+        rows, g_rows = xs.flatten(0, 1), g.flatten(0, 1)  # all tokens of the batch
         dx = None
-        g = (dy * ctx.scale).reshape(len(dy), -1, dy.shape[-1])  # (B, L, out): one sample a row, L = 1 for time
-        xs = x.to(ctx.dtype).reshape(len(x), -1, x.shape[-1])  # (B, L, in)
-        dh = g @ B.to(ctx.dtype)  # (B, L, rank)
-        if ctx.needs_input_grad[1]:
-            dx = (dh @ A.to(ctx.dtype)).reshape(x.shape).to(x.dtype)
-        if ctx.probe is None:
-            h = xs @ A.to(ctx.dtype).t()  # (B, L, rank)
-            dA = dh.flatten(0, 1).t() @ xs.flatten(0, 1)  # (rank, in)
-            dB = g.flatten(0, 1).t() @ h.flatten(0, 1)  # (out, rank)
-        else:
-            dA, dB = ctx.probe.gradients(xs, g, dh, A, ctx.first)
-        return dy, dx, dA.to(A.dtype), dB.to(B.dtype), None, None, None
+        if ctx.needs_input_grad[0]:
+            dx = dy.flatten(0, 1) @ ctx.layer.base.weight.to(ctx.dtype)  # dy W, (tokens, in)
+        gradients = []
+        for i, (A, B) in enumerate(zip(factors[::2], factors[1::2])):
+            dh = g_rows @ B.to(ctx.dtype)  # (tokens, rank)
+            if dx is not None:
+                dx.addmm_(dh, A.to(ctx.dtype))
+            if ctx.probe is None:
+                dA, dB = dh.t() @ rows, g_rows.t() @ (rows @ A.to(ctx.dtype).t())  # (rank, in), (out, rank)
+            else:
+                dA, dB = ctx.probe.gradients(xs, g, dh.view(*g.shape[:2], -1), A, i == 0)
+            gradients += [dA.to(A.dtype), dB.to(B.dtype)]
+        return None if dx is None else dx.view(x.shape).to(x.dtype), None, *gradients

@@ -9,7 +9,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ def child_minildm(folder, what, dtype):
     import minildm
     ready, memory = time.perf_counter(), _resident()
     model = minildm.load(folder, device="cpu", dtype=getattr(torch, dtype))
-    loaded, peak = time.perf_counter(), _peak()
+    loaded, peak = time.perf_counter(), _resident("VmHWM")
     if what == "startup":
         model.sample(["chest x-ray"], steps=1, guidance=7.5, output="latent")
     _report(start, ready, loaded, memory, peak)
@@ -46,7 +45,7 @@ def child_diffusers(folder, what, dtype):
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     parts = {name: kind.from_pretrained(folder, subfolder=name, torch_dtype=getattr(torch, dtype))
              for name, kind in kinds.items()}
-    loaded, peak = time.perf_counter(), _peak()
+    loaded, peak = time.perf_counter(), _resident("VmHWM")
     if what == "startup":
         tokenizer = CLIPTokenizer(f"{folder}/tokenizer/vocab.json", f"{folder}/tokenizer/merges.txt",
                                   model_max_length=77)
@@ -58,14 +57,10 @@ def child_diffusers(folder, what, dtype):
     _report(start, ready, loaded, memory, peak)
 
 
-def _resident():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-
-
-def _peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _resident(entry="VmRSS"):
+    """MB held; VmHWM: at the most so far. (getrusage would count the parent's.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(entry))
 
 
 def _report(start, ready, loaded, memory, peak):

@@ -1,0 +1,1 @@
+"""Training: the optimizer, one step, the loop, a run's folder."""

@@ -1,0 +1,226 @@
+"""Training, side by side with diffusers + transformers + PEFT: python tests/benchmarks/bench_training.py
+
+The same LoRA step (rank 4 on every linear layer of both networks: the text encoder's forward, noise, the U-Net's
+forward and backward, clipping, AdamW) on the same random weights and data. Time: both in one process, taking turns.
+Peak memory: each in a fresh process of its own (by a GPU's allocator; on a CPU by the process, less what it took before
+the first step). Ratio peer / minildm: above 1, minildm is faster or leaner.
+
+Then what SeLoRA's test costs: steps with it against steps without, by turns, spread over expand_interval = 40 steps.
+Nothing here is asserted: the numbers go into the README.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SMALL = {"widths": (64, 128, 128), "attention": (True, True, False), "n_heads": (2, 4, 4), "layers_per_block": 1,
+         "context_dim": 128, "latent_size": 16}  # of the size of an embedded teaching model
+LR, CLIP, INTERVAL = 1e-4, 1.0, 40
+
+
+def model_of(size, device, dtype):
+    """Random weights, small or of SD v1.5's size; no VAE is needed, the latents are given."""
+    from peers import random_network
+
+    from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+    from minildm.latent_diffusion import LatentDiffusion
+    config = ModelConfig() if size == "sd15" else ModelConfig(
+        UNetConfig(**SMALL), VAEConfig.tiny(), TextEncoderConfig(width=128, n_layers=4, n_heads=4, mlp_width=512))
+    import torch
+    networks = {name: random_network(getattr(config, name)).to(device, dtype).to(memory_format=torch.channels_last)
+                for name in ("unet", "text_encoder")}
+    return LatentDiffusion(config, vae=random_network(VAEConfig.tiny()), **networks)
+
+
+def data_of(model, batch, pixels):
+    import torch
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, 4, pixels // 8, pixels // 8)
+    latents, noise = (torch.randn(shape, generator=generator).to(model.device) for _ in range(2))
+    timesteps = torch.randint(1000, (batch,), generator=generator).to(model.device)
+    return latents, noise, timesteps, model.tokenize(["chest x-ray, age 47 male, view PA"] * batch).to(model.device)
+
+
+def mean_loss(model, unet, text_encoder, data):
+    """``unet`` and ``text_encoder``: functions of tensors, ours or the peer's."""
+    latents, noise, timesteps, token_ids = data
+    noisy = model.schedule.add_noise(latents, noise, timesteps).to(model.dtype)
+    return (unet(noisy, timesteps, text_encoder(token_ids)).float() - noise).square().mean()
+
+
+def our_step(model, data, kind="lora", rank=4):
+    """A function that does one step; with ``test`` on, SeLoRA's test inside it."""
+    from minildm.adapters import add_adapter, fisher_probe
+    from minildm.training.optimizer import AdamW, clip_gradients
+    add_adapter(model, kind, rank=rank)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW(parameters)
+
+    def step(test=False, expected=False):
+        if test:
+            with fisher_probe(model, expected=expected) as probe:
+                mean_loss(model, model.unet, model.text_encoder, data).backward()
+            probe.scores()
+        else:
+            mean_loss(model, model.unet, model.text_encoder, data).backward()
+        clip_gradients(parameters, CLIP).item()
+        optimizer.step(LR)
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step
+
+
+def peer_step(model, data):
+    """PEFT's LoRA around the peer's networks: float32 adapters, as diffusers' training scripts have it."""
+    import torch
+    from peers import diffusers_unet, transformers_text_encoder
+    from peft import LoraConfig, inject_adapter_in_model
+    unet = diffusers_unet(model.unet).to(memory_format=torch.contiguous_format)  # as diffusers loads it
+    text_encoder = transformers_text_encoder(model.text_encoder)
+    parameters = []
+    for network in (unet, text_encoder):
+        network.requires_grad_(False)
+        names = [name for name, part in network.named_modules() if isinstance(part, torch.nn.Linear)]
+        inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=names), network)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                parameters.append(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=LR)
+    half = model.dtype != torch.float32
+
+    def step():
+        with torch.autocast(model.device.type, model.dtype, enabled=half):
+            loss = mean_loss(model, lambda *inputs: unet(*inputs, return_dict=False)[0],
+                             lambda token_ids: text_encoder(token_ids, return_dict=False)[0], data)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step.parameters = parameters
+    return step
+
+
+# --- time: by turns --------------------------------------------------------------------------------------------------
+def by_turns(functions, device, seconds, least=3):
+    """Seconds of each function, called alternately: lists."""
+    import torch
+
+    def once(function):
+        begun = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    for function in functions:
+        once(function)  # warm up
+    times, begun = [[] for _ in functions], time.perf_counter()
+    while len(times[0]) < least or time.perf_counter() - begun < seconds:
+        for own, function in zip(times, functions):
+            own.append(once(function))
+    return times
+
+
+def bench_step(args, dtype, batch):
+    model, peers_model = (model_of(args.size, args.device, dtype) for _ in range(2))
+    data = data_of(model, batch, args.pixels)
+    theirs = peer_step(peers_model, data)  # before ours: the wrapped layers are not the peer's
+    ours = our_step(model, data)
+    mine = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert mine == sum(p.numel() for p in theirs.parameters), "not the same work"
+    times = [statistics.median(t) for t in by_turns((ours, theirs), args.device, args.seconds)]
+    row(f"LoRA step, {args.pixels} px, batch {batch}, {str(dtype)[6:]}", *times, "s", f"{mine:,} parameters")
+
+
+def bench_memory(args, dtype, batch):
+    peak = {}
+    for side in ("minildm", "diffusers"):
+        command = [sys.executable, __file__, "--child", side, args.size, args.device, str(dtype)[6:], str(batch),
+                   str(args.pixels)]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+        peak[side] = json.loads(out.stdout.splitlines()[-1])
+    row("  its peak memory, weights included", peak["minildm"]["peak"], peak["diffusers"]["peak"], "MB")
+    row("  its peak memory, without the weights", peak["minildm"]["step"], peak["diffusers"]["step"], "MB")
+
+
+def child(side, size, device, dtype, batch, pixels):
+    import torch
+    model = model_of(size, device, getattr(torch, dtype))
+    data = data_of(model, int(batch), int(pixels))
+    step = our_step(model, data) if side == "minildm" else peer_step(model, data)
+    before = _memory(device, reset=True)
+    for _ in range(3):
+        step()
+    peak = _memory(device)
+    print(json.dumps({"peak": peak, "step": peak - before}))
+
+
+def _memory(device, reset=False):
+    """The peak in MB; with ``reset`` it counts from now on."""
+    import torch
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 1e6
+    if reset:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident now
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+# --- SeLoRA's test ---------------------------------------------------------------------------------------------------
+def bench_test(args, dtype, batch):
+    model = model_of(args.size, args.device, dtype)
+    step = our_step(model, data_of(model, batch, args.pixels), "selora", rank=1)
+    plain, sampled, expected = (statistics.median(t) for t in by_turns(
+        (step, lambda: step(test=True), lambda: step(test=True, expected=True)), args.device, args.seconds))
+    for name, tested in (("sampled", sampled), ("expected", expected)):
+        print(f"SeLoRA's test, {name}, {args.pixels} px, batch {batch}, {str(dtype)[6:]}: {1000 * plain:.1f} ms a "
+              f"step, {1000 * tested:.1f} ms with it: {100 * (tested / plain - 1) / INTERVAL:+.2f} % of training at "
+              f"t = {INTERVAL}", flush=True)
+
+
+def row(what, ours, peer, unit, note=""):
+    print(f"{what:<52} {ours:9.3f} {unit:<3} {peer:9.3f} {unit:<3} {peer / ours:6.2f}  {note}", flush=True)
+
+
+def main():
+    if sys.argv[1:2] == ["--child"]:
+        return child(*sys.argv[2:])
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="small", choices=("small", "sd15"), help="sd15: SD v1.5's networks")
+    parser.add_argument("--pixels", type=int, help="side of the pictures (default: 128 small, 224 sd15)")
+    parser.add_argument("--batches", nargs="*", type=int, help="(default: 8 small; 1 sd15 on a CPU, 1 and 8 on a GPU)")
+    parser.add_argument("--dtypes", nargs="*", help="(default: float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of turns for each row")
+    parser.add_argument("--only", nargs="*", default=["step", "memory", "test"], help="which parts")
+    args = parser.parse_args()
+    import torch
+    args.pixels = args.pixels or {"small": 128, "sd15": 224}[args.size]
+    batches = args.batches or ([8] if args.size == "small" else [1] if args.device == "cpu" else [1, 8])
+    dtypes = args.dtypes or (["float32"] if args.device == "cpu" else ["bfloat16"])
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, {args.size} networks")
+    print(f"{'':<52} {'minildm':>13} {'diffusers':>13}  ratio")
+    for dtype in (getattr(torch, name) for name in dtypes):
+        for batch in batches:
+            for part, bench in (("step", bench_step), ("memory", bench_memory), ("test", bench_test)):
+                if part in args.only:
+                    bench(args, dtype, batch)
+
+
+if __name__ == "__main__":
+    main()

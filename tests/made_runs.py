@@ -1,0 +1,87 @@
+"""Small real models, made data in memory and short runs, for the tests of training."""
+
+import dataclasses
+
+import torch
+from peers import random_model
+
+from minildm.adapters import adapter_layers
+from minildm.config import ModelConfig
+from minildm.data.cache import CachedLatents
+from minildm.data.records import Record
+from minildm.training.adapt import Pictures, adapt
+from minildm.training.config import TrainingConfig
+from minildm.training.run import Run
+
+
+def small_model(v2=False, seed=0):
+    """Norms of several channels a group: with one, the time embedding's shift cancels and has no gradient at all."""
+    config = ModelConfig.tiny(v2)
+    return random_model(dataclasses.replace(config, unet=dataclasses.replace(config.unet, norm_groups=8)), seed)
+
+
+def pictures(n=12, seed=0, side=8):
+    """Moments as a VAE might give them: a common shape, and a little of each picture's own."""
+    generator = torch.Generator().manual_seed(seed)
+    common = 4 * torch.randn(4, side, side, generator=generator)
+    rows = {bytes([i]): torch.cat([common + torch.randn(4, side, side, generator=generator),
+                                   torch.full((4, side, side), -6.0)]) for i in range(n)}
+    records = tuple(Record(f"{i:03}.png", f"p{i}") for i in range(n))
+    prompts = tuple(f"chest x-ray, age {30 + i}" for i in range(n))
+    return Pictures(records, prompts, CachedLatents(rows, records, list(rows)))
+
+
+def settings(**changes):
+    return TrainingConfig(**({"steps": 12, "batch_size": 4, "lr": 1e-3, "expand_interval": 4, "validation_pairs": 6,
+                              "validation_interval": 6, "save_interval": 5} | changes))
+
+
+def short_run(folder, resume=False, model=None, n=12, validation=4, workers=0, **changes):
+    """Train a small model's adapter. Returns: (model, State, Run)."""
+    config, model = settings(**changes), small_model() if model is None else model
+    run = Run(folder, {"seed": config.seed}, resume=resume)
+    run.begin()
+    data = pictures(n)
+    return model, adapt(model, data, pictures(validation, seed=1), config, run, folder.parent / "cache",
+                        workers=workers), run
+
+
+def factors(model):
+    """Every tensor of the live adapter."""
+    return [tensor for layer in adapter_layers(model).values() for tensor in layer.factors()]
+
+
+def same_bits(model, other):
+    ours, theirs = factors(model), factors(other)
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def largest_difference(model, other):
+    return max((a - b).abs().max().item() for a, b in zip(factors(model), factors(other), strict=True))
+
+
+def full_size_run(folder):
+    """Three SeLoRA steps on an SD v1.5-shaped random model at 224 px, batch 1, bfloat16. Prints the peak in GB."""
+    from pathlib import Path
+
+    from minildm.checkpoint import build_networks
+    from minildm.config import VAEConfig
+    from minildm.latent_diffusion import LatentDiffusion
+    config = dataclasses.replace(ModelConfig(), vae=VAEConfig.tiny())
+    networks = {name: network.to(torch.bfloat16).to_empty(device="cpu").eval()
+                for name, network in build_networks(config).items()}
+    generator = torch.Generator().manual_seed(0)
+    for network in networks.values():
+        for name, p in network.named_parameters():
+            if p.dim() < 2:
+                p.data.fill_(float("norm" in name and name.endswith("weight")))
+            else:
+                p.data.normal_(0, p[0].numel() ** -0.5, generator=generator)
+    model = LatentDiffusion(config, **networks)
+    run = Run(folder, {})
+    run.begin()
+    training = settings(steps=3, batch_size=1, expand_interval=2, checkpointing=True, save_interval=3)
+    state = adapt(model, pictures(2, side=28), pictures(0), training, run, Path(folder).parent / "cache")
+    assert state.skipped == 0
+    assert any("grown" in entry for entry in run.entries())
+    print(run.entries()[-1]["memory_mb"] / 1000)

@@ -1,0 +1,204 @@
+"""The memorisation audit: it finds what was planted and stays silent where nothing was; and prompt adherence."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from metrics_helpers import SHARED_DATA, smooth_noise
+from PIL import Image, ImageChops, ImageEnhance
+
+from minildm.__main__ import main
+from minildm.errors import InputError
+from minildm.metrics.adherence import prompt_adherence
+from minildm.metrics.audit import (
+    _coarse_similarity,
+    _fine_similarity,
+    _standardised,
+    audit,
+    detail,
+    pixel_distances,
+    share_test,
+)
+from minildm.metrics.features import Extractor, as_tensor, list_pictures
+
+COPIES = ((0.03, -0.02, 1.15, 40), (0.05, 0.02, 0.85, 60), (-0.04, 0.04, 1.2, 75), (0.06, 0, 0.9, 50),
+          (0, -0.05, 1.1, 30))  # shift right, shift down, brightness, JPEG quality
+
+
+def near_copy(image, dx, dy, brightness, quality):
+    """Shifted (a share of the width), brightened, JPEG-compressed."""
+    image = ImageChops.offset(image.convert("L"), round(dx * image.width), round(dy * image.height))
+    buffer = io.BytesIO()
+    ImageEnhance.Brightness(image).enhance(brightness).save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer)
+
+
+def grid_extractor():
+    """A cheap encoder: 8 x 8 grey levels."""
+    def prepare(image):
+        return as_tensor(image.resize((16, 16))).float() / 255
+
+    return Extractor("FD-grid", (64,), prepare, lambda x: {64: torch.nn.functional.avg_pool2d(x, 2).mean(1).flatten(1)})
+
+
+def save(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(folder / f"{folder.name}_{i:03d}.png")
+    return list_pictures(folder)
+
+
+def plant(folder, images, train):
+    """``images`` with five of them replaced by near-copies of training pictures; {name: name of the source}."""
+    images, sources = list(images), {}
+    for k, how in enumerate(COPIES):
+        images[7 + 11 * k] = near_copy(train[3 + 13 * k], *how)
+        sources[f"{folder.name}_{7 + 11 * k:03d}.png"] = f"train_{3 + 13 * k:03d}.png"
+    return save(folder, images), sources
+
+
+def chest_like(n, seed):
+    """What all pictures share, and what is each one's own: as alike as radiographs are."""
+    shared, own = smooth_noise(1, 96, seed=0)[0], smooth_noise(n, 96, seed=seed)
+    return [Image.fromarray(((0.6 * shared + 0.4 * x)[0].numpy() * 255).astype(np.uint8)) for x in own]
+
+
+def phantoms(n, seed):
+    phantom = pytest.importorskip("minildm.data.phantom")
+    seeds = [(seed, i) for i in range(n)]
+    return [Image.fromarray(x) for x in phantom.render_batch([phantom.labels(s) for s in seeds], seeds, 96)]
+
+
+def check(views, expected_near):
+    pixels = views[0]
+    assert {int(i) for i in np.flatnonzero(pixels.near_copy)} == expected_near
+    assert not len(pixels.leaked)
+    for view in views:
+        assert {int(i) for i in np.flatnonzero(view.near_copy)} <= expected_near
+
+
+@pytest.mark.parametrize("draw", [chest_like, pytest.param(phantoms, marks=pytest.mark.slow)])
+def test_planted_copies_are_found_and_independent_pictures_raise_no_alarm(draw, tmp_path):
+    train, holdout, generated = draw(200, 101), draw(100, 102), draw(200, 103)
+    lists = save(tmp_path / "train", train), save(tmp_path / "hold", holdout)
+    clean = audit(save(tmp_path / "clean", generated), *lists, grid_extractor())
+    check(clean, set())
+    assert all(view.p > 0.01 for view in clean)
+    paths, sources = plant(tmp_path / "planted", generated, train)
+    views = audit(paths, *lists, grid_extractor())
+    check(views, {7, 18, 29, 40, 51})
+    found = {paths[i].name: lists[0][views[0].nearest_train[i]].name for i in np.flatnonzero(views[0].near_copy)}
+    assert found == sources
+
+
+def test_real_radiographs_of_other_patients_raise_no_alarm(tmp_path):
+    """The hard case: real chests, split by patient into three; then five copies among them."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no sample data at {SHARED_DATA}")
+    with open(SHARED_DATA / "cxr" / "metadata.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    patients = sorted({row["patient_id"] for row in rows})
+    np.random.default_rng(0).shuffle(patients)
+    third = {patient: i * 3 // len(patients) for i, patient in enumerate(patients)}
+    pictures = [[SHARED_DATA / "cxr" / row["file"] for row in rows if third[row["patient_id"]] == k] for k in range(3)]
+    views = audit(*pictures, grid_extractor())
+    check(views, set())
+    sources = [Image.open(path) for path in pictures[1][:70]]
+    copies = save(tmp_path / "copies", [near_copy(sources[3 + 13 * k], *how) for k, how in enumerate(COPIES)])
+    n = len(pictures[0])
+    check(audit(pictures[0] + copies, *pictures[1:], grid_extractor()), set(range(n, n + 5)))
+
+
+def test_correlations_by_fourier_transform_equal_those_by_hand():
+    a, b = (torch.randn(3, 4, 64, 64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    candidates = torch.tensor([[0, 2], [1, 0], [2, 1]])
+    fine = _fine_similarity(a, b[:, 0], candidates)
+    for i, row in enumerate(candidates):
+        for k, j in enumerate(row):
+            windows = torch.stack([b[j, 0], b[j, 0].flip(-1)]).unfold(1, 54, 1).unfold(2, 54, 1).reshape(-1, 54 * 54)
+            by_hand = (_standardised(a[i, :, 5:-5, 5:-5].flatten(1)) @ _standardised(windows).T).max()
+            torch.testing.assert_close(fine[i, k], by_hand)
+
+
+def test_shift_brightness_contrast_and_mirroring_do_not_hide_a_copy():
+    image = chest_like(1, seed=5)[0]
+    other = [detail(as_tensor(x.convert("RGB"))) for x in chest_like(30, seed=6)]
+    train = torch.stack([*other, detail(as_tensor(image.convert("RGB")))])
+    for changed in (image, ImageChops.offset(image, 4, -3), image.point(lambda v: 0.7 * v + 40),
+                    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image.resize((61, 61))):
+        distances = pixel_distances(detail(as_tensor(changed.convert("RGB")))[None], train)[0]
+        assert distances.argmin() == 30 and distances[30] < 0.25 * distances[:30].min()
+    coarse = _coarse_similarity(torch.randn(2, 32, 32), torch.randn(70, 32, 32))
+    assert coarse.shape == (2, 70) and coarse.abs().max() <= 1.001
+
+
+def test_share_is_tested_by_relabelling():
+    rng = np.random.default_rng(0)
+    near, far = (torch.from_numpy(rng.random((60, 40))) for _ in range(2))
+    share, expected, p = share_test(near, far, seed=0)
+    assert expected == 0.5 and 0.3 < share < 0.7 and p > 0.01
+    share, _, p = share_test(near * 1e-3, far, seed=0)
+    assert share > 0.95 and p < 0.001
+
+
+def test_held_out_twins_of_training_pictures_are_reported_and_do_not_hide_copies(tmp_path):
+    train, holdout, generated = chest_like(60, 1), chest_like(40, 2), chest_like(20, 3)
+    generated[4] = near_copy(train[9], *COPIES[0])
+    holdout[7] = near_copy(train[9], *COPIES[3])
+    pixels = audit(*(save(tmp_path / name, images) for name, images in
+                     (("fake", generated), ("train", train), ("hold", holdout))), grid_extractor())[0]
+    assert list(pixels.leaked) == [7] and list(np.flatnonzero(pixels.near_copy)) == [4]
+    assert pixels.nearest_holdout[4] != 7
+
+
+def test_command_lists_and_shows_the_copies(tmp_path, capsys):
+    train = chest_like(24, 1)
+    run = tmp_path / "run"
+    save(run / "samples", [*chest_like(7, 2), near_copy(train[5], *COPIES[0])])
+    (run / "config.json").write_text("{}")
+    save(tmp_path / "train", train)
+    save(tmp_path / "hold", chest_like(24, 3))
+    torch.jit.trace(torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten()),
+                    torch.rand(2, 3, 224, 224)).save(str(tmp_path / "grid.pt"))
+    assert main(["audit", str(run), "--train", str(tmp_path / "train"), "--holdout", str(tmp_path / "hold"),
+                 "--features", str(tmp_path / "grid.pt")]) == 0
+    said = capsys.readouterr().out
+    assert "near-copy: samples_007.png of train_005.png (pixels" in said and "8 generated, 24 training" in said
+    result = json.loads((run / "audit" / "audit.json").read_text())
+    assert result["views"][0]["near_copies"] == 1 and result["views"][1]["view"] == "FD-grid"
+    with Image.open(run / "audit" / "audit.png") as image:
+        assert image.width > 400 and image.height > image.width
+    assert not list(run.glob("**/.*"))
+
+
+def test_mistakes_are_told_in_one_line(tmp_path):
+    save(tmp_path / "train", chest_like(12, 1))
+    save(tmp_path / "few", chest_like(3, 2))
+    with pytest.raises(InputError, match="both"):
+        main(["audit", str(tmp_path / "few"), "--train", str(tmp_path / "train"), "--holdout", str(tmp_path / "train")])
+    lists = [list_pictures(tmp_path / name) for name in ("few", "train", "few")]
+    with pytest.raises(InputError, match="at least 10"):
+        audit(*lists, grid_extractor())
+
+
+def test_prompt_adherence_counts_agreement_and_what_chance_gives(tmp_path):
+    def measure(pixels):
+        assert pixels.shape == (8, 8)
+        return {"tone": "bright" if pixels.mean() > 127 else "dark", "level": int(pixels.mean())}
+
+    def obeys(reading, wanted):
+        verdict = {"tone": reading["tone"] == wanted["tone"]}
+        return verdict | ({"level": abs(reading["level"] - wanted["level"]) <= 10} if "level" in wanted else {})
+
+    paths = save(tmp_path / "tones", [Image.new("L", (8, 8), value) for value in (200, 210, 50, 60)])
+    wanted = [{"tone": "bright", "level": 195}, {"tone": "dark", "level": 100}, {"tone": "dark"}, {"tone": "dark"}]
+    result = prompt_adherence(paths, wanted, measure, obeys)
+    assert set(result) == {"tone", "level"}
+    assert (result["tone"].share, result["tone"].n) == (0.75, 4)
+    assert result["tone"].chance == pytest.approx(5 / 12)  # of 16 pairs 8 agree, 3 of them a picture's own
+    assert (result["level"].share, result["level"].n) == (0.5, 2)
+    with pytest.raises(InputError, match="one prompt a picture"):
+        prompt_adherence(paths, wanted[:2], measure, obeys)

@@ -1,0 +1,214 @@
+"""FID of folders against pytorch-fid's own path, the command, and what bad input is told."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from metrics_helpers import random_weights, reference_fid, reference_fid_in_span, write_pictures
+from peers import random_model, write_folder
+from PIL import Image
+
+from minildm.__main__ import main
+from minildm.config import ModelConfig
+from minildm.errors import InputError
+from minildm.metrics import fid
+from minildm.metrics.features import Extractor, as_tensor, collect, list_pictures, open_extractor, open_rgb
+from minildm.metrics.fid_score import measure, table
+
+
+@pytest.fixture(scope="module")
+def state():
+    return random_weights()
+
+
+@pytest.fixture(scope="module")
+def weights(state, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Mixed sizes, RGB and grey, PNG and JPEG: 8 against 9 pictures."""
+    root = tmp_path_factory.mktemp("pictures")
+    return write_pictures(root / "real", 8, seed=1), write_pictures(root / "fake", 9, seed=2)
+
+
+def toy_extractor():
+    """A cheap encoder for what does not depend on the network: the picture on a 4 x 4 grid."""
+    def network(images):
+        return {16: torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 4).flatten(1)}
+
+    def prepare(image):
+        return as_tensor(image.resize((32, 32))).float() / 255
+
+    return Extractor("FD-toy", (16,), prepare, network)
+
+
+def test_fid_of_folders_matches_pytorch_fid_with_fewer_pictures_than_dims(folders, state, weights):
+    values = fid(*folders, weights=weights, dims=(2048, 768, 192, 64))
+    assert list(values) == [2048, 768, 192, 64]
+    for dim in (192, 64):
+        assert values[dim] == pytest.approx(reference_fid(*folders, state, dim), rel=1e-5)
+    for dim in (2048, 768):
+        assert values[dim] == pytest.approx(reference_fid_in_span(*folders, state, dim), rel=1e-5)
+
+
+def test_fid_of_folders_matches_pytorch_fid_with_more_pictures_than_dims(state, weights, tmp_path):
+    real = write_pictures(tmp_path / "real", 70, seed=3, sizes=((48, 48),))
+    fake = write_pictures(tmp_path / "fake", 66, seed=4, sizes=((48, 48),), kinds=("L",))
+    value = fid(real, fake, weights=weights, dims=(64,))[64]
+    assert value == pytest.approx(reference_fid(real, fake, state, 64, batch_size=35), rel=1e-5)
+
+
+def test_result_does_not_depend_on_the_batch_size(folders):
+    extractor = toy_extractor()
+    one, three, all_at_once = (
+        [collect(list_pictures(folder), extractor, batch_size=size) for folder in folders] for size in (1, 3, 50))
+    for other in (three, all_at_once):
+        assert other[0].statistics[16].distance(other[1].statistics[16]) == pytest.approx(
+            one[0].statistics[16].distance(one[1].statistics[16]), rel=1e-6)
+
+
+def test_kept_features_are_a_uniform_sample_and_bounded(folders):
+    everything = collect(list_pictures(folders[1]), toy_extractor(), keep=100)
+    some = collect(list_pictures(folders[1]), toy_extractor(), keep=4, batch_size=2, seed=5)
+    assert everything.complete and not some.complete
+    assert everything.rows[16].shape == (9, 16) and some.rows[16].shape == (4, 16)
+    assert all(any(np.allclose(row, other) for other in everything.rows[16]) for row in some.rows[16])
+    np.testing.assert_allclose(some.statistics[16].mean, everything.statistics[16].mean)
+
+
+def test_pictures_are_read_as_pillow_reads_them(folders):
+    for path in list_pictures(folders[0]):
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(np.asarray(open_rgb(path)), np.asarray(image.convert("RGB")))
+
+
+def test_command_prints_labels_floor_and_warnings_and_writes_a_manifest(folders, tmp_path, capsys):
+    assert main(["fid", *map(str, folders), "--features", "random", "--dims", "192", "64", "--out",
+                 str(tmp_path / "fid.json"), "--replicates", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "FD-random: 8 real against 9 fake" in said and "n = 8 <= 64 dims" in said and "FD-random is not FID" in said
+    assert "floor" in said and "KID" in said and "coverage" in said and "CMMD" not in said
+    manifest = json.loads((tmp_path / "fid.json").read_text())
+    assert manifest["n_real"] == 8 and manifest["seed"] == 0 and "299" in manifest["features"]["resize"]
+    entry = manifest["dims"]["192"]
+    assert entry["low"] <= entry["distance"] <= entry["high"] and entry["half"] == 4
+
+
+def test_weights_with_another_hash_are_not_called_fid(weights):
+    extractor = open_extractor("inception", weights, (64,))
+    assert extractor.label == "FID (unverified weights)" and len(extractor.facts["sha256"]) == 64
+
+
+def test_saved_statistics_replace_a_folder(folders, weights, tmp_path, capsys):
+    common = ["--weights", str(weights), "--dims", "64", "--replicates", "5"]
+    saved, out = tmp_path / "real.npz", str(tmp_path / "fid.json")
+    main(["fid", *map(str, folders), *common, "--save-stats", str(saved), "--out", out])
+    expected = json.loads((tmp_path / "fid.json").read_text())["dims"]["64"]["distance"]
+    main(["fid", str(saved), str(folders[1]), *common, "--out", out])
+    result = json.loads((tmp_path / "fid.json").read_text())
+    assert result["dims"]["64"]["distance"] == pytest.approx(expected, rel=1e-6)
+    assert any("no interval" in warning for warning in result["warnings"]) and result["n_real"] == 8
+    with pytest.raises(InputError, match="statistics of 64 dims"):
+        main(["fid", str(saved), str(folders[1]), "--weights", str(weights), "--dims", "192"])
+
+
+def test_table_says_what_is_missing_for_statistics_without_n(folders):
+    extractor = toy_extractor()
+    real, fake = (collect(list_pictures(folder), extractor) for folder in folders)
+    real.n, real.rows = None, {}
+    lines = "\n".join(table(measure(real, fake, extractor)))
+    assert "unknown n" in lines and "do not say their n" in lines
+
+
+def test_torchscript_encoders_are_features_too(folders, tmp_path):
+    class Encoder(torch.nn.Module):
+        def forward(self, x):
+            return x.mean(dim=(2, 3))
+
+    torch.jit.trace(Encoder(), torch.rand(2, 3, 224, 224)).save(str(tmp_path / "chest.pt"))
+    extractor = open_extractor(str(tmp_path / "chest.pt"))
+    assert extractor.label == "FD-chest" and extractor.dims == (3,)
+    assert collect(list_pictures(folders[0]), extractor).rows[3].shape == (8, 3)
+
+    class Maps(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    torch.jit.trace(Maps(), torch.rand(2, 3, 224, 224)).save(str(tmp_path / "maps.pt"))
+    (tmp_path / "text.pt").write_text("no script")
+    for name in ("maps.pt", "text.pt"):
+        with pytest.raises(InputError, match=name):
+            open_extractor(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="inception, random, vae, clip"):
+        open_extractor("incepton")
+
+
+def test_bad_folders_are_told_in_one_line(folders, tmp_path):
+    empty, texts, one, broken, deep = (tmp_path / name for name in ("empty", "texts", "one", "broken", "deep"))
+    for folder in (empty, texts, deep):
+        folder.mkdir()
+    (texts / "notes.txt").write_text("no picture")
+    write_pictures(one, 1, seed=0)
+    (write_pictures(broken, 3, seed=0) / "001.png").write_bytes(b"\x89PNG but no more")
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(deep / "a.png")
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(deep / "b.png")
+    calls = [(empty, "is empty"), (texts, "no picture"), (one, "at least 2"), (broken, "001.png cannot be decoded"),
+             (deep, "more than 8 bits"), (texts / "notes.txt", "is a file"), (tmp_path / "absent", "does not exist")]
+    for folder, told in calls:
+        with pytest.raises((InputError, FileNotFoundError)) as error:
+            collect(list_pictures(folder), toy_extractor())
+        assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_data_sets_are_read_as_training_reads_them(tmp_path):
+    """Deep grey included, which a plain folder of pictures must not hold."""
+    records = pytest.importorskip("minildm.data.records")
+    folder = write_pictures(tmp_path / "set", 3, seed=0, kinds=("L",))
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(folder / "deep.png")
+    pictures = list_pictures(f"folder:{folder}")
+    assert isinstance(pictures[0], records.Record) and collect(pictures, toy_extractor()).n == 4
+    assert open_rgb(next(p for p in pictures if "deep" in p.name)).size == (512, 512)
+
+
+def test_features_that_are_not_finite_name_the_picture(folders):
+    extractor = toy_extractor()
+
+    def network(images):
+        features = extractor.network(images)[16]
+        features[2, 1] = torch.nan
+        return {16: features}
+
+    with pytest.raises(InputError, match=r"002\.png gives NaN"):
+        collect(list_pictures(folders[0]), Extractor("FD-nan", (16,), extractor.prepare, network), batch_size=8)
+
+
+def test_command_answers_a_mistake_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    from minildm.errors import exit_cleanly
+    with pytest.raises(SystemExit) as stop:
+        exit_cleanly(main, ["fid", str(tmp_path / "no"), str(tmp_path / "where"), "--features", "random"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_import_is_light():
+    code = "import sys, minildm.metrics; print({'scipy', 'open_clip', 'matplotlib', 'torchvision'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_a_vae_s_mean_latents_on_an_8_x_8_grid_are_features_too(folders, tmp_path):
+    model = random_model(ModelConfig.tiny())
+    extractor = open_extractor("vae", base=write_folder(model, tmp_path / "base"))
+    image = open_rgb(sorted(folders[0].glob("*.png"))[0])
+    pixels = torch.nn.functional.interpolate(as_tensor(image)[None] / 255, (256, 256), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        z = model.vae.encode(2 * pixels.clamp(0, 1) - 1).mean  # (1, 4, 32, 32)
+        found = extractor.network(extractor.prepare(image)[None])[256]
+    expected = z.unflatten(2, (8, 4)).unflatten(4, (8, 4)).mean(dim=(3, 5)).flatten(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert extractor.label == "FD-vae"

@@ -1,0 +1,270 @@
+"""train.py as a user meets it: whole runs from files, exact resume after any death, and errors in one line."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from made_data import folder
+from made_runs import small_model
+from peers import assert_says, write_folder
+
+import train
+from minildm.adapters import add_adapter, save_adapter
+from minildm.errors import InputError
+from minildm.training.config import PRESETS, TrainingConfig
+from minildm.training.run import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, data, and a cache that is filled by the first run."""
+    root = tmp_path_factory.mktemp("training")
+    write_folder(small_model(), root / "base")
+    write_folder(small_model(seed=9), root / "other_base")
+    folder(root / "data", 20)
+    return root
+
+
+def flags(place, **changes):
+    values = {"base": place / "base", "data": f"folder:{place / 'data'}", "cache": place / "cache", "batch_size": 4,
+              "steps": 12, "expand_interval": 4, "save_interval": 4, "validation_pairs": 4, "validation_interval": 6,
+              "split": "70/10/20", "device": "cpu", "seed": 1} | changes
+    return [part for name, value in values.items()
+            for part in ((f"--{name.replace('_', '-')}",) if value is True else
+                         (f"--{name.replace('_', '-')}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The uninterrupted run that others are compared with."""
+    assert train.main([*flags(place), "--out", str(place / "whole")]) == 0
+    return place / "whole"
+
+
+def weights(run):
+    return torch.load(run / "last" / "state.pt", weights_only=True)
+
+
+def assert_same_run(run, other):
+    ours, theirs = weights(run), weights(other)
+    assert ours["step"] == theirs["step"]
+    assert ours["ranks"] == theirs["ranks"]
+    assert list(ours["trained"]) == list(theirs["trained"])
+    assert all(torch.equal(ours["trained"][name], theirs["trained"][name]) for name in ours["trained"])
+    assert (run / "adapter.safetensors").read_bytes() == (other / "adapter.safetensors").read_bytes()
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run, other)]
+    for a, b in zip(*logs, strict=True):
+        assert {k: v for k, v in a.items() if k not in ("seconds", "memory_mb")} == {
+            k: v for k, v in b.items() if k not in ("seconds", "memory_mb")}
+
+
+def test_a_run_says_what_it_made_and_what_to_type_next(place, capsys):
+    train.main([*flags(place, steps=4), "--out", str(place / "said"), "--sample-interval", "4", "--samples", "2"])
+    said = capsys.readouterr().out
+    for words in ("14 train, 2 validation, 4 test pictures", "memory: about", "selora on 62 layers", "% of",
+                  "validation loss:", "before", "peak memory", "adapter.safetensors", "next: python sample.py"):
+        assert words in said, words
+    made = {path.relative_to(place / "said").as_posix() for path in (place / "said").rglob("*") if path.is_file()}
+    assert made == {"config.json", "log.jsonl", "adapter.safetensors", "last/state.pt", "samples/step-000000.png",
+                    "samples/step-000004.png"}
+    splits = json.loads((place / "said" / "config.json").read_text())["found"]["splits"]
+    assert {name: len(names) for name, names in splits.items()} == {"train": 14, "validation": 2, "test": 4}
+    import sample
+    command = said.splitlines()[-1].partition("sample.py ")[2]
+    import shlex
+    arguments = [*shlex.split(command), "--steps", "1", "--out", str(place / "samples"), "--device", "cpu"]
+    assert sample.main(arguments) == 0
+    assert len(list((place / "samples").glob("*.png"))) == 4
+
+
+def kill_and_resume(place, out, kills, seed):
+    """Start, kill -9 a few steps later, resume, ..., and let the last one finish."""
+    rng, log = random.Random(seed), out / "log.jsonl"
+    for attempt in range(kills + 1):
+        arguments = ["--resume", str(out)] if (out / "config.json").exists() else [*flags(place), "--out", str(out)]
+        touched = log.stat().st_mtime_ns if log.exists() else 0
+        process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
+        if attempt < kills:
+            while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == touched):
+                time.sleep(0.002)  # until training goes on
+            lines = log.read_bytes().count(b"\n") + rng.randint(1, 5)
+            while process.poll() is None and log.read_bytes().count(b"\n") < lines:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
+        output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output
+
+
+def test_kill_9_at_random_moments_changes_nothing(place, whole):
+    kill_and_resume(place, place / "killed", kills=3, seed=0)
+    assert_same_run(place / "killed", whole)
+
+
+@pytest.mark.slow
+def test_kill_9_twenty_times_changes_nothing(place, whole):
+    for round_ in range(4):
+        kill_and_resume(place, place / f"killed{round_}", kills=5, seed=round_ + 1)
+        assert_same_run(place / f"killed{round_}", whole)
+
+
+def test_ctrl_c_ends_tidily_and_resume_finishes(place, whole, capsys, monkeypatch):
+    from minildm.training import loop
+    ordinary = loop.train_step
+
+    def step_with_signal(state, *arguments):
+        if state.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ordinary(state, *arguments)
+
+    monkeypatch.setattr(loop, "train_step", step_with_signal)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags(place), "--out", str(place / "stopped")])
+    monkeypatch.undo()
+    assert f"--resume {place / 'stopped'}" in capsys.readouterr().out
+    assert weights(place / "stopped")["step"] == 7
+    assert train.main(["--resume", str(place / "stopped")]) == 0
+    assert_same_run(place / "stopped", whole)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("given", "words"), [
+    (["--lr", "0.5"], ("lr = 0.0001, not 0.5",)), (["--adapter", "lora"], ("adapter = 'selora', not 'lora'",)),
+    (["--seed", "2"], ("seed = 1, not 2",)), (["--min-age", "40"], ("min_age = None, not 40",))])
+def test_resuming_with_other_settings_names_the_difference(whole, given, words):
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(whole), *given])
+    assert_says(error, *words, "begun with", "--out")
+
+
+def test_resuming_on_other_data_or_another_base_names_the_difference(place, whole):
+    run = place / "moved"
+    shutil.copytree(whole, run)
+    shutil.copytree(place / "data", place / "data2")
+    settings = json.loads((run / "config.json").read_text())
+    settings["flags"]["data"] = f"folder:{place / 'data2'}"
+    (run / "config.json").write_text(json.dumps(settings))
+    assert train.main(["--resume", str(run)]) == 0  # the same pictures elsewhere
+    text = (place / "data2" / "metadata.csv").read_text()
+    (place / "data2" / "metadata.csv").write_text(text.replace("number 3", "number three"))
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(run)])
+    assert_says(error, "data = '20 pictures")
+    settings["flags"] |= {"data": f"folder:{place / 'data'}", "base": str(place / "other_base")}
+    (run / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(run)])
+    assert_says(error, "base = ")
+
+
+def test_a_folder_that_holds_another_run_is_refused(place, whole):
+    before = (whole / "last" / "state.pt").read_bytes()
+    with pytest.raises(InputError) as error:
+        train.main([*flags(place), "--out", str(whole)])
+    assert_says(error, "holds a run already", f"--resume {whole}", "--out")
+    assert (whole / "last" / "state.pt").read_bytes() == before
+
+
+def test_resuming_what_is_no_run_is_an_error(place):
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        train.main(["--resume", str(place / "data")])
+
+
+def test_a_damaged_state_is_named(place, whole):
+    shutil.copytree(whole, place / "damaged")
+    (place / "damaged" / "last" / "state.pt").write_bytes(b"PK broken")
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(place / "damaged")])
+    assert_says(error, "state.pt is damaged", "adapter.safetensors")
+
+
+def test_an_adapter_for_another_base_is_refused(place, tmp_path):
+    import dataclasses
+
+    from peers import random_model
+
+    from minildm.config import ModelConfig, UNetConfig
+    other = random_model(dataclasses.replace(ModelConfig.tiny(), unet=UNetConfig.tiny(widths=(32, 96), n_heads=(4, 4))))
+    add_adapter(other, "lora", rank=2)
+    save_adapter(other, tmp_path / "a.safetensors")
+    with pytest.raises(InputError) as error:
+        train.main([*flags(place), "--on-top-of", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "run")])
+    assert_says(error, "another base", "unet.")
+    assert not (tmp_path / "run" / "config.json").exists()  # the folder stays free
+
+
+def test_an_adapter_can_be_trained_on_top_of_another(place, whole, tmp_path):
+    assert train.main([*flags(place, steps=2), "--on-top-of", f"{whole}:0.5", "--out", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"data": "folder:/nowhere"}, ("/nowhere",)), ({"expand_threshold": 0.5}, ("lambda", "at least 1")),
+    ({"rank": 0}, ("--rank",)), ({"rank": 999}, ("rank must be in [1, 32]", "999")),
+    ({"min_age": 200}, ("no usable picture",)), ({"micro_batch": 3}, ("--micro-batch", "divide"))])
+def test_bad_flags_give_one_line_and_no_run(place, tmp_path, changes, words):
+    with pytest.raises((InputError, FileNotFoundError)) as error:
+        train.main([*flags(place, **changes), "--out", str(tmp_path / "run")])
+    assert_says(error, *words)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_dry_run_prints_the_settings_and_writes_nothing(place, tmp_path, capsys):
+    train.main([*flags(place), "--out", str(tmp_path / "run"), "--dry-run"])
+    assert json.loads(capsys.readouterr().out)["expand_interval"] == 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_presets_are_the_papers_and_flags_beside_them_win():
+    args = train.parse(["--preset", "selora-iu"])
+    assert (args.size, args.lr, args.batch_size, args.epochs, args.layers) == (224, 1e-4, 8, 10, "paper")
+    assert (args.expand_threshold, args.expand_interval, args.split) == (1.1, 40, "80/16/4")
+    args = train.parse(["--preset", "selora-montgomery", "--batch-size", "2", "--steps", "7"])
+    assert (args.batch_size, args.epochs, args.steps, args.prompt_template) == (2, 100, 7, "montgomery")
+    assert train.parse(["--preset", "selora-384"]).size == 384
+    assert train.parse(["--preset", "nyu-lora"]).adapter == "lora"
+    for preset in PRESETS:
+        assert set(PRESETS[preset]) <= set(vars(args))
+
+
+def test_lengths_are_counted_in_epochs_or_steps():
+    assert TrainingConfig().total_steps(100) == 1000
+    assert TrainingConfig(epochs=2).total_steps(100) == 25
+    assert TrainingConfig(epochs=2, steps=7).total_steps(100) == 7
+    assert TrainingConfig(epochs=0.5, batch_size=3).total_steps(10) == 2
+    assert TrainingConfig().validation_steps(1000) == 125
+    assert TrainingConfig().validation_steps(24) == 42  # epochs of 3 steps
+    assert TrainingConfig(validation_interval=5).validation_steps(24) == 5
+
+
+def test_a_run_needs_a_folder_it_can_write_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="--out"):
+        Run(tmp_path / "file", {})
+
+
+def test_real_radiographs_train(place, shared_data, tmp_path, capsys):
+    arguments = [*flags(place, data=f"folder:{shared_data / 'cxr'}", steps=4), "--prompt-template", "chest x-ray",
+                 "--out", str(tmp_path / "run")]
+    assert train.main(arguments) == 0
+    assert "validation loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_full_size_model_trains_in_8_gb_on_a_cpu(tmp_path):
+    code = f"from made_runs import full_size_run; full_size_run({str(tmp_path / 'run')!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 8
