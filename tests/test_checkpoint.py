@@ -741,9 +741,10 @@ def sd15(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd15")
     config = full_size_config(v2=False)
     model = fill_cheaply(minildm.LatentDiffusion(config, **build_networks(config)))
-    yield (peers.write_single_file(model, folder / "v1-5.safetensors", torch.float16),
-           peers.write_folder(model, folder / "v1-5", torch.float16))
+    paths = (peers.write_single_file(model, folder / "v1-5.safetensors", torch.float16),
+             peers.write_folder(model, folder / "v1-5", torch.float16))
     del model
+    yield paths
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
 
