@@ -17,7 +17,7 @@ from minildm import load
 from minildm.data.flags import add_data_flags, data_set_from, transform_from
 from minildm.data.prompts import prompts_for
 from minildm.data.splits import split_by_patient
-from minildm.errors import exit_cleanly
+from minildm.errors import InputError, exit_cleanly
 from minildm.training.adapt import Pictures, adapt, encode, summary
 from minildm.training.config import PRESETS, TrainingConfig
 from minildm.training.run import Run, read_settings
@@ -89,6 +89,8 @@ def parse(arguments):
     """The flags; beside --preset or --resume those that are not given come from there."""
     flags = parser()
     given, _ = flags.parse_known_args(arguments)
+    if given.preset and given.resume:
+        raise InputError("--resume takes its settings from the run; leave --preset out")
     if given.preset:
         flags.set_defaults(**PRESETS[given.preset])
     if given.resume:
@@ -123,7 +125,7 @@ def main(arguments):
     splits = {name: pictures.some(indices)
               for name, indices in split_by_patient(data.records, args.split, args.seed).items()}
     training, validation = splits["train"], splits.get("validation", pictures.some([]))
-    run.begin(base=model.base_hash, pixels=args.size, data=fingerprint(pictures),
+    run.begin(base=model.base_hash, dtype=dtype, pixels=args.size, data=fingerprint(pictures),
               splits={name: [record.name for record in part.records] for name, part in splits.items()})
     for note in data.notes:
         print(f"note: {note}")

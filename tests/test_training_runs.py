@@ -177,7 +177,9 @@ def test_a_folder_that_holds_another_run_is_refused(place, whole):
     assert (whole / "last" / "state.pt").read_bytes() == before
 
 
-def test_resuming_what_is_no_run_is_an_error(place):
+def test_resuming_what_is_no_run_is_an_error(place, whole):
+    with pytest.raises(InputError, match="leave --preset out"):
+        train.main(["--resume", str(whole), "--preset", "selora-iu"])
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         train.main(["--resume", str(place / "data")])
 
@@ -218,6 +220,7 @@ def test_bad_flags_give_one_line_and_no_run(place, tmp_path, changes, words):
         train.main([*flags(place, **changes), "--out", str(tmp_path / "run")])
     assert_says(error, *words)
     assert not (tmp_path / "run" / "log.jsonl").exists()
+    Run(tmp_path / "run", {})  # the folder stays free for the right flags
 
 
 def test_dry_run_prints_the_settings_and_writes_nothing(place, tmp_path, capsys):

@@ -55,13 +55,13 @@ def adapt(model, training, validation, config, run, cache, balance=None, workers
     pairs, captions = _pairs(model, training, config, cache)
     shape = pairs[0]["mean"].shape
     steps = config.total_steps(n)
+    classes = None if balance is None else classes_of(training.records, balance)
 
     def losses(batch, numbers):
         draws = draw(config.seed, "sample", numbers, shape, model.schedule.n_timesteps)
         return sample_losses(model, batch, draws, captions, config)
 
     def batches(first, last):
-        classes = None if balance is None else classes_of(training.records, balance)
         return training_batches(pairs, config.batch_size, config.seed, first, last, workers, classes)
 
     validate = None

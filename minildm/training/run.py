@@ -33,13 +33,14 @@ class Run:
         self.settings = {"flags": json.loads(json.dumps(flags))}  # tuples become lists, as they come back
         if resume:
             self._compare(read_settings(self.folder)["flags"], self.settings["flags"], free)
-        elif (self.folder / "config.json").exists():
+        elif (self.folder / "log.jsonl").exists():  # without a log nothing was trained: a mistake that can be repaired
             raise InputError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --out")
-        for place in (self.folder, self.folder / "last", self.folder / "samples"):
-            writable_folder(place)
+        writable_folder(self.folder)
 
     def begin(self, **found):
         """Write config.json; or, resuming, check that what was found (fingerprints of base and data) is what it was."""
+        for name in ("last", "samples"):
+            writable_folder(self.folder / name)
         self.settings["found"] = json.loads(json.dumps(found))
         if self.resume:
             self._compare(read_settings(self.folder)["found"], self.settings["found"])
