@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import peers
@@ -112,7 +113,11 @@ def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
 def test_a_single_file_predicts_epsilon_unless_the_user_says_v(v2, prediction, size, tmp_path):
     """Of the v2 files, those that predict v were trained at 768 px."""
     path = peers.write_single_file(shared_model(v2), tmp_path / "model.safetensors")
-    loaded = load(path, prediction=prediction)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load(path, prediction=prediction)
+    guessed = v2 and prediction is None
+    assert ["--prediction v" in str(warning.message) for warning in caught] == [True] * guessed
     assert loaded.schedule.prediction == loaded.config.schedule.prediction == (prediction or "epsilon")
     assert loaded.config.image_size == size
 
