@@ -114,7 +114,7 @@ class LatentDiffusion(nn.Module):
     # --- text --------------------------------------------------------------------------------------------------------
     def tokenize(self, prompts):
         """A list of B prompts -> token ids (B, 77) int64. Warns when a prompt is cut."""
-        return self.tokenizer(prompts)
+        return self.tokenizer([prompts] if isinstance(prompts, str) else prompts)
 
     def encode_prompt(self, prompts):
         """A list of B prompts -> context (B, 77, D) in the model's dtype."""
