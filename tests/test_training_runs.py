@@ -121,6 +121,7 @@ def test_kill_9_twenty_times_changes_nothing(place, whole):
 
 def test_ctrl_c_ends_tidily_and_resume_finishes(place, whole, capsys, monkeypatch):
     from minildm.training import loop
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     ordinary = loop.train_step
 
     def step_with_signal(state, *arguments):
@@ -136,7 +137,7 @@ def test_ctrl_c_ends_tidily_and_resume_finishes(place, whole, capsys, monkeypatc
     assert weights(place / "stopped")["step"] == 7
     assert train.main(["--resume", str(place / "stopped")]) == 0
     assert_same_run(place / "stopped", whole)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import resource
 import signal
 import threading
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -242,11 +243,16 @@ def memory_advice(config):
 
 
 def peak_memory_mb(model):
-    """The device's peak so far: of the GPU's allocator, or of this process."""
+    """The device's peak so far: of the GPU's allocator, or of this process (by /proc where there is one: getrusage
+    counts what a parent process held when it started this one)."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(kilobytes) * 1024 / 1e6
 
 
 def _not_finite(state, run):
