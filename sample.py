@@ -46,7 +46,7 @@ def parse(arguments):
     add = parser.add_argument_group("with what").add_argument
     add("--base", help=".safetensors file or diffusers-layout folder (default: the one in weights/)")
     add("--adapter", action="append", default=[], metavar="FILE[:0.6]", help="adapter file or run folder, with its "
-        "multiplier; repeat for several")
+        "multiplier; repeat for several; none: the bare base (default: none; with weights/tiny the adapter beside it)")
     add("--prediction", choices=("epsilon", "v"), help="of a single file that cannot say it: v for SD v2.x at 768 px")
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float16 on a GPU, float32 elsewhere)")
@@ -63,8 +63,12 @@ def main(arguments):
 
     import torch
 
-    from minildm.latent_diffusion import check_sampling, load, split_multiplier
+    from minildm.latent_diffusion import EMBEDDED_ADAPTER, check_sampling, is_embedded, load, split_multiplier
     check_sampling(args.steps, args.guidance, args.sampler, args.eta, args.karras, args.seed, args.height, args.width)
+    if not args.adapter and is_embedded(args.base) and EMBEDDED_ADAPTER.is_file():
+        args.adapter = [str(EMBEDDED_ADAPTER)]
+        print("the embedded base with its adapter for chest radiographs (--adapter none: the bare base)")
+    args.adapter = [] if args.adapter == ["none"] else args.adapter
     adapters = [split_multiplier(adapter) for adapter in args.adapter]
     if absent := [str(path) for path, _ in adapters if not path.is_file()]:
         raise FileNotFoundError(f"no such adapter: {', '.join(absent)}")

@@ -18,12 +18,13 @@ from minildm.data.flags import add_data_flags, data_set_from, transform_from
 from minildm.data.prompts import prompts_for
 from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
+from minildm.latent_diffusion import is_embedded
 from minildm.training.adapt import Pictures, adapt, encode, summary
 from minildm.training.config import PRESETS, TrainingConfig
 from minildm.training.run import Run, read_settings
 
 NOT_SETTINGS = ("resume", "dry_run", "out", "preset")
-FREE = ("device", "workers", "cache")  # what a resumed run may change
+FREE = ("device", "workers", "cache", "compile")  # what a resumed run may change
 
 
 def parser():
@@ -35,7 +36,8 @@ def parser():
     add("--on-top-of", action="append", default=[], metavar="FILE[:0.6]", help="adapters to merge into the base first")
     add("--prediction", choices=("epsilon", "v"), help="of a single file that cannot say it: v for SD v2.x at 768 px")
     add("--data", default="phantom", metavar="NAME:PATH", help="phantom, folder:..., iu-xray:..., padchest:..., ...")
-    add("--preset", choices=tuple(PRESETS), help="a paper's settings; flags beside it win")
+    add("--preset", choices=tuple(PRESETS), help="a paper's settings, or those for the embedded base (default there); "
+        "flags beside it win")
     add("--out", type=Path, default=Path("runs/latest"), help="folder for the run")
     add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
     add("--dry-run", action="store_true", help="print the settings and stop")
@@ -79,6 +81,7 @@ def parser():
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the frozen base; the adapter is float32 (default: bfloat16 on a GPU, float32 elsewhere)")
+    add("--compile", action="store_true", help="compile the networks: minutes at the start, then faster on a GPU")
     add("--workers", type=int, default=0, help="processes that read ahead")
     add("--cache", type=Path, default=Path.home() / ".cache" / "minildm", help="folder for latents and contexts")
     parser.set_defaults(size=None, **{field.name: field.default for field in dataclasses.fields(TrainingConfig)})
@@ -91,8 +94,9 @@ def parse(arguments):
     given, _ = flags.parse_known_args(arguments)
     if given.preset and given.resume:
         raise InputError("--resume takes its settings from the run; leave --preset out")
-    if given.preset:
-        flags.set_defaults(**PRESETS[given.preset])
+    preset = given.preset or ("tiny" if not given.resume and is_embedded(given.base) else None)
+    if preset:
+        flags.set_defaults(preset=preset, **PRESETS[preset])
     if given.resume:
         flags.set_defaults(**read_settings(given.resume)["flags"], out=given.resume)
     args = flags.parse_args(arguments)
@@ -132,7 +136,7 @@ def main(arguments):
     print(f"{data.name}: " + ", ".join(f"{len(part.records):,} {name}" for name, part in splits.items())
           + f" pictures; {config.total_steps(len(training.records)):,} steps of {config.batch_size}; run: {run.folder}")
 
-    state = adapt(model, training, validation, config, run, args.cache, args.balance, args.workers)
+    state = adapt(model, training, validation, config, run, args.cache, args.balance, args.workers, args.compile)
     print(summary(model, state, run))
     prompt = training.prompts[0].replace('"', "'")
     print(f'next: python sample.py "{prompt}"' + f" --base {args.base}" * bool(args.base)

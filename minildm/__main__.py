@@ -35,7 +35,14 @@ def audit(arguments):
     return main(arguments)
 
 
-COMMANDS = {"check": check, "prompts": prompts, "fid": fid, "clip-score": clip_score, "audit": audit}
+def pretrain(arguments):
+    """train a latent diffusion model from nothing: autoencoder, text encoder and U-Net"""
+    from minildm.training.pretrain import main
+    return main(arguments)
+
+
+COMMANDS = {"check": check, "prompts": prompts, "fid": fid, "clip-score": clip_score, "audit": audit,
+            "pretrain": pretrain}
 
 
 def usage():

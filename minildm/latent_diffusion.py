@@ -20,6 +20,8 @@ from minildm.schedule import NoiseSchedule
 from minildm.tokenizer import Tokenizer
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+EMBEDDED = WEIGHTS / "tiny"  # the teaching model that every clone carries ...
+EMBEDDED_ADAPTER = EMBEDDED / "adapter.safetensors"  # ... and a SeLoRA adapter of it for chest radiographs
 
 
 def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
@@ -35,7 +37,7 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
     Returns: LatentDiffusion, frozen and in eval mode.
     Raises: FileNotFoundError; InputError (a ValueError) for broken files and other models, naming the tensors.
     """
-    device = _usable_device(device)
+    device = usable_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     plan = checkpoint.inspect(find_base() if base is None else base, prediction)
@@ -45,7 +47,7 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
     return model
 
 
-def _usable_device(name):
+def usable_device(name):
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
         torch.empty(0, device=name)
@@ -82,6 +84,11 @@ def find_base(folder=WEIGHTS):
     raise FileNotFoundError(f"no base model in {folder}: put v1-5-pruned-emaonly.safetensors (4.3 GB, "
                             "stable-diffusion-v1-5/stable-diffusion-v1-5 on Hugging Face), another SD v1.x / v2.x file "
                             "or a diffusers-layout folder there, or name one with --base (or load(base))")
+
+
+def is_embedded(base=None):
+    """Whether ``base`` (as in `load`) is the teaching model in weights/tiny."""
+    return (find_base() if base is None else Path(base)).resolve() == EMBEDDED
 
 
 class LatentDiffusion(nn.Module):

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from minildm.data import procedural
-from minildm.data.procedural import COLOURS, KINDS, RELATIONS, SHAPES, check_shapes, pictures, shape_prompt
+from minildm.data.procedural import COLOURS, KINDS, RELATIONS, SHAPES, check_shapes, pictures, records, shape_prompt
+from minildm.data.prompts import prompts_for
+from minildm.data.reading import Transform, read
+from minildm.data.records import open_data_set
 from minildm.errors import InputError
 
 
@@ -21,6 +24,45 @@ def test_a_picture_depends_on_its_seed_alone():
         alone, text = pictures([seeds[i]], 64)
         np.testing.assert_array_equal(alone[0], images[i])
         assert text == [captions[i]]
+
+
+def test_a_caption_does_not_depend_on_the_size():
+    seeds = [(6, i) for i in range(150)]
+    captions = pictures(seeds, 32)[1]
+    assert pictures(seeds, 64)[1] == captions
+    assert pictures(seeds[:20], 200)[1] == captions[:20]
+
+
+def test_records_depend_on_seed_and_number_alone():
+    some, notes = records(12, seed=3)
+    again, others = records(40, seed=3)[0], records(12, seed=4)[0]
+    assert notes == []
+    assert [(r.name, r.patient, r.fields) for r in some] == [(r.name, r.patient, r.fields) for r in again[:12]]
+    assert [r.fields for r in some] != [r.fields for r in others]
+    assert len({r.name for r in again}) == len({r.patient for r in again}) == 40
+    for one, same, other in zip(some, again, others):
+        np.testing.assert_array_equal(one.draw(48), same.draw(48))
+        assert not np.array_equal(one.draw(48), other.draw(48))
+
+
+def test_records_are_drawn_at_any_size():
+    for record in records(8)[0]:
+        for size in (32, 56, 200):
+            image = record.draw(size)
+            assert image.shape == (size, size, 3) and image.dtype == np.uint8
+            expected, (caption,) = pictures([(0, int(record.name))], size)
+            np.testing.assert_array_equal(image, expected[0])
+            assert record.fields == {"text": caption}
+
+
+def test_the_data_set_opens_by_its_name(monkeypatch):
+    monkeypatch.setattr(records, "__defaults__", (60, 0))  # of 40,000, whose captions take half a minute
+    data = open_data_set("procedural", limit=20)
+    assert len(data) == 20 and data.notes == ("20 of 60 drawn with seed 0 (--limit)",)
+    made = {record.name: record.fields["text"] for record in records()[0]}
+    assert prompts_for(data) == [made[record.name] for record in data.records]
+    pixels, picture, _ = read(data.records[0], Transform(40))
+    assert pixels.shape == (40, 40, 3) and picture.kind == "drawn"
 
 
 def test_no_caption_speaks_of_a_chest():

@@ -48,10 +48,18 @@ def test_the_papers_ratios_give_the_papers_test_sets():
     assert len(split_by_patient(records([1] * 138), "80/20")["test"]) == 28
 
 
+def test_two_hundredths_of_a_large_set_validate_and_one_picture_of_a_small_one():
+    assert {name: len(part) for name, part in split_by_patient(records([1] * 40_000), "98/2").items()} == {
+        "train": 39_200, "validation": 800}
+    assert len(split_by_patient(records([1] * 40), "98/2")["validation"]) == 1
+    with pytest.raises(InputError, match="the validation split is empty: 20 pictures"):
+        split_by_patient(records([1] * 20), "98/2")
+
+
 def test_an_empty_split_is_an_error():
     with pytest.raises(InputError, match=r"the test split is empty: 10 pictures of 10 patients are too few for"):
         split_by_patient(records([1] * 10), "80/16/4")
-    with pytest.raises(InputError, match=r"unknown split '90/10'; one of: 80/16/4, 80/20, 70/10/20"):
+    with pytest.raises(InputError, match=r"unknown split '90/10'; one of: 80/16/4, 80/20, 98/2, 70/10/20"):
         split_by_patient(records([1] * 10), "90/10")
 
 

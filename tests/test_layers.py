@@ -12,11 +12,12 @@ from minildm.layers import (
     GEGLU,
     Attention,
     Downsample,
+    Linear,
     ResnetBlock,
     SpatialTransformer,
     Upsample,
     attend,
-    attend_in_blocks,
+    attend_by_products,
     timestep_embedding,
     to_map,
     to_tokens,
@@ -59,10 +60,34 @@ def test_attention_in_blocks_is_attention(queries, keys, d_head):
     """Below and above the size at which blocks begin, and where the last block is not full."""
     query, key, value = (noise(2, 3, n, d_head, seed=n + i) for i, n in enumerate((queries, keys, keys)))
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    assert relative_error(attend_in_blocks(query, key, value), exact) <= PARITY
+    assert relative_error(attend_by_products(query, key, value), exact) <= PARITY
+    given = [x.clone().requires_grad_(True) for x in (query, key, value)]
+    grads = torch.autograd.grad(attend_by_products(*given).square().sum(), given)
+    for ours, theirs in zip(grads, torch.autograd.grad(F.scaled_dot_product_attention(*given).square().sum(), given)):
+        assert relative_error(ours, theirs) <= PARITY
     half = [x.bfloat16() for x in (query, key, value)]
     theirs = relative_error(F.scaled_dot_product_attention(*half), exact)
-    assert relative_error(attend_in_blocks(*half), exact) <= max(2 * theirs, 2 * torch.finfo(torch.bfloat16).eps)
+    assert relative_error(attend_by_products(*half), exact) <= max(2 * theirs, 2 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 5, 16), (4096, 160), (1, 4096, 160), (2, 2048, 160)])
+def test_a_linear_layer_is_torchs_at_any_size(shape, bias):
+    """Large products of float32 take another way on a CPU; values and gradients must not show it."""
+    ours, theirs = Linear(shape[-1], 192, bias=bias), torch.nn.Linear(shape[-1], 192, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = noise(*shape)
+    outputs, gradients = [], []
+    for layer in (ours, theirs):
+        given = x.clone().requires_grad_(True)
+        out = layer(given)
+        assert out.is_contiguous()
+        out.square().mean().backward()
+        outputs.append(out.detach())
+        gradients.append((given.grad, *(parameter.grad for parameter in layer.parameters())))
+    assert relative_error(*outputs) <= PARITY
+    for our, their in zip(*gradients):
+        assert relative_error(our, their) <= PARITY
 
 
 def test_attention_without_context_looks_at_itself():

@@ -7,14 +7,15 @@ import signal
 import pytest
 import torch
 from made_runs import factors, largest_difference, pictures, same_bits, settings, short_run, small_model
-from peers import assert_says
+from peers import assert_says, relative_error
 from torch import nn
 
-from minildm.adapters import adapter_layers, merge_file
+from minildm.adapters import adapter_layers, add_adapter, merge_file
 from minildm.errors import InputError
 from minildm.training import adapt as adapt_module
 from minildm.training import loop
 from minildm.training.adapt import rank_map, summary
+from minildm.training.loop import measured
 from minildm.training.run import Run
 
 
@@ -289,3 +290,35 @@ def test_the_loop_trains_any_parameters(tmp_path):
     torch.testing.assert_close(network.weight.data, truth, rtol=0, atol=1e-2)
     assert run.adapter.exists()
     assert len(pictures(2).records) == 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "selora"])
+def test_compiled_networks_give_the_same_gradients_and_can_be_measured(kind):
+    def gradients(compiled):
+        torch.compiler.reset()
+        model = small_model()
+        layers = add_adapter(model, kind, rank=2)
+        for i, layer in enumerate(layers.values()):
+            for _, B in layer.blocks():
+                torch.nn.init.normal_(B[:, :2], std=0.05, generator=torch.Generator().manual_seed(i))
+        if compiled:  # traced as for the GPU, without the minutes that its kernels take
+            model.unet.compile(backend="aot_eager")
+            model.text_encoder.compile(backend="aot_eager")
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+        def backward():
+            context = model.text_encoder(model.tokenize(["chest x-ray", "male"]))
+            model.unet(latents, torch.tensor([5, 900]), context).square().mean().backward()
+            return [p.grad for p in model.parameters() if p.grad is not None]
+
+        plain = [gradient.clone() for gradient in backward()]
+        model.zero_grad()
+        with measured(model, settings(adapter=kind), 0) as probe:
+            backward()
+        return plain, probe.scores()
+
+    (ours, scores), (compiled, compiled_scores) = gradients(False), gradients(True)
+    assert len(ours) == len(compiled) > 100
+    assert max(relative_error(b, a) for a, b in zip(ours, compiled)) <= 1e-4
+    assert list(scores) == list(compiled_scores)
+    assert all(score == pytest.approx(compiled_scores[path]) and score[0] > 0 for path, score in scores.items())

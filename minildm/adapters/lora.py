@@ -11,6 +11,8 @@ import math
 import torch
 from torch import nn
 
+from minildm.layers import linear
+
 
 class LoRALinear(nn.Module):
     """A frozen ``base`` with its adapter: (..., in) -> (..., out). ``scale`` = alpha / rank."""
@@ -32,6 +34,11 @@ class LoRALinear(nn.Module):
         return [(self.lora_A, self.lora_B)]
 
     def forward(self, x):
+        if torch.compiler.is_compiling():  # the compiler decides by itself what to keep and what to compute again
+            y = self.base(x)
+            for A, B in self.blocks():
+                y = y + self.scale * (x @ A.to(x.dtype).t()) @ B.to(x.dtype).t()
+            return y
         return AdaptedLinear.apply(x, self, *(factor for block in self.blocks() for factor in block))
 
     def factors(self):
@@ -77,7 +84,7 @@ class AdaptedLinear(torch.autograd.Function):
         rows, g_rows = xs.flatten(0, 1), g.flatten(0, 1)  # all tokens of the batch
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy.flatten(0, 1) @ ctx.layer.base.weight.to(ctx.dtype)  # dy W, (tokens, in)
+            dx = linear(dy.flatten(0, 1), ctx.layer.base.weight.to(ctx.dtype).t())  # dy W, (tokens, in)
         gradients = []
         for i, (A, B) in enumerate(zip(factors[::2], factors[1::2])):
             dh = g_rows @ B.to(ctx.dtype)  # (tokens, rank)

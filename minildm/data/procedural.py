@@ -6,16 +6,17 @@ another, textures, simple scenes, and radiographs of other objects by the same p
 picture shows what a shape prompt asked for.
 """
 
+import functools
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from minildm.data.records import Record
 from minildm.data.xray import (
     BONE,
     SOFT,
@@ -55,7 +56,9 @@ RELATIONS = {
     "right of": (1, 0),
 }  # where the first one lies, y down
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
-KINDS = {"shapes": 0.5, "textures": 0.12, "scenes": 0.1, "radiographs": 0.28}
+KINDS = {"shapes": 0.6, "textures": 0.08, "scenes": 0.07, "radiographs": 0.25}
+PROMPT = "{text}"
+N_RECORDS = 40_000  # of the data set; drawn when asked for, never stored
 
 
 def pictures(seeds, size=128, kind=None):
@@ -73,6 +76,20 @@ def pictures(seeds, size=128, kind=None):
         images.append(image if image.ndim == 3 else np.repeat(image[..., None], 3, 2))
         captions.append(caption)
     return np.stack(images), captions
+
+
+def records(n=N_RECORDS, seed=0):
+    """The data set ``--data procedural``: number i depends on (seed, i) alone, and its caption not on the size.
+
+    Returns: (list of Record, whose ``draw`` makes the picture at any size; notes: none).
+    """
+    captions = [pictures([(seed, i)], 32)[1][0] for i in range(n)]
+    return [Record(name=f"{i:06d}", patient=str(i), fields={"text": caption}, draw=functools.partial(_draw, (seed, i)))
+            for i, caption in enumerate(captions)], []
+
+
+def _draw(seed, size):
+    return pictures([seed], size)[0][0]
 
 
 def shape_prompt(seed):
@@ -169,7 +186,8 @@ def _shapes(rng, size):
         text = f"{('two', 'three', 'four')[count - 2]} {c1} {plural}"
     if rng.random() < 0.25:
         text += f" on {_a(background)} background"
-    return _finish(canvas, rng), str(rng.choice(("", "a picture of ", "a drawing of "), p=(0.8, 0.1, 0.1))) + text
+    text = str(rng.choice(("", "a picture of ", "a drawing of "), p=(0.8, 0.1, 0.1))) + text
+    return _finish(canvas, rng), text
 
 
 def _finish(canvas, rng):
@@ -280,7 +298,7 @@ def _name_shape(mask, side=32):
     return max(scores, key=scores.get)
 
 
-@lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)
 def _templates(side):
     t = (np.arange(8 * side) + 0.5) / (4 * side) - 1
     templates = {}
@@ -388,11 +406,11 @@ def _radiographs(rng, size):
     if bath:
         path = path + SOFT * rng.uniform(3, 12) * (1 + 0.1 * (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) / 10)
         thing += str(rng.choice((" in water", " in a tank of water")))
+    words = str(rng.choice(("an x-ray of {}", "x-ray of {}", "a radiograph of {}", "a radiograph showing {}")))
     path = path * (1 + 0.01 * fractal([rng], size, range(3, 8)))
     black, white = rng.uniform(0.15, 0.5), rng.uniform(0.74, 0.92)
     image = expose(path.astype(np.float32), [rng], 20 / size, 1e7, rng.uniform(0.1, 0.4), black, white, present=0.06)[0]
-    words = ("an x-ray of {}", "x-ray of {}", "a radiograph of {}", "a radiograph showing {}")
-    return image, str(rng.choice(words)).format(thing)
+    return image, words.format(thing)
 
 
 def _bottle(rng, x, y, cm):

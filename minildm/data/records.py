@@ -17,7 +17,7 @@ import numpy as np
 
 from minildm.errors import InputError
 
-DATA_SETS = ("phantom", "folder", "iu-xray", "montgomery", "padchest", "patch-gastric", "mimic-cxr")
+DATA_SETS = ("phantom", "procedural", "folder", "iu-xray", "montgomery", "padchest", "patch-gastric", "mimic-cxr")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def open_data_set(spec, views="frontal", drop_pediatric=False, min_age=None, lim
     """Read a data set's tables; no picture is opened yet.
 
     Args:
-        spec: "name:path", name one of DATA_SETS; "phantom" needs no path.
+        spec: "name:path", name one of DATA_SETS; "phantom" and "procedural" need no path.
         views: "frontal" (as the SeLoRA paper, arXiv:2408.07196, trains) or "all".
         drop_pediatric: leave out what PadChest flags as paediatric. That flag is no age test: see ``min_age``.
         min_age: leave out who is younger, in years, and whose age is not known.
@@ -63,7 +63,7 @@ def open_data_set(spec, views="frontal", drop_pediatric=False, min_age=None, lim
     if views not in ("frontal", "all"):
         raise InputError(f"views must be frontal or all, got {views!r}")
     source = importlib.import_module("minildm.data." + name.replace("-", "_"))
-    if name == "phantom":
+    if name in ("phantom", "procedural"):
         records, notes = source.records()
     elif not path:
         raise InputError(f"--data {name} needs a path: {name}:/where/it/is")

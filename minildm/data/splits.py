@@ -9,6 +9,7 @@ from minildm.errors import InputError
 SPLITS = {
     "80/16/4": {"train": 0.80, "validation": 0.16, "test": 0.04},
     "80/20": {"train": 0.80, "test": 0.20},
+    "98/2": {"train": 0.98, "validation": 0.02},  # of sets so large that two hundredths are enough to look at
     "70/10/20": {"train": 0.70, "validation": 0.10, "test": 0.20},
 }
 

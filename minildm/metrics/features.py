@@ -30,7 +30,7 @@ def list_pictures(source):
     Raises: FileNotFoundError or InputError, in words, when there are none.
     """
     folder = Path(source)
-    if not folder.exists() and (":" in str(source) or str(source) == "phantom"):
+    if not folder.exists() and (":" in str(source) or str(source) in ("phantom", "procedural")):
         return _records(str(source))
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist; expected a folder of pictures")

@@ -39,10 +39,11 @@ def encode(model, records, transform, cache, skip_bad=False):
     return latent_cache(records, transform, model.vae.float(), cache, skip_bad=skip_bad)
 
 
-def adapt(model, training, validation, config, run, cache, balance=None, workers=0):
+def adapt(model, training, validation, config, run, cache, balance=None, workers=0, compiled=False):
     """Train a new adapter on ``training``; ``validation`` may be empty.
 
-    Args: training, validation: Pictures. cache: folder for contexts. balance: a caption field, or None.
+    Args: training, validation: Pictures. cache: folder for contexts. balance: a caption field, or None. compiled: run
+        the networks through torch.compile.
     Returns: the loop's State; the model's live adapter is the one of the last step, the run's file the best one.
     """
     if not training.records:
@@ -74,6 +75,9 @@ def adapt(model, training, validation, config, run, cache, balance=None, workers
     report_forecast(model, lambda: losses(torch.utils.data.default_collate([pairs[0]]), [0]), config)
     if config.checkpointing:
         checkpoint_blocks(model.unet, model.text_encoder)
+    if compiled:
+        model.unet.compile()
+        model.text_encoder.compile()
     prompts = list(dict.fromkeys((validation if validation.records else training).prompts))[:config.samples]
     return train(model, losses, batches, steps, config, run, validate, config.validation_steps(n),
                  keep=lambda path: save_adapter(model, path, settings=adapter_settings(config)),

@@ -14,6 +14,8 @@ PRESETS = {
     "selora-iu": _SELORA | {"epochs": 10, "split": "80/16/4", "prompt_template": "findings"},
     "selora-montgomery": _SELORA | {"epochs": 100, "split": "80/20", "prompt_template": "montgomery"},
     "selora-384": _SELORA | {"epochs": 10, "size": 384},
+    # The embedded base is so small that it takes, and needs, larger steps than Stable Diffusion.
+    "tiny": {"lr": 2e-3, "lr_schedule": "cosine", "warmup": 50, "batch_size": 16, "steps": 1500},
     "nyu-lora": {"adapter": "lora", "rank": 4, "size": 224, "lr": 1e-4, "weight_decay": 0.0, "batch_size": 8,
                  "epochs": 10},
 }
@@ -45,6 +47,7 @@ class TrainingConfig:
     weight_decay: float = 0.0        # 0: Adam
     clip: float = 1.0                # largest norm of the gradient; 0 = off
     max_bad_steps: int = 10          # in a row, whose loss or gradient is not finite, before the run stops
+    ema_decay: float = 0.0           # of a moving average of the weights (pretraining); 0 = off
     checkpointing: bool = False      # compute activations twice instead of keeping them
     # diffusion
     caption_dropout: float = 0.1     # share of samples that see the empty prompt, for guidance
@@ -75,6 +78,8 @@ class TrainingConfig:
         if not self.expand_threshold >= 1:
             raise InputError(f"--expand-threshold (lambda) must be at least 1, got {self.expand_threshold}: the Fisher "
                              "ratio expanded / original is never below 1, so every layer would grow at every test")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.caption_dropout <= 1:
             raise InputError(f"--caption-dropout must be in [0, 1], got {self.caption_dropout}")
         if self.batch_size % self.samples_at_a_time:

@@ -36,6 +36,7 @@ class State:
         self.step = 0
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # in the optimizer's order
         self.optimizer = AdamW(list(self.trained.values()), weight_decay=config.weight_decay)
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if config.ema_decay else {}
         self.best = None  # (validation loss, step)
         self.bad_steps, self.skipped = 0, 0  # in a row; in all
         self.loss_scale = FP16_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
@@ -61,9 +62,29 @@ class State:
             self.optimizer.restart(A, row, dim=0)
             self.optimizer.restart(B, row, dim=1)
 
+    def update_average(self):
+        """The weights' moving average, shorter while training is young (as if ``decay`` grew from 0.1 to its value)."""
+        if self.average:
+            decay = min(self.config.ema_decay, self.step / (self.step + 9))
+            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.trained.values()], 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Inside, the model has its averaged weights, where there is an average."""
+        self.swap_average()
+        try:
+            yield
+        finally:
+            self.swap_average()
+
+    def swap_average(self):
+        for name in self.average:
+            parameter = self.trained[name]
+            parameter.data, self.average[name] = self.average[name], parameter.data
+
     def state_dict(self):
         return {name: getattr(self, name) for name in self.NUMBERS} | {
-            "trained": {name: p.detach() for name, p in self.trained.items()},
+            "trained": {name: p.detach() for name, p in self.trained.items()}, "average": dict(self.average),
             "ranks": {path: layer.rank for path, layer in self.growing().items()},
             "optimizer": self.optimizer.state_dict()}
 
@@ -74,6 +95,8 @@ class State:
         self.trained = {name: parameters[name] for name in state["trained"]}  # the order they came in
         for name, values in state["trained"].items():
             self.trained[name].data.copy_(values)
+        for name, values in state["average"].items():
+            self.average[name].copy_(values)
         self.optimizer = AdamW(list(self.trained.values()), weight_decay=self.config.weight_decay)
         self.optimizer.load_state_dict(state["optimizer"])
         for name in self.NUMBERS:
@@ -89,6 +112,7 @@ def train(model, losses, batches, steps, config, run, validate=None, validation_
         validate: () -> loss, every ``validation_steps`` steps, before the first and after the last.
         keep: (path) writes what was learnt: when validation is best, or without validation at the end.
         draw: (step) makes sample pictures, every ``config.sample_interval`` steps.
+    With ``config.ema_decay``, ``validate``, ``keep`` and ``draw`` see the averaged weights.
     Returns: State. Raises: InputError when losses stay not finite, memory runs out or the disk is full;
     KeyboardInterrupt after Ctrl-C, the state being saved.
     """
@@ -99,16 +123,18 @@ def train(model, losses, batches, steps, config, run, validate=None, validation_
     def look():
         """What happens between steps: validation, the best adapter, pictures, the saved state."""
         step, last = state.step, state.step == steps
-        if validate is not None and (last or step % validation_steps == 0):
-            loss = validate()
-            run.log(step=step, validation=loss)
-            if math.isfinite(loss) and (state.best is None or loss < state.best[0]):
-                state.best = (loss, step)
+        with state.averaged():
+            if validate is not None and (last or step % validation_steps == 0):
+                loss = validate()
+                run.log(step=step, validation=loss)
+                if math.isfinite(loss) and (state.best is None or loss < state.best[0]):
+                    state.best = (loss, step)
+                    if keep is not None:
+                        run.save_adapter(keep)
+            elif last and validate is None and keep is not None:
                 run.save_adapter(keep)
-        elif last and validate is None and keep is not None:
-            run.save_adapter(keep)
-        if draw is not None and config.sample_interval and (last or step % config.sample_interval == 0):
-            draw(step)
+            if draw is not None and config.sample_interval and (last or step % config.sample_interval == 0):
+                draw(step)
         if (last or step % config.save_interval == 0) and not state.bad_steps:
             run.save_state(state.state_dict())
 
@@ -120,6 +146,7 @@ def train(model, losses, batches, steps, config, run, validate=None, validation_
         for batch in batches(state.step, steps):
             entry = train_step(state, batch, losses, learning_rate(state.step, steps, config))
             state.step += 1
+            state.update_average()
             state.seconds = before + time.perf_counter() - begun
             run.log(step=state.step, **entry, seconds=round(state.seconds, 3), memory_mb=round(peak_memory_mb(model)))
             bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
@@ -131,7 +158,7 @@ def train(model, losses, batches, steps, config, run, validate=None, validation_
                 run.save_state(state.state_dict())
                 bar.close()
                 print(f"stopped at step {state.step} of {steps}, the state is saved; continue with: "
-                      f"python train.py --resume {run.folder}")
+                      f"{run.continue_with}")
                 raise KeyboardInterrupt
     return state
 
@@ -140,7 +167,7 @@ def train_step(state, batch, losses, lr):
     """One step of the optimizer. Returns: what to log."""
     config, step = state.config, state.step
     layers = state.growing() if (step + 1) % config.expand_interval == 0 else {}
-    with open_probe(state.model, config, step) if layers else contextlib.nullcontext() as probe:
+    with measured(state.model, config, step) if layers else contextlib.nullcontext() as probe:
         loss = backward(state, batch, losses)
     parameters = state.optimizer.parameters
     if state.loss_scale != 1:
@@ -175,9 +202,14 @@ def backward(state, batch, losses):
     return total.item()
 
 
-def open_probe(model, config, step):
-    """SeLoRA's test at this step: the rows it draws depend on the seed and the step alone."""
-    return fisher_probe(model, seeded(config.seed, "rows", step), config.expand_criterion == "expected")
+@contextlib.contextmanager
+def measured(model, config, step):
+    """SeLoRA's test at this step: the rows it draws depend on the seed and the step alone. Compiled networks run as
+    they are written, for the probe to see each layer."""
+    generator = seeded(config.seed, "rows", step)
+    with torch.compiler.set_stance("force_eager"), \
+            fisher_probe(model, generator, config.expand_criterion == "expected") as probe:
+        yield probe
 
 
 def test_ranks(state, layers, probe):

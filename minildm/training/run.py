@@ -25,16 +25,19 @@ class Run:
     """Open a new folder, or with ``resume`` one that holds a run of the same settings; `begin` is the first to write.
 
     Args: flags: settings, a flat dict that JSON can hold. free: names of those that a resumed run may change.
+    continue_with: the command that resumes it, for what is told to users.
     Raises: InputError where the folder holds another run, or where a setting differs, naming it.
     """
 
-    def __init__(self, folder, flags, resume=False, free=()):
+    def __init__(self, folder, flags, resume=False, free=(), continue_with=None):
+        self.continue_with = continue_with or f"python train.py --resume {folder}"
         self.folder, self.resume, self.log_bytes = Path(folder), resume, 0
         self.settings = {"flags": json.loads(json.dumps(flags))}  # tuples become lists, as they come back
         if resume:
             self._compare(read_settings(self.folder)["flags"], self.settings["flags"], free)
         elif (self.folder / "log.jsonl").exists():  # without a log nothing was trained: a mistake that can be repaired
-            raise InputError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --out")
+            raise InputError(f"{folder} holds a run already; continue it with: {self.continue_with}, or give another "
+                             "--out")
         writable_folder(self.folder)
 
     def begin(self, **found):
@@ -107,7 +110,7 @@ class Run:
             write(what)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise InputError(f"could not write to {self.folder} ({_first_line(error)}); what was saved before is "
-                             f"whole: make room, then continue with --resume {self.folder}") from None
+                             f"whole: make room, then continue with: {self.continue_with}") from None
 
     def save_adapter(self, write):
         """``write(path)`` puts the best adapter there."""

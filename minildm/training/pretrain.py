@@ -1,0 +1,347 @@
+"""Latent diffusion from nothing: ``python -m minildm pretrain``, on any data set; weights/tiny is its work.
+
+Rombach et al. 2022, arXiv:2112.10752, in stages of the loop that fine-tuning uses too (loop.py):
+
+1. The autoencoder learns to give pictures back through a code of 4 numbers for 8 x 8 pixels.
+2. Text encoder and U-Net learn together to denoise those codes, told their captions.
+3. The decoder learns on, alone: sharper pictures from the same codes, whatever was learnt on them.
+
+RUN/autoencoder, RUN/diffusion and RUN/decoder hold the stages' states, RUN/model the result in diffusers' layout with a
+card.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minildm.checkpoint import NETWORKS, save_folder
+from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minildm.data.flags import add_data_flags, data_set_from, transform_from
+from minildm.data.loader import TrainingPairs, training_batches
+from minildm.data.prompts import prompts_for
+from minildm.data.splits import classes_of, split_by_patient
+from minildm.errors import InputError
+from minildm.files import sha256, written_beside
+from minildm.latent_diffusion import LatentDiffusion, to_pil, usable_device
+from minildm.pictures import contact_sheet, save_png
+from minildm.training.adapt import Pictures, draw_sheet, encode
+from minildm.training.config import TrainingConfig
+from minildm.training.loop import train
+from minildm.training.run import Run, read_settings
+from minildm.training.step import Captions, draw, sample_losses, seeded, validation_loss
+
+# Norms of 4 or 8 channels a group: with the 32 groups of the large models, the finest levels would have one or two
+# channels a group, and a norm over one channel takes back what the time embedding added to it.
+SHAPES = {
+    "tiny": ModelConfig(
+        UNetConfig(widths=(80, 160), attention=(True, True), n_heads=(4, 8), layers_per_block=1, context_dim=80,
+                   norm_groups=10, latent_size=16),
+        VAEConfig(widths=(32, 32, 64, 64), layers_per_block=1, norm_groups=8),
+        TextEncoderConfig(width=80, n_layers=3, n_heads=4, mlp_width=320), ScheduleConfig(prediction="v")),
+    "sd15": ModelConfig(),
+    "sd21": ModelConfig(UNetConfig(n_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True), VAEConfig(),
+                        TextEncoderConfig(1024, 23, 16, 4096, "gelu"), ScheduleConfig(prediction="v"), pad_token_id=0),
+}
+FREE = ("device", "workers", "cache", "sample_interval", "save_interval")  # what a resumed run may change
+SECOND_STAGE = ("steps", "batch_size", "lr", "caption_dropout", "min_snr_gamma")  # no business of the autoencoder's
+THIRD_STAGE = ("decoder_steps", "decoder_batch_size", "decoder_lr")  # nor these of the two before
+HELD_OUT = 256  # pictures at most that validation and the card look at
+
+# Words keep the random vectors they are drawn with, so that words never seen in pretraining are as distinct to the text
+# encoder as all others, and an adapter can give them a meaning. Positions start as large and are learnt.
+WORD = 0.2  # standard deviation
+
+# The autoencoder's loss, each term a mean: over pixels for the first three, over the code's numbers for the last.
+EDGES, SQUARES, KL = 1.0, 1.0, 1e-4
+
+
+def parser():
+    parser = argparse.ArgumentParser(prog="python -m minildm pretrain", description="Train a latent diffusion model "
+                                     "from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("what").add_argument
+    add("--shape", default="tiny", choices=tuple(SHAPES), help="the networks' sizes: as weights/tiny, or as published")
+    add("--data", default="procedural", metavar="NAME:PATH", help="procedural, phantom, folder:..., padchest:..., ...")
+    add("--out", type=Path, default=Path("runs/pretrain"), help="folder for the run")
+    add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
+    add_data_flags(parser)
+    for stage, name, steps, batch_size, lr in (("autoencoder", "--vae-", 6000, 8, 1e-3),
+                                               ("text encoder and U-Net", "--", 10000, 32, 1e-3),
+                                               ("decoder alone", "--decoder-", 2000, 8, 5e-4)):
+        add = parser.add_argument_group(stage).add_argument
+        add(name + "steps", type=int, default=steps, help="of the optimizer")
+        add(name + "batch-size", type=int, default=batch_size, help="pictures a step")
+        add(name + "lr", type=float, default=lr, help="learning rate: linear warm-up, then a cosine to 0")
+    add = parser.add_argument_group("all stages").add_argument
+    add("--micro-batch", type=int, help="samples at a time, a divisor of the batch sizes: less memory, same result")
+    add("--warmup", type=int, default=200, help="steps")
+    add("--ema-decay", type=float, default=0.999, help="of the average of weights that is kept; 0 = off")
+    add("--caption-dropout", type=float, default=0.1, help="share of samples with an empty prompt, for guidance")
+    add("--min-snr-gamma", type=float, default=0.0, help="weight the loss by min-SNR, 5 is usual; 0 = off")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient, 0 = off")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--sample-interval", type=int, default=1000, help="steps between sheets of pictures; 0 = none")
+    add("--save-interval", type=int, default=200, help="steps between saved states")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products; weights are float32")
+    add("--workers", type=int, default=0, help="processes that read ahead")
+    add("--cache", type=Path, default=Path.home() / ".cache" / "minildm", help="folder for latents")
+    parser.set_defaults(size=128, split="98/2")
+    return parser
+
+
+def parse(arguments):
+    given, _ = parser().parse_known_args(arguments)
+    flags = parser()
+    if given.resume:
+        flags.set_defaults(**read_settings(given.resume / "autoencoder")["flags"], out=given.resume)
+        for stage in ("diffusion", "decoder"):
+            if (given.resume / stage / "config.json").exists():
+                flags.set_defaults(**read_settings(given.resume / stage)["flags"])
+    return flags.parse_args(arguments)
+
+
+def main(arguments):
+    args = parse(arguments)
+    for prefix in ("vae_", "", "decoder_"):
+        stage_config(args, prefix)  # a wrong flag of the last stage must not wait for the first to end
+    usable_device(args.device)
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+             if name not in ("resume", "out")}
+    later = {"autoencoder": SECOND_STAGE + THIRD_STAGE, "diffusion": THIRD_STAGE, "decoder": ()}
+    runs = {stage: open_stage(args, stage, flags, FREE + others) for stage, others in later.items()}
+    data = data_set_from(args, args.data)
+    transform = transform_from(args)
+    prompts = tuple(prompts_for(data, args.prompt_template))
+    parts = split_by_patient(data.records, args.split, args.seed)
+    if "validation" not in parts:
+        raise InputError(f"--split {args.split} leaves no picture to validate on; take 98/2, 80/16/4 or 70/10/20")
+    parts["validation"] = parts["validation"][:HELD_OUT]
+    for note in data.notes:
+        print(f"note: {note}")
+    print(f"{data.name}: " + ", ".join(f"{len(part):,} {name}" for name, part in parts.items()) + f" pictures of "
+          f"{args.size} px; run: {args.out}")
+
+    config = SHAPES[args.shape]
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, latent_size=args.size // 8))
+    model = new_model(config, args.seed, args.device)
+    begin(runs["autoencoder"], data)
+    seconds = [train_autoencoder(model, [model.vae], data, parts, transform, args, runs["autoencoder"], "vae_")]
+
+    latents = encode(model, data.records, transform, args.cache, args.skip_bad)
+    if len(latents) < len(data):
+        raise InputError(f"{len(data) - len(latents)} pictures cannot be decoded; python -m minildm check "
+                         f"{args.data} names them, --exclude leaves them out")
+    pictures = Pictures(data.records, prompts, latents)
+    pictures = {name: pictures.some(indices) for name, indices in parts.items()}
+    model.config = dataclasses.replace(model.config, vae=dataclasses.replace(
+        model.config.vae, scaling_factor=unit_scale(pictures["train"].latents)))
+    begin(runs["diffusion"], data)
+    seconds.append(train_diffusion(model, pictures, args, runs["diffusion"]))
+    begin(runs["decoder"], data)
+    seconds.append(train_autoencoder(model, [model.vae.decoder, model.vae.post_quant_conv], data, parts, transform,
+                                     args, runs["decoder"], "decoder_"))
+
+    folder = args.out / "model"
+    save_folder({name: getattr(model, name) for name in NETWORKS}, model.config, folder)
+    write_card(folder, args, flags, runs, seconds, autoencoder_psnr(model, data.records, parts, transform, args))
+    print(f'next: python sample.py "{pictures["validation"].prompts[0]}" --base {folder}')
+    return 0
+
+
+def open_stage(args, stage, flags, free):
+    folder = args.out / stage
+    resume = args.resume is not None and (folder / "config.json").exists()
+    return Run(folder, flags, resume, free, f"python -m minildm pretrain --resume {args.out}")
+
+
+def begin(run, data):
+    run.begin(data=f"{data.name}, {len(data)} pictures, {data.records[0].name} to {data.records[-1].name}")
+
+
+def new_model(config, seed, device):
+    """LatentDiffusion with fresh weights, those of each network drawn from ``seed`` and its name."""
+    networks = {}
+    with torch.random.fork_rng(devices=[]):
+        for name, build in NETWORKS.items():
+            torch.manual_seed(seeded(seed, "weights", name).initial_seed())
+            networks[name] = build(getattr(config, name))
+        embeddings = networks["text_encoder"].text_model.embeddings
+        for embedding in (embeddings.token_embedding, embeddings.position_embedding):
+            torch.nn.init.normal_(embedding.weight, std=WORD)
+    model = LatentDiffusion(config, **networks).to(device, memory_format=torch.channels_last)
+    return model.requires_grad_(False)
+
+
+def stage_config(args, prefix="", **more):
+    """TrainingConfig of a stage: the command line's flags with this prefix, and those of both."""
+    shared = {name: getattr(args, name) for name in ("micro_batch", "warmup", "ema_decay", "caption_dropout", "clip",
+                                                     "min_snr_gamma", "seed", "sample_interval", "save_interval")}
+    own = {name: getattr(args, prefix + name) for name in ("steps", "batch_size", "lr")}
+    return TrainingConfig(**shared, **own, lr_schedule="cosine", **more)
+
+
+def low_precision(args):
+    """Inside, products are computed in --dtype; weights, norms' sums and losses stay float32."""
+    device = torch.device(args.device).type
+    return torch.autocast(device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
+
+
+# --- stages 1 and 3 ---------------------------------------------------------------------------------------------------
+def autoencoder_losses(images, reconstructions, code):
+    """(B,) losses: what a picture loses through its code, and how far the code is from a standard normal.
+
+        |d| + d^2 + |grad d| + 1e-4 KL        d = x - x', grad: differences of neighbouring pixels
+
+    The gradient's term stands in for the perceptual loss of the paper (3.1), which needs a trained network: it asks
+    for edges where the others are content with the right grey on both sides.
+    """
+    d = reconstructions.float() - images
+    edges = (d.diff(dim=2).abs().mean((1, 2, 3)) + d.diff(dim=3).abs().mean((1, 2, 3))) / 2
+    mean, logvar = code.mean.float(), code.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3))  # nats for each number of the code
+    return d.abs().mean((1, 2, 3)) + SQUARES * d.square().mean((1, 2, 3)) + EDGES * edges + KL * kl
+
+
+def train_autoencoder(model, learners, data, parts, transform, args, run, prefix):
+    """Stage 1, and with the decoder's modules as only ``learners`` stage 3. The model is left with the averaged
+    weights. ``prefix``: of the stage's flags. Returns: seconds of training."""
+    config, vae = stage_config(args, prefix), model.vae
+    for learner in learners:
+        learner.requires_grad_(True)
+    side = transform.size // 8
+
+    def pairs(indices):
+        records = [data.records[i] for i in indices]
+        return TrainingPairs(records, [""] * len(records), transform)
+
+    def reconstruct(images, noise):
+        with low_precision(args):
+            code = vae.encode(images)
+            return vae.decode(code.mean + (0.5 * code.logvar).exp() * noise), code
+
+    def losses(batch, numbers):
+        images = batch["images"].to(args.device)
+        noise = draw(args.seed, run.folder.name, numbers, (4, side, side), 1).noise.to(args.device)
+        return autoencoder_losses(images, *reconstruct(images, noise))
+
+    training, held_out = pairs(parts["train"]), pairs(parts["validation"])
+    classes = None if args.balance is None else classes_of(training.records, args.balance)
+
+    def draw_reconstructions(step):
+        images = torch.stack([held_out[i]["images"] for i in range(min(8, len(held_out)))])
+        with torch.no_grad():
+            given_back = vae.decode(vae.encode(images.to(args.device)).mean).float().cpu()
+        both = torch.stack([images, given_back], 1).flatten(0, 1)  # a picture, what came back, the next picture ...
+        save_png(contact_sheet(to_pil(both)), run.folder / "samples" / f"step-{step:06}.png",
+                 f"pictures and reconstructions, step {step}")
+
+    state = train(vae, losses, lambda first, last: training_batches(
+        training, config.batch_size, args.seed, first, last, args.workers, classes), config.steps, config, run,
+        lambda: mean_square_error(vae, held_out, args), 1000, draw=draw_reconstructions)
+    state.swap_average()
+    vae.requires_grad_(False)
+    return state.seconds
+
+
+def mean_square_error(vae, pairs, args):
+    """Of reconstructions from the code's mean, of pixels in [-1, 1]."""
+    return sum(map(sum, squared_errors(vae, pairs, args))) / len(pairs)
+
+
+@torch.no_grad()
+def squared_errors(vae, pairs, args, batch_size=8):
+    """Batches of each picture's mean squared error, in float32, pixels in [-1, 1]."""
+    for first in range(0, len(pairs), batch_size):
+        images = torch.stack([pairs[i]["images"] for i in range(first, min(first + batch_size, len(pairs)))])
+        images = images.to(args.device)
+        given_back = vae.decode(vae.encode(images).mean).clamp(-1, 1)
+        yield (given_back - images).square().mean((1, 2, 3)).tolist()
+
+
+def autoencoder_psnr(model, records, parts, transform, args):
+    """Mean over held-out pictures of each one's peak signal-to-noise ratio, dB: 10 log10(2^2 / mean squared error)."""
+    pairs = TrainingPairs([records[i] for i in parts["validation"]], [""] * len(parts["validation"]), transform)
+    errors = [error for batch in squared_errors(model.vae, pairs, args) for error in batch]
+    return sum(10 * math.log10(4 / max(error, 1e-10)) for error in errors) / len(errors)
+
+
+def unit_scale(latents, most=2000):
+    """The scaling factor: 1 / the standard deviation of the codes of up to ``most`` pictures."""
+    indices = np.linspace(0, len(latents) - 1, min(most, len(latents))).astype(int)
+    total, squares, count = 0.0, 0.0, 0
+    for i in indices:
+        mean, logvar = (moment.double() for moment in latents.moments(i))
+        total, squares = total + mean.sum().item(), squares + (mean.square() + logvar.exp()).sum().item()
+        count += mean.numel()
+    return float(f"{(squares / count - (total / count) ** 2) ** -0.5:.5g}")
+
+
+# --- stage 2 ---------------------------------------------------------------------------------------------------------
+def train_diffusion(model, pictures, args, run):
+    """Stage 2, on cached latents. The model is left with the averaged weights. Returns: seconds of training."""
+    config = stage_config(args)
+    networks = torch.nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder}).requires_grad_(True)
+    model.text_encoder.text_model.embeddings.token_embedding.requires_grad_(False)
+    data = {name: (TrainingPairs(part.records, part.prompts, latents=part.latents), Captions(model, part.prompts))
+            for name, part in pictures.items()}
+    pairs, captions = data["train"]
+    shape = pairs[0]["mean"].shape
+    classes = None if args.balance is None else classes_of(pairs.records, args.balance)
+
+    def losses(batch, numbers):
+        draws = draw(args.seed, "sample", numbers, shape, model.schedule.n_timesteps)
+        with low_precision(args):
+            return sample_losses(model, batch, draws, captions, config)
+
+    def validate():
+        with low_precision(args):
+            return validation_loss(model, *data["validation"], dataclasses.replace(config, validation_pairs=HELD_OUT))
+
+    prompts = list(dict.fromkeys(pictures["validation"].prompts))[:16]
+    state = train(networks, losses, lambda first, last: training_batches(
+        pairs, config.batch_size, args.seed, first, last, args.workers, classes), config.steps, config, run, validate,
+        1000, draw=lambda step: draw_sheet(model, prompts, args.size, config, run, step))
+    state.swap_average()
+    networks.requires_grad_(False)
+    return state.seconds
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+def write_card(folder, args, flags, runs, seconds, psnr):
+    """README.md beside the weights: how they were made, loss curves as numbers, SHA-256 of the files."""
+    words = ["python -m minildm pretrain"]
+    for name, value in flags.items():
+        if value != parser().get_default(name) and name not in (*FREE, "device"):
+            words += [f"--{name.replace('_', '-')}"] + [shlex.quote(str(value))] * (value is not True)
+    command = " ".join(words)
+    lines = [f"# {folder.resolve().parent.name}: a latent diffusion model by minildm", "", f"Made by `{command}`", "",
+             f"- data: {args.data}, {args.size} px; seed {args.seed}; products in {args.dtype}; PyTorch "
+             f"{torch.__version__.split('+')[0]}",
+             f"- autoencoder: {args.vae_steps:,} steps of {args.vae_batch_size} pictures in {seconds[0] / 60:.0f} min",
+             f"- text encoder and U-Net: {args.steps:,} steps of {args.batch_size} in {seconds[1] / 60:.0f} min",
+             f"- decoder alone: {args.decoder_steps:,} steps of {args.decoder_batch_size} in {seconds[2] / 60:.0f} min",
+             f"- on {'a GPU' if 'cuda' in args.device else f'{torch.get_num_threads()} CPU cores'}; PSNR {psnr:.2f} dB "
+             "on held-out pictures",
+             "", "Not for clinical use.", ""]
+    for stage, run in runs.items():
+        entries = run.entries()
+        validation = {entry["step"]: entry["validation"] for entry in entries if "validation" in entry}
+        losses = [entry["loss"] for entry in entries if "loss" in entry]
+        what = "loss" if stage == "diffusion" else "mean squared error"
+        lines += [f"| {stage}: step | training loss, mean of the 200 steps before | held-out {what} |", "|---|---|---|"]
+        for step, value in validation.items():
+            recent = losses[max(step - 200, 0):step]
+            lines.append(f"| {step:,} | {f'{np.mean(recent):.4f}' if recent else ''} | {value:.4f} |")
+        lines.append("")
+    lines += ["| file | bytes | SHA-256 |", "|---|---|---|"]
+    for path in sorted(folder.rglob("*.safetensors")):
+        lines.append(f"| `{path.relative_to(folder)}` | {path.stat().st_size:,} | `{sha256(path)}` |")
+    with written_beside(folder / "README.md") as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")

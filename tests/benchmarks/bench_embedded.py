@@ -1,0 +1,151 @@
+"""The embedded model measured: python tests/benchmarks/bench_embedded.py [--only shapes psnr time chest]
+
+    shapes   does the bare base draw what 200 prompts of two shapes ask for? By guidance scale.
+    psnr     what its autoencoder loses, on pictures it never saw: procedural ones and phantoms
+    time     sample.py from start to PNG, 50 DDIM steps with guidance
+    chest    the base with and without its adapter for chest radiographs: Frechet distance to held-out phantoms (in
+             FD-vae and FD-random features: no FID), and whether the phantom's ruler finds what was asked for
+
+Numbers only, nothing is asserted; they go into the README. Not for clinical use.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import minildm
+from minildm.data import phantom, procedural, ruler
+from minildm.data.prompts import render
+from minildm.data.reading import to_tensor
+from minildm.latent_diffusion import EMBEDDED, EMBEDDED_ADAPTER
+from minildm.metrics.adherence import prompt_adherence
+from minildm.metrics.features import collect, open_extractor
+from minildm.pictures import contact_sheet
+
+SET = 1  # the seed of the pictures and prompts here; training had those of seed 0
+
+
+def draw(model, prompts, args, guidance, seed=0):
+    """PIL pictures of all prompts, and the seconds they took."""
+    images, begun = [], time.perf_counter()
+    for first in range(0, len(prompts), args.batch_size):
+        images += model.sample(prompts[first:first + args.batch_size], steps=args.steps, sampler=args.sampler,
+                               guidance=guidance, seed=seed + first)
+    return images, time.perf_counter() - begun
+
+
+def shapes(args):
+    model = minildm.load(args.base, device=args.device)
+    prompts = [procedural.shape_prompt((SET, i)) for i in range(args.n)]
+    for guidance in args.guidance:
+        images, seconds = draw(model, prompts, args, guidance)
+        checks = [procedural.check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
+        colour, shape, order, right = (100 * np.mean([getattr(check, name) for check in checks])
+                                       for name in ("colour", "shape", "order", "right"))
+        print(f"shapes, guidance {guidance:g}: right {right:.1f} % (colours {colour:.1f}, shapes {shape:.1f}, order "
+              f"{order:.1f}) of {len(prompts)} prompts; {seconds:.0f} s", flush=True)
+        if args.sheets:
+            contact_sheet(images[:64]).save(args.sheets / f"shapes-guidance-{guidance:g}.png")
+
+
+@torch.no_grad()
+def psnr(args):
+    """Mean over pictures of 10 log10(255^2 / mean squared error), given back from the code's mean in 8 bits."""
+    model = minildm.load(args.base, device=args.device)
+    size = model.config.image_size
+    seeds = [(SET, i) for i in range(args.n)]
+    films = phantom.render_batch([phantom.labels(seed) for seed in seeds], seeds, size)
+    sets = {"procedural pictures": procedural.pictures(seeds, size)[0], "phantoms": np.stack([films] * 3, -1)}
+    for name, pictures in sets.items():
+        values, pairs = [], []
+        for picture in pictures:
+            images = to_tensor(picture[None]).to(model.device)
+            back = model.vae.decode(model.vae.encode(images).mean).clamp(-1, 1)
+            back = ((back + 1) * 127.5).round().byte()[0].permute(1, 2, 0).cpu().numpy()
+            values.append(10 * np.log10(255**2 / np.square(back.astype(float) - picture).mean()))
+            pairs += [Image.fromarray(picture), Image.fromarray(back)]
+        print(f"PSNR of {len(values)} held-out {name}, {size} px: {np.mean(values):.2f} dB (least "
+              f"{np.min(values):.2f})", flush=True)
+        if args.sheets:
+            contact_sheet(pairs[:32]).save(args.sheets / f"psnr-{name.split()[0]}.png")
+
+
+def start_to_png(args):
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, str(ROOT / "sample.py"), "a red circle above a blue square", "--base",
+                   str(args.base), "--adapter", "none", "--out", out, "--device", args.device]
+        seconds = []
+        for _ in range(3):
+            begun = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - begun)
+    print(f"sample.py, one picture, 50 DDIM steps with guidance, start-up included: {min(seconds):.1f} s (best of 3), "
+          f"{os.cpu_count()} cores", flush=True)
+
+
+def chest(args):
+    """Pictures for the prompts of n frontal phantoms, against n others: as near as phantoms are to each other?"""
+    asked, real = ([record for record in phantom.records(2 * args.n, SET + i)[0] if record.frontal][:args.n]
+                   for i in range(2))
+    prompts = [render(phantom.PROMPT, record.fields) for record in asked]
+    extractors = [open_extractor("vae", base=args.base, device=args.device),
+                  open_extractor("random", dims=(192, 64), device=args.device)]
+    real = [collect(real, extractor, keep=0).statistics for extractor in extractors]
+
+    def report(name, pictures):
+        words = []
+        for extractor, theirs in zip(extractors, real):
+            ours = collect(pictures, extractor, keep=0).statistics
+            words += [f"{extractor.label}-{dim} {ours[dim].distance(theirs[dim]):.4g}" for dim in extractor.dims]
+        agreement = prompt_adherence(pictures, [record.fields for record in asked], ruler.measure, ruler.obeys)
+        words += [f"{field} {100 * one.share:.1f} % (chance {100 * one.chance:.1f}, n {one.n})"
+                  for field, one in agreement.items()]
+        print(f"{name}: {', '.join(words)}", flush=True)
+
+    report(f"{args.n} phantoms themselves", asked)
+    for name, adapters in (("base", []), ("adapter", [args.adapter])):
+        model = minildm.load(args.base, adapters, device=args.device)
+        for guidance in args.guidance if adapters else args.guidance[:1]:
+            images, seconds = draw(model, prompts, args, guidance)
+            with tempfile.TemporaryDirectory() as folder:
+                paths = [Path(folder) / f"{i:04}.png" for i in range(len(images))]
+                for image, path in zip(images, paths):
+                    image.save(path)
+                report(f"{name}, guidance {guidance:g}, {args.sampler} {args.steps} steps, {seconds:.0f} s", paths)
+            if args.sheets:
+                contact_sheet(images[:64]).save(args.sheets / f"chest-{name}-guidance-{guidance:g}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=["shapes", "psnr", "time", "chest"], help="which parts")
+    parser.add_argument("--base", type=Path, default=EMBEDDED)
+    parser.add_argument("--adapter", default=str(EMBEDDED_ADAPTER))
+    parser.add_argument("-n", type=int, default=200, help="prompts, or pictures")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 7.5])
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="write sheets of pictures here")
+    args = parser.parse_args()
+    if args.sheets:
+        args.sheets.mkdir(parents=True, exist_ok=True)
+    for name, part in (("shapes", shapes), ("psnr", psnr), ("time", start_to_png), ("chest", chest)):
+        if name in args.only:
+            part(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The embedded model as it is shipped: weights/tiny loads, is what its card says, and can do what it is for."""
+
+import json
+import re
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from test_sample_command import sample_py
+
+import minildm
+import train
+from minildm.data import phantom, procedural, ruler
+from minildm.data.reading import to_tensor
+from minildm.latent_diffusion import EMBEDDED, EMBEDDED_ADAPTER, is_embedded
+from minildm.metrics.adherence import prompt_adherence
+from minildm.training.config import PRESETS
+
+
+@pytest.fixture(scope="module")
+def model():
+    return minildm.load(EMBEDDED, device="cpu")
+
+
+def test_the_files_are_small_and_those_of_the_card():
+    files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 30e6
+    card = (EMBEDDED / "README.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(\S+\.safetensors)` \| [\d,]+ \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
+    there = {path.relative_to(EMBEDDED).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files
+             if path.suffix == ".safetensors"}
+    assert listed == there and len(there) == 4  # three networks and the adapter
+
+
+def test_it_is_the_base_where_nothing_else_is(tmp_path):
+    assert is_embedded(EMBEDDED) and not is_embedded(tmp_path)
+    assert is_embedded(Path(minildm.__file__).parent / ".." / "weights" / "tiny")
+
+
+def test_the_adapter_is_selora_for_this_base_and_its_ranks_are_uneven(model):
+    with safe_open(EMBEDDED_ADAPTER, "pt") as file:
+        about = json.loads(file.metadata()["minildm"])
+    assert about["kind"] == "selora" and about["base"] == model.base_hash
+    assert len(set(about["ranks"].values())) > 2
+
+
+def test_the_bare_base_draws_what_a_prompt_of_shapes_asks_for(model):
+    prompts = [procedural.shape_prompt((7, i)) for i in range(16)]
+    images = model.sample(prompts, steps=20, sampler="dpm++")
+    assert sum(procedural.check_shapes(np.asarray(image), prompt).right
+               for image, prompt in zip(images, prompts)) >= 10
+
+
+@torch.no_grad()
+def test_the_autoencoder_gives_pictures_back(model):
+    seeds = [(7, i) for i in range(16)]
+    films = phantom.render_batch([phantom.labels(seed) for seed in seeds], seeds, 128)
+    for pictures, least in ((procedural.pictures(seeds, 128)[0], 26), (np.stack([films] * 3, -1), 23)):
+        images = to_tensor(pictures)
+        back = model.vae.decode(model.vae.encode(images).mean).clamp(-1, 1)
+        assert (10 * torch.log10(4 / (back - images).square().mean((1, 2, 3)))).mean() >= least
+
+
+def test_with_its_adapter_it_draws_the_chest_that_is_asked_for(tmp_path):
+    model = minildm.load(EMBEDDED, [str(EMBEDDED_ADAPTER)], device="cpu")
+    wanted = [{"view": view, "sex": sex} for view in ("PA", "AP") for sex in ("male", "female") for _ in range(4)]
+    prompts = [f"chest x-ray, age 60 {one['sex']}, view {one['view']}, projection {one['view']}, "
+               f"modality {'DX' if one['view'] == 'PA' else 'CR'}, diagnosis normal" for one in wanted]
+    paths = [tmp_path / f"{i}.png" for i in range(len(prompts))]
+    for image, path in zip(model.sample(prompts, steps=20, sampler="dpm++"), paths):
+        image.save(path)
+    agreement = prompt_adherence(paths, wanted, ruler.measure, ruler.obeys)
+    assert agreement["view"].share >= 0.7 and agreement["sex"].share >= 0.7
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+def first_line(capsys, out, *arguments):
+    assert sample_py.main(["chest x-ray, age 47 male", "--base", str(EMBEDDED), "--steps", "2", "--device", "cpu",
+                           "--out", str(out), *arguments]) == 0
+    path = max(out.glob("*.png"))
+    return capsys.readouterr().out.splitlines()[0], sample_py.read_parameters(path)
+
+
+def test_sample_uses_the_adapter_beside_the_base_and_says_so(capsys, tmp_path):
+    line, parameters = first_line(capsys, tmp_path)
+    assert "adapter for chest radiographs" in line and "--adapter none" in line
+    assert "Adapter: tiny/adapter.safetensors" in parameters
+
+
+def test_sample_draws_with_the_bare_base_when_told_to(capsys, tmp_path):
+    line, parameters = first_line(capsys, tmp_path, "--adapter", "none")
+    assert "adapter" not in line and "Adapter" not in parameters
+
+
+def test_the_embedded_base_brings_its_own_settings_and_flags_win(tmp_path):
+    args = train.parse(["--base", str(EMBEDDED), "--lr", "0.5"])
+    assert args.lr == 0.5 and args.steps == PRESETS["tiny"]["steps"] and args.preset == "tiny"
+    assert train.parse(["--base", str(tmp_path)]).lr == 1e-4
+    assert train.parse(["--base", str(EMBEDDED), "--preset", "selora-iu"]).steps is None
