@@ -208,7 +208,7 @@ def test_the_real_folder_is_read(shared_data):
 
 # --- what can be wrong ------------------------------------------------------------------------------------------------
 def test_an_unknown_data_set_lists_the_known_ones():
-    with pytest.raises(InputError, match=r"unknown data set 'padchst'; .* phantom, folder, iu-xray, montgomery"):
+    with pytest.raises(InputError, match=r"unknown data set 'padchst'; .* phantom, procedural, folder, iu-xray"):
         open_data_set("padchst:/data")
     with pytest.raises(InputError, match=r"needs a path: padchest:/where/it/is"):
         open_data_set("padchest")

@@ -158,7 +158,7 @@ def test_the_card_gives_the_losses_of_the_log(whole, stage):
 
 def test_the_card_gives_seed_size_quality_and_the_warning(whole):
     for words in ("phantom, 64 px; seed 0; products in bfloat16", "4 steps of 4 pictures", "dB on held-out pictures",
-                  "decoder alone",                  "# whole: a latent diffusion model", "Not for clinical use."):
+                  "decoder alone", "# whole: a latent diffusion model", "Not for clinical use."):
         assert words in card(whole), words
 
 
@@ -298,6 +298,13 @@ def test_resuming_what_is_no_run_says_so(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         pretrain.main(["--resume", str(tmp_path)])
     assert_says(error, tmp_path, "no run to resume")
+
+
+def test_resuming_into_another_folder_is_refused(whole, tmp_path):
+    with pytest.raises(InputError) as error:
+        pretrain.main(["--resume", str(whole), "--out", str(tmp_path / "other")])
+    assert_says(error, "its own folder", "--out")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_that_holds_a_run_is_refused(place, whole):

@@ -69,6 +69,8 @@ def pictures(seeds, size=128, kind=None):
     """
     if kind is not None and kind not in KINDS:
         raise InputError(f"no kind of procedural picture is called {kind!r}; choose one of {', '.join(KINDS)}")
+    if size < 32:
+        raise InputError(f"a procedural picture's size must be 32 pixels or more, got {size}")
     images, captions = [], []
     for rng in generators(seeds, 0):
         drawn = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))

@@ -15,7 +15,8 @@ PRESETS = {
     "selora-montgomery": _SELORA | {"epochs": 100, "split": "80/20", "prompt_template": "montgomery"},
     "selora-384": _SELORA | {"epochs": 10, "size": 384},
     # The embedded base is so small that it takes, and needs, larger steps than Stable Diffusion.
-    "tiny": {"lr": 2e-3, "lr_schedule": "cosine", "warmup": 50, "batch_size": 16, "steps": 1500},
+    "tiny": {"lr": 2e-3, "lr_schedule": "cosine", "warmup": 50, "batch_size": 16, "steps": 1500,
+             "sample_interval": 500, "samples": 9},
     "nyu-lora": {"adapter": "lora", "rank": 4, "size": 224, "lr": 1e-4, "weight_decay": 0.0, "batch_size": 8,
                  "epochs": 10},
 }

@@ -288,6 +288,7 @@ def peak_memory_mb(model):
 
 
 def _not_finite(state, run):
-    best = f"the best adapter (step {state.best[1]}) is in {run.adapter}" if state.best else "no adapter was kept"
+    kept = run.adapter.exists() and state.best
+    best = f"the best adapter (step {state.best[1]}) is in {run.adapter}" if kept else "no adapter was kept"
     return (f"the loss or its gradient was not finite at {state.bad_steps} steps in a row, to step {state.step}; lower "
             f"--lr (it is {state.config.lr:g}) or raise --warmup; {best}, the last good state in {run.state}")

@@ -104,7 +104,10 @@ def parse(arguments):
         for stage in ("diffusion", "decoder"):
             if (given.resume / stage / "config.json").exists():
                 flags.set_defaults(**read_settings(given.resume / stage)["flags"])
-    return flags.parse_args(arguments)
+    args = flags.parse_args(arguments)
+    if args.resume and args.out != args.resume:
+        raise InputError(f"--resume {args.resume} goes on in its own folder; leave --out {args.out} out")
+    return args
 
 
 def main(arguments):
@@ -151,7 +154,8 @@ def main(arguments):
     folder = args.out / "model"
     save_folder({name: getattr(model, name) for name in NETWORKS}, model.config, folder)
     write_card(folder, args, flags, runs, seconds, autoencoder_psnr(model, data.records, parts, transform, args))
-    print(f'next: python sample.py "{pictures["validation"].prompts[0]}" --base {folder}')
+    prompt = pictures["validation"].prompts[0].replace('"', "'")
+    print(f'next: python sample.py "{prompt}" --base {folder}')
     return 0
 
 
