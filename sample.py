@@ -68,7 +68,10 @@ def main(arguments):
     if not args.adapter and is_embedded(args.base) and EMBEDDED_ADAPTER.is_file():
         args.adapter = [str(EMBEDDED_ADAPTER)]
         print("the embedded base with its adapter for chest radiographs (--adapter none: the bare base)")
-    args.adapter = [] if args.adapter == ["none"] else args.adapter
+    if args.adapter == ["none"]:
+        args.adapter = []
+    elif "none" in args.adapter:
+        raise InputError("--adapter none is the bare base; leave it out beside other adapters")
     adapters = [split_multiplier(adapter) for adapter in args.adapter]
     if absent := [str(path) for path, _ in adapters if not path.is_file()]:
         raise FileNotFoundError(f"no such adapter: {', '.join(absent)}")

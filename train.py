@@ -24,7 +24,7 @@ from minildm.training.config import PRESETS, TrainingConfig
 from minildm.training.run import Run, read_settings
 
 NOT_SETTINGS = ("resume", "dry_run", "out", "preset")
-FREE = ("device", "workers", "cache", "compile")  # what a resumed run may change
+FREE = ("device", "workers", "cache", "compile", "micro_batch")  # what a resumed run may change
 
 
 def parser():
@@ -81,7 +81,8 @@ def parser():
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the frozen base; the adapter is float32 (default: bfloat16 on a GPU, float32 elsewhere)")
-    add("--compile", action="store_true", help="compile the networks: minutes at the start, then faster on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the networks: minutes at the "
+        "start (and whenever a selora layer passes rank 8, 16, ...), then faster on a GPU")
     add("--workers", type=int, default=0, help="processes that read ahead")
     add("--cache", type=Path, default=Path.home() / ".cache" / "minildm", help="folder for latents and contexts")
     parser.set_defaults(size=None, **{field.name: field.default for field in dataclasses.fields(TrainingConfig)})
@@ -89,7 +90,7 @@ def parser():
 
 
 def parse(arguments):
-    """The flags; beside --preset or --resume those that are not given come from there."""
+    """The flags; those that are not given come from --preset (the embedded base has its own) or --resume."""
     flags = parser()
     given, _ = flags.parse_known_args(arguments)
     if given.preset and given.resume:
@@ -97,6 +98,8 @@ def parse(arguments):
     preset = given.preset or ("tiny" if not given.resume and is_embedded(given.base) else None)
     if preset:
         flags.set_defaults(preset=preset, **PRESETS[preset])
+    if given.epochs is not None and given.steps is None:
+        flags.set_defaults(steps=None)  # a preset's steps would cut the epochs that were asked for
     if given.resume:
         flags.set_defaults(**read_settings(given.resume)["flags"], out=given.resume)
     args = flags.parse_args(arguments)
@@ -112,6 +115,8 @@ def main(arguments):
     if args.dry_run:
         print(json.dumps(flags, indent=1))
         return 0
+    if args.preset:
+        print(f"settings: --preset {args.preset}, where no flag says otherwise (--dry-run shows all)")
     run = Run(args.out, flags, resume=args.resume is not None, free=FREE)
 
     start = time.perf_counter()

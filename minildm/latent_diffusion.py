@@ -88,7 +88,7 @@ def find_base(folder=WEIGHTS):
 
 def is_embedded(base=None):
     """Whether ``base`` (as in `load`) is the teaching model in weights/tiny."""
-    return (find_base() if base is None else Path(base)).resolve() == EMBEDDED
+    return (find_base() if base is None else Path(base)).resolve() == EMBEDDED.resolve()
 
 
 class LatentDiffusion(nn.Module):

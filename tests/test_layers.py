@@ -70,9 +70,17 @@ def test_attention_in_blocks_is_attention(queries, keys, d_head):
     assert relative_error(attend_by_products(*half), exact) <= max(2 * theirs, 2 * torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 5, 16), (4096, 160), (1, 4096, 160), (2, 2048, 160)])
-def test_a_linear_layer_is_torchs_at_any_size(shape, bias):
+def test_a_linear_layer_is_torchs_at_any_size(shape, bias, two_threads):
     """Large products of float32 take another way on a CPU; values and gradients must not show it."""
     ours, theirs = Linear(shape[-1], 192, bias=bias), torch.nn.Linear(shape[-1], 192, bias=bias)
     theirs.load_state_dict(ours.state_dict())

@@ -13,6 +13,7 @@ import numpy as np
 import peers
 import pytest
 import torch
+from made_data import folder
 from made_runs import settings
 from peers import assert_says
 from safetensors import safe_open
@@ -620,3 +621,23 @@ def test_a_device_that_is_not_there_is_one_line(place, tmp_path):
     with pytest.raises(InputError) as error:
         pretrain.main([*flags(place), "--device", "nowhere", "--out", str(tmp_path / "run")])
     assert_says(error, "nowhere")
+
+
+def test_a_broken_file_is_found_before_training_and_can_be_left_out(place, tmp_path, capsys):
+    folder(tmp_path / "data", 30)
+    broken = sorted((tmp_path / "data").rglob("*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    given = flags(place, data=f"folder:{tmp_path / 'data'}", split="70/10/20", limit=30, vae_steps=1, steps=1,
+                  decoder_steps=1)
+    with pytest.raises(InputError) as error:
+        pretrain.main([*given, "--out", str(tmp_path / "run")])
+    assert_says(error, "1 of 30 pictures", broken.name, "--skip-bad")
+    assert not list(tmp_path.rglob("log.jsonl"))
+    assert pretrain.main([*given, "--skip-bad", "--out", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "decoder" / "config.json").read_text())["found"]["data"]
+    assert found.startswith("29 pictures")
+    table = tmp_path / "data" / "metadata.csv"
+    table.write_text(table.read_text().replace("number 5", "number 500"))
+    with pytest.raises(InputError) as error:
+        pretrain.main(["--resume", str(tmp_path / "run")])
+    assert_says(error, "begun with data")

@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+from tqdm import tqdm
 
 from minildm.data.records import Record
 from minildm.data.xray import (
@@ -85,7 +86,7 @@ def records(n=N_RECORDS, seed=0):
 
     Returns: (list of Record, whose ``draw`` makes the picture at any size; notes: none).
     """
-    captions = [pictures([(seed, i)], 32)[1][0] for i in range(n)]
+    captions = [pictures([(seed, i)], 32)[1][0] for i in tqdm(range(n), desc="writing captions", delay=2, disable=None)]
     return [Record(name=f"{i:06d}", patient=str(i), fields={"text": caption}, draw=functools.partial(_draw, (seed, i)))
             for i, caption in enumerate(captions)], []
 

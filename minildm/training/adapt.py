@@ -76,6 +76,7 @@ def adapt(model, training, validation, config, run, cache, balance=None, workers
     if config.checkpointing:
         checkpoint_blocks(model.unet, model.text_encoder)
     if compiled:
+        torch._dynamo.config.recompile_limit = 64  # at 8 it would give up, in silence, as SeLoRA's layers grow
         model.unet.compile()
         model.text_encoder.compile()
     prompts = list(dict.fromkeys((validation if validation.records else training).prompts))[:config.samples]

@@ -11,6 +11,7 @@ import contextlib
 import math
 import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -53,8 +54,11 @@ class State:
         """Add the tested row; it counts its own steps."""
         new = layer.grow(expansion)
         if new:
-            self.trained |= {name: p for name, p in self.model.named_parameters()
-                             if p.requires_grad and name not in self.trained}
+            added = {name: p for name, p in self.model.named_parameters()
+                     if p.requires_grad and name not in self.trained}
+            self.trained |= added
+            if self.average:
+                self.average |= {name: p.detach().clone() for name, p in added.items()}
             self.optimizer.add(new)
         else:
             A, B = layer.blocks()[-1]
@@ -95,8 +99,7 @@ class State:
         self.trained = {name: parameters[name] for name in state["trained"]}  # the order they came in
         for name, values in state["trained"].items():
             self.trained[name].data.copy_(values)
-        for name, values in state["average"].items():
-            self.average[name].copy_(values)
+        self.average = {name: values.to(self.trained[name].device) for name, values in state["average"].items()}
         self.optimizer = AdamW(list(self.trained.values()), weight_decay=self.config.weight_decay)
         self.optimizer.load_state_dict(state["optimizer"])
         for name in self.NUMBERS:
@@ -160,6 +163,9 @@ def train(model, losses, batches, steps, config, run, validate=None, validation_
                 print(f"stopped at step {state.step} of {steps}, the state is saved; continue with: "
                       f"{run.continue_with}")
                 raise KeyboardInterrupt
+    if asked:  # during the last step, whose state is saved
+        print(f"stopped after the last step; for what follows it: {run.continue_with}")
+        raise KeyboardInterrupt
     return state
 
 
@@ -207,7 +213,8 @@ def measured(model, config, step):
     """SeLoRA's test at this step: the rows it draws depend on the seed and the step alone. Compiled networks run as
     they are written, for the probe to see each layer."""
     generator = seeded(config.seed, "rows", step)
-    with torch.compiler.set_stance("force_eager"), \
+    compiled = "torch._dynamo" in sys.modules  # which the stance alone would import
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext(), \
             fisher_probe(model, generator, config.expand_criterion == "expected") as probe:
         yield probe
 

@@ -13,18 +13,22 @@ card.
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import math
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from minildm.checkpoint import NETWORKS, save_folder
 from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.data.flags import add_data_flags, data_set_from, transform_from
 from minildm.data.loader import TrainingPairs, training_batches
 from minildm.data.prompts import prompts_for
+from minildm.data.reading import read
 from minildm.data.splits import classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.files import sha256, written_beside
@@ -34,10 +38,10 @@ from minildm.training.adapt import Pictures, draw_sheet, encode
 from minildm.training.config import TrainingConfig
 from minildm.training.loop import train
 from minildm.training.run import Run, read_settings
-from minildm.training.step import Captions, draw, sample_losses, seeded, validation_loss
+from minildm.training.step import Captions, checkpoint_blocks, draw, sample_losses, seeded, validation_loss
 
-# Norms of 4 or 8 channels a group: with the 32 groups of the large models, the finest levels would have one or two
-# channels a group, and a norm over one channel takes back what the time embedding added to it.
+# Fewer groups than the 32 of the large models: in levels so narrow each would have one channel or two, and a norm over
+# one channel takes back what the time embedding added to it.
 SHAPES = {
     "tiny": ModelConfig(
         UNetConfig(widths=(80, 160), attention=(True, True), n_heads=(4, 8), layers_per_block=1, context_dim=80,
@@ -48,16 +52,15 @@ SHAPES = {
     "sd21": ModelConfig(UNetConfig(n_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True), VAEConfig(),
                         TextEncoderConfig(1024, 23, 16, 4096, "gelu"), ScheduleConfig(prediction="v"), pad_token_id=0),
 }
-FREE = ("device", "workers", "cache", "sample_interval", "save_interval")  # what a resumed run may change
-SECOND_STAGE = ("steps", "batch_size", "lr", "caption_dropout", "min_snr_gamma")  # no business of the autoencoder's
-THIRD_STAGE = ("decoder_steps", "decoder_batch_size", "decoder_lr")  # nor these of the two before
+FREE = ("device", "workers", "cache", "micro_batch", "checkpointing", "sample_interval", "save_interval")  # as resumed
+STAGES = {"autoencoder": "vae_", "diffusion": "", "decoder": "decoder_"}  # and how their flags begin
 HELD_OUT = 256  # pictures at most that validation and the card look at
 
 # Words keep the random vectors they are drawn with, so that words never seen in pretraining are as distinct to the text
 # encoder as all others, and an adapter can give them a meaning. Positions start as large and are learnt.
 WORD = 0.2  # standard deviation
 
-# The autoencoder's loss, each term a mean: over pixels for the first three, over the code's numbers for the last.
+# Weights of the autoencoder's loss beside |d|, each term a mean: over pixels, for the last over the code's numbers.
 EDGES, SQUARES, KL = 1.0, 1.0, 1e-4
 
 
@@ -85,6 +88,7 @@ def parser():
     add("--min-snr-gamma", type=float, default=0.0, help="weight the loss by min-SNR, 5 is usual; 0 = off")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient, 0 = off")
     add("--seed", type=int, default=0, help="of everything random")
+    add("--checkpointing", action="store_true", help="compute activations twice instead of keeping them: less memory")
     add("--sample-interval", type=int, default=1000, help="steps between sheets of pictures; 0 = none")
     add("--save-interval", type=int, default=200, help="steps between saved states")
     add = parser.add_argument_group("machine").add_argument
@@ -101,9 +105,6 @@ def parse(arguments):
     flags = parser()
     if given.resume:
         flags.set_defaults(**read_settings(given.resume / "autoencoder")["flags"], out=given.resume)
-        for stage in ("diffusion", "decoder"):
-            if (given.resume / stage / "config.json").exists():
-                flags.set_defaults(**read_settings(given.resume / stage)["flags"])
     args = flags.parse_args(arguments)
     if args.resume and args.out != args.resume:
         raise InputError(f"--resume {args.resume} goes on in its own folder; leave --out {args.out} out")
@@ -112,20 +113,20 @@ def parse(arguments):
 
 def main(arguments):
     args = parse(arguments)
-    for prefix in ("vae_", "", "decoder_"):
+    for prefix in STAGES.values():
         stage_config(args, prefix)  # a wrong flag of the last stage must not wait for the first to end
     usable_device(args.device)
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
              if name not in ("resume", "out")}
-    later = {"autoencoder": SECOND_STAGE + THIRD_STAGE, "diffusion": THIRD_STAGE, "decoder": ()}
-    runs = {stage: open_stage(args, stage, flags, FREE + others) for stage, others in later.items()}
+    runs = {stage: open_stage(args, stage, flags) for stage in STAGES}
     data = data_set_from(args, args.data)
     transform = transform_from(args)
+    data, contents = whole_files(data, transform, args.skip_bad)
     prompts = tuple(prompts_for(data, args.prompt_template))
     parts = split_by_patient(data.records, args.split, args.seed)
     if "validation" not in parts:
         raise InputError(f"--split {args.split} leaves no picture to validate on; take 98/2, 80/16/4 or 70/10/20")
-    parts["validation"] = parts["validation"][:HELD_OUT]
+    parts["validation"] = parts["validation"][::math.ceil(len(parts["validation"]) / HELD_OUT)]
     for note in data.notes:
         print(f"note: {note}")
     print(f"{data.name}: " + ", ".join(f"{len(part):,} {name}" for name, part in parts.items()) + f" pictures of "
@@ -134,20 +135,19 @@ def main(arguments):
     config = SHAPES[args.shape]
     config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, latent_size=args.size // 8))
     model = new_model(config, args.seed, args.device)
-    begin(runs["autoencoder"], data)
+    if args.checkpointing:
+        checkpoint_blocks(model.vae, model.unet, model.text_encoder)
+    found = fingerprint(data, prompts, contents)
+    runs["autoencoder"].begin(data=found)
     seconds = [train_autoencoder(model, [model.vae], data, parts, transform, args, runs["autoencoder"], "vae_")]
 
-    latents = encode(model, data.records, transform, args.cache, args.skip_bad)
-    if len(latents) < len(data):
-        raise InputError(f"{len(data) - len(latents)} pictures cannot be decoded; python -m minildm check "
-                         f"{args.data} names them, --exclude leaves them out")
-    pictures = Pictures(data.records, prompts, latents)
+    pictures = Pictures(data.records, prompts, encode(model, data.records, transform, args.cache))
     pictures = {name: pictures.some(indices) for name, indices in parts.items()}
     model.config = dataclasses.replace(model.config, vae=dataclasses.replace(
         model.config.vae, scaling_factor=unit_scale(pictures["train"].latents)))
-    begin(runs["diffusion"], data)
+    runs["diffusion"].begin(data=found)
     seconds.append(train_diffusion(model, pictures, args, runs["diffusion"]))
-    begin(runs["decoder"], data)
+    runs["decoder"].begin(data=found)
     seconds.append(train_autoencoder(model, [model.vae.decoder, model.vae.post_quant_conv], data, parts, transform,
                                      args, runs["decoder"], "decoder_"))
 
@@ -159,14 +159,39 @@ def main(arguments):
     return 0
 
 
-def open_stage(args, stage, flags, free):
+def open_stage(args, stage, flags):
     folder = args.out / stage
     resume = args.resume is not None and (folder / "config.json").exists()
-    return Run(folder, flags, resume, free, f"python -m minildm pretrain --resume {args.out}")
+    return Run(folder, flags, resume, FREE, f"python -m minildm pretrain --resume {args.out}")
 
 
-def begin(run, data):
-    run.begin(data=f"{data.name}, {len(data)} pictures, {data.records[0].name} to {data.records[-1].name}")
+def whole_files(data, transform, skip_bad):
+    """Decode every file once, so that none fails hours later; drawn pictures have none. Returns: (the DataSet, with
+    ``skip_bad`` without those that cannot be read, the contents' hashes by name)."""
+    files = [record for record in data.records if record.draw is None]
+    contents, bad = {}, {}
+
+    def look(record):
+        try:
+            contents[record.name] = read(record, transform)[2]
+        except InputError as error:
+            bad[record.name] = str(error)
+
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(look, files), total=len(files), desc="looking at all pictures", delay=2, disable=None))
+    if bad and not skip_bad:
+        raise InputError(f"{len(bad):,} of {len(data):,} pictures cannot be used: {'; '.join(list(bad.values())[:5])}; "
+                         "--skip-bad goes on without them")
+    kept = tuple(record for record in data.records if record.name not in bad)
+    return dataclasses.replace(data, records=kept), contents
+
+
+def fingerprint(data, prompts, contents):
+    """Names, prompts and contents in one hash: captions themselves are not written down."""
+    digest = hashlib.sha256()
+    for record, prompt in zip(data.records, prompts):
+        digest.update(f"{record.name}\n{prompt}\n".encode() + contents.get(record.name, b""))
+    return f"{len(data)} pictures, {digest.hexdigest()[:16]}"
 
 
 def new_model(config, seed, device):
@@ -183,12 +208,16 @@ def new_model(config, seed, device):
     return model.requires_grad_(False)
 
 
-def stage_config(args, prefix="", **more):
-    """TrainingConfig of a stage: the command line's flags with this prefix, and those of both."""
+def stage_config(args, prefix):
+    """TrainingConfig of a stage: the command line's flags with this prefix, and those of all stages."""
     shared = {name: getattr(args, name) for name in ("micro_batch", "warmup", "ema_decay", "caption_dropout", "clip",
-                                                     "min_snr_gamma", "seed", "sample_interval", "save_interval")}
+                                                     "min_snr_gamma", "checkpointing", "seed", "sample_interval",
+                                                     "save_interval")}
     own = {name: getattr(args, prefix + name) for name in ("steps", "batch_size", "lr")}
-    return TrainingConfig(**shared, **own, lr_schedule="cosine", **more)
+    try:
+        return TrainingConfig(**shared, **own, lr_schedule="cosine")
+    except InputError as error:
+        raise InputError(f"{error}" + f" (of --{prefix[:-1]}-... flags)" * bool(prefix)) from None
 
 
 def low_precision(args):
@@ -201,7 +230,7 @@ def low_precision(args):
 def autoencoder_losses(images, reconstructions, code):
     """(B,) losses: what a picture loses through its code, and how far the code is from a standard normal.
 
-        |d| + d^2 + |grad d| + 1e-4 KL        d = x - x', grad: differences of neighbouring pixels
+        |d| + SQUARES d^2 + EDGES |grad d| + KL divergence        d = x - x', grad: differences of neighbouring pixels
 
     The gradient's term stands in for the perceptual loss of the paper (3.1), which needs a trained network: it asks
     for edges where the others are content with the right grey on both sides.
@@ -290,7 +319,7 @@ def unit_scale(latents, most=2000):
 # --- stage 2 ---------------------------------------------------------------------------------------------------------
 def train_diffusion(model, pictures, args, run):
     """Stage 2, on cached latents. The model is left with the averaged weights. Returns: seconds of training."""
-    config = stage_config(args)
+    config = stage_config(args, "")
     networks = torch.nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder}).requires_grad_(True)
     model.text_encoder.text_model.embeddings.token_embedding.requires_grad_(False)
     data = {name: (TrainingPairs(part.records, part.prompts, latents=part.latents), Captions(model, part.prompts))
@@ -322,7 +351,7 @@ def write_card(folder, args, flags, runs, seconds, psnr):
     """README.md beside the weights: how they were made, loss curves as numbers, SHA-256 of the files."""
     words = ["python -m minildm pretrain"]
     for name, value in flags.items():
-        if value != parser().get_default(name) and name not in (*FREE, "device"):
+        if value != parser().get_default(name) and name not in FREE:
             words += [f"--{name.replace('_', '-')}"] + [shlex.quote(str(value))] * (value is not True)
     command = " ".join(words)
     lines = [f"# {folder.resolve().parent.name}: a latent diffusion model by minildm", "", f"Made by `{command}`", "",

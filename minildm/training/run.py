@@ -97,8 +97,9 @@ class Run:
             try:
                 state = torch.load(self.state, map_location="cpu", weights_only=True)
             except Exception as error:
-                raise InputError(f"{self.state} is damaged ({_first_line(error)}); the best adapter so far is in "
-                                 f"{self.adapter}, begin a new run with another --out") from None
+                kept = f"the best adapter so far is in {self.adapter}, " if self.adapter.exists() else ""
+                raise InputError(f"{self.state} is damaged ({_first_line(error)}); {kept}begin a new run with another "
+                                 "--out") from None
         self.log_bytes = state["log_bytes"] if state else 0
         if (self.folder / "log.jsonl").exists():
             with open(self.folder / "log.jsonl", "r+b") as file:
