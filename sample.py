@@ -39,7 +39,8 @@ def parse(arguments):
     add = parser.add_argument_group("how").add_argument
     add("--sampler", default="ddim", choices=tuple(SAMPLER_NAMES), help="20 steps do for dpm++")
     add("--steps", type=int, default=50, help="calls of the U-Net, 1 to 1000")
-    add("--guidance", type=float, default=7.5, help="guidance scale; 1 or less = off, and twice as fast")
+    add("--guidance", type=float, help="guidance scale; 1 or less = off, and twice as fast (default: 7.5; 3 for "
+        "weights/tiny)")
     add("--eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
     add("--karras", action="store_true", help="Karras spacing of dpm++'s steps")
     add("--seed", type=int, default=0, help="picture i has seed + i")
@@ -63,7 +64,15 @@ def main(arguments):
 
     import torch
 
-    from minildm.latent_diffusion import EMBEDDED_ADAPTER, check_sampling, is_embedded, load, split_multiplier
+    from minildm.latent_diffusion import (
+        EMBEDDED_ADAPTER,
+        check_sampling,
+        is_embedded,
+        load,
+        split_multiplier,
+        usual_guidance,
+    )
+    args.guidance = usual_guidance(args.base) if args.guidance is None else args.guidance
     check_sampling(args.steps, args.guidance, args.sampler, args.eta, args.karras, args.seed, args.height, args.width)
     if not args.adapter and is_embedded(args.base) and EMBEDDED_ADAPTER.is_file():
         args.adapter = [str(EMBEDDED_ADAPTER)]

@@ -15,7 +15,8 @@ import minildm
 import train
 from minildm.data import phantom, procedural, ruler
 from minildm.data.reading import to_tensor
-from minildm.latent_diffusion import EMBEDDED, EMBEDDED_ADAPTER, is_embedded
+from minildm.errors import InputError
+from minildm.latent_diffusion import EMBEDDED, EMBEDDED_ADAPTER, find_base, is_embedded, usual_guidance
 from minildm.metrics.adherence import prompt_adherence
 from minildm.training.config import PRESETS
 
@@ -36,6 +37,8 @@ def test_the_files_are_small_and_those_of_the_card():
 
 
 def test_it_is_the_base_where_nothing_else_is(tmp_path):
+    (tmp_path / "tiny").symlink_to(EMBEDDED)
+    assert find_base(tmp_path) == tmp_path / "tiny" and is_embedded(tmp_path / "tiny")
     assert is_embedded(EMBEDDED) and not is_embedded(tmp_path)
     assert is_embedded(Path(minildm.__file__).parent / ".." / "weights" / "tiny")
 
@@ -49,7 +52,7 @@ def test_the_adapter_is_selora_for_this_base_and_its_ranks_are_uneven(model):
 
 def test_the_bare_base_draws_what_a_prompt_of_shapes_asks_for(model):
     prompts = [procedural.shape_prompt((7, i)) for i in range(16)]
-    images = model.sample(prompts, steps=20, sampler="dpm++")
+    images = model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(EMBEDDED))
     assert sum(procedural.check_shapes(np.asarray(image), prompt).right
                for image, prompt in zip(images, prompts)) >= 10
 
@@ -70,7 +73,7 @@ def test_with_its_adapter_it_draws_the_chest_that_is_asked_for(tmp_path):
     prompts = [f"chest x-ray, age 60 {one['sex']}, view {one['view']}, projection {one['view']}, "
                f"modality {'DX' if one['view'] == 'PA' else 'CR'}, diagnosis normal" for one in wanted]
     paths = [tmp_path / f"{i}.png" for i in range(len(prompts))]
-    for image, path in zip(model.sample(prompts, steps=20, sampler="dpm++"), paths):
+    for image, path in zip(model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(EMBEDDED)), paths):
         image.save(path)
     agreement = prompt_adherence(paths, wanted, ruler.measure, ruler.obeys)
     assert agreement["view"].share >= 0.7 and agreement["sex"].share >= 0.7
@@ -100,3 +103,9 @@ def test_the_embedded_base_brings_its_own_settings_and_flags_win(tmp_path):
     assert args.lr == 0.5 and args.steps == PRESETS["tiny"]["steps"] and args.preset == "tiny"
     assert train.parse(["--base", str(tmp_path)]).lr == 1e-4
     assert train.parse(["--base", str(EMBEDDED), "--preset", "selora-iu"]).steps is None
+    assert train.parse(["--base", str(EMBEDDED), "--epochs", "100"]).steps is None  # nothing cuts them
+
+
+def test_no_adapter_beside_adapters_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="--adapter none is the bare base"):
+        sample_py.main(["x", "--base", str(EMBEDDED), "--adapter", "none", "--adapter", "a", "--out", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The command line's data flags, one place for train.py, ``check`` and ``prompts``."""
+"""The command line's data flags, one place for train.py, ``pretrain``, ``check`` and ``prompts``."""
 
 from minildm.data.prompts import TEMPLATES
 from minildm.data.reading import Transform

@@ -13,7 +13,7 @@ from minildm.data.cache import CachedLatents, context_cache, latent_cache
 from minildm.data.loader import TrainingPairs, training_batches
 from minildm.data.splits import classes_of
 from minildm.errors import InputError
-from minildm.latent_diffusion import to_pil
+from minildm.latent_diffusion import to_pil, usual_guidance
 from minildm.pictures import contact_sheet, save_png
 from minildm.training.loop import memory_advice, train
 from minildm.training.memory import forecast
@@ -111,8 +111,9 @@ def report_forecast(model, one_sample_loss, config):
 
 def draw_sheet(model, prompts, size, config, run, step):
     """A sheet of pictures from fixed prompts and seeds: only the adapter differs from one sheet to the next."""
-    images = model.sample(prompts, steps=20, sampler="dpm++", seed=config.seed, height=size, width=size,
-                          output="tensor")
+    guidance = usual_guidance(model.files.path) if model.files else 7.5  # a model made in memory has no files
+    images = model.sample(prompts, steps=20, guidance=guidance, sampler="dpm++", seed=config.seed, height=size,
+                          width=size, output="tensor")
     save_png(contact_sheet(to_pil(images)), run.folder / "samples" / f"step-{step:06}.png",
              f"contact sheet of step {step}")
 
