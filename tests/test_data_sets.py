@@ -214,7 +214,7 @@ def test_an_unknown_data_set_lists_the_known_ones():
         open_data_set("padchest")
 
 
-@pytest.mark.parametrize("name", [name for name in records.DATA_SETS if name != "phantom"])
+@pytest.mark.parametrize("name", [name for name in records.DATA_SETS if name not in records.DRAWN])
 def test_a_path_that_is_not_the_data_set_says_what_was_looked_for_and_what_is_there(tmp_path, name):
     (tmp_path / "notes.doc").touch()
     with pytest.raises(InputError, match=r"does not hold .*(csv|txt).*; it holds notes.doc"):

@@ -17,7 +17,8 @@ import numpy as np
 
 from minildm.errors import InputError
 
-DATA_SETS = ("phantom", "procedural", "folder", "iu-xray", "montgomery", "padchest", "patch-gastric", "mimic-cxr")
+DRAWN = ("phantom", "procedural")  # made when asked for: no path
+DATA_SETS = (*DRAWN, "folder", "iu-xray", "montgomery", "padchest", "patch-gastric", "mimic-cxr")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def open_data_set(spec, views="frontal", drop_pediatric=False, min_age=None, lim
     if views not in ("frontal", "all"):
         raise InputError(f"views must be frontal or all, got {views!r}")
     source = importlib.import_module("minildm.data." + name.replace("-", "_"))
-    if name in ("phantom", "procedural"):
+    if name in DRAWN:
         records, notes = source.records()
     elif not path:
         raise InputError(f"--data {name} needs a path: {name}:/where/it/is")

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from minildm.data.records import DRAWN
 from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.metrics.frechet import Statistics
@@ -30,7 +31,7 @@ def list_pictures(source):
     Raises: FileNotFoundError or InputError, in words, when there are none.
     """
     folder = Path(source)
-    if not folder.exists() and (":" in str(source) or str(source) in ("phantom", "procedural")):
+    if not folder.exists() and (":" in str(source) or str(source) in DRAWN):
         return _records(str(source))
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist; expected a folder of pictures")
