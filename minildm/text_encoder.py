@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minildm.config import MAX_TOKENS
+from minildm.layers import attend
 
 
 def quick_gelu(x):
@@ -29,10 +30,7 @@ class CausalAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        query, key, value = (proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, n_heads, 77, d_head)
-                             for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.n_heads, causal=True))
 
 
 class MLP(nn.Module):

@@ -70,6 +70,18 @@ def test_attention_in_blocks_is_attention(queries, keys, d_head):
     assert relative_error(attend_by_products(*half), exact) <= max(2 * theirs, 2 * torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.mark.parametrize("tokens", [2, 77, 300])
+def test_causal_attention_by_products_is_causal_attention(tokens):
+    given = [noise(2, 3, tokens, 20, seed=tokens + i).requires_grad_(True) for i in range(3)]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in given), is_causal=True)
+    assert relative_error(attend_by_products(*given, causal=True), exact) <= PARITY
+    ours, theirs = (torch.autograd.grad(out.double().square().sum(), given)
+                    for out in (attend_by_products(*given, causal=True), exact))
+    assert max(map(relative_error, ours, theirs)) <= PARITY
+    half = [x.detach().bfloat16().transpose(1, 2).flatten(2) for x in given]  # (B, L, 60)
+    assert relative_error(attend(*half, n_heads=3, causal=True).unflatten(-1, (3, 20)).transpose(1, 2), exact) <= 0.02
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()

@@ -33,7 +33,15 @@ from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.training import loop, pretrain
 from minildm.training.loop import State
-from minildm.training.pretrain import SHAPES, WORD, autoencoder_losses, autoencoder_psnr, new_model, unit_scale
+from minildm.training.pretrain import (
+    SHAPES,
+    WORD,
+    autoencoder_losses,
+    autoencoder_psnr,
+    new_model,
+    normalise_codes,
+    unit_scale,
+)
 from minildm.training.run import Run
 from minildm.vae import VAE, Gaussian
 
@@ -541,7 +549,28 @@ def test_the_codes_term_is_torchs_divergence():
     images = torch.zeros(3, 3, 40, 40)
     theirs = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0, 1)).mean((1, 2, 3))
     ours = autoencoder_losses(images, images, Gaussian(mean, logvar))
-    torch.testing.assert_close(ours, 1e-4 * theirs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, pretrain.KL * theirs, rtol=1e-5, atol=0)
+
+
+def test_normalised_codes_have_unit_channels_and_mean_the_same_pictures():
+    torch.manual_seed(0)
+    vae = VAE(configs.VAEConfig.tiny()).requires_grad_(False)
+    with torch.no_grad():  # channels as uneven as training leaves them
+        vae.quant_conv.weight[:4] *= torch.tensor([0.1, 1.0, 4.0, 20.0])[:, None, None, None]
+        vae.quant_conv.bias[:4] += torch.tensor([3.0, 0.0, -1.0, 7.0])
+    images = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    images *= torch.linspace(0, 1, 24)[:, None, None, None]
+    before = vae.encode(images)
+    s, m = torch.std_mean(before.mean, (0, 2, 3), correction=0)
+    noise = torch.randn(before.mean.shape, generator=torch.Generator().manual_seed(2))
+    drawn = vae.decode(before.mean + (0.5 * before.logvar).exp() * noise)
+
+    normalise_codes(vae, [{"images": image} for image in images], list(range(24)), "cpu")
+    after = vae.encode(images)
+    deviation, mean = torch.std_mean(after.mean, (0, 2, 3), correction=0)
+    torch.testing.assert_close(deviation, torch.ones(4), rtol=0.0051, atol=0)  # s and m have three digits
+    assert (mean.abs() <= 0.0051 * (m / s).abs() + 1e-4).all()
+    torch.testing.assert_close(vae.decode(after.mean + (0.5 * after.logvar).exp() * noise), drawn, rtol=0, atol=1e-4)
 
 
 # --- measures --------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ RELATIONS = {
     "right of": (1, 0),
 }  # where the first one lies, y down
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
-KINDS = {"shapes": 0.6, "textures": 0.08, "scenes": 0.07, "radiographs": 0.25}
+KINDS = {"shapes": 0.66, "textures": 0.1, "scenes": 0.04, "radiographs": 0.2}
 PROMPT = "{text}"
 N_RECORDS = 40_000  # of the data set; drawn when asked for, never stored
 
@@ -161,16 +161,16 @@ def _tint(rng, name):
 
 def _shapes(rng, size):
     canvas, background = _plain(rng, size)
-    plan = rng.choice(("pair", "single", "count"), p=(0.62, 0.22, 0.16))
+    plan = rng.choice(("pair", "single", "count"), p=(0.78, 0.13, 0.09))
     c1, c2 = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
     s1, s2 = (str(s) for s in rng.choice(SHAPES, 2))
     if plan == "pair":
         relation = str(rng.choice(list(RELATIONS)))
         dx, dy = RELATIONS[relation]
-        gap, jitter = rng.uniform(0.21, 0.26), rng.uniform(-0.07, 0.07, 2)
+        gap, jitter = rng.uniform(0.23, 0.26), rng.uniform(-0.07, 0.07, 2)
         for sign, colour, shape, wobble in ((1, c1, s1, jitter[0]), (-1, c2, s2, jitter[1])):
             cx, cy = 0.5 + sign * dx * gap + wobble * abs(dy), 0.5 + sign * dy * gap + wobble * abs(dx)
-            _paint(canvas, shape, _tint(rng, colour), cx, cy, rng.uniform(0.13, 0.2))
+            _paint(canvas, shape, _tint(rng, colour), cx, cy, rng.uniform(0.17, 0.23))
         words = f"to the {relation}" if dx and rng.random() < 0.4 else relation
         if not dx and rng.random() < 0.15:
             words = {"above": "over", "below": "under"}[relation]
@@ -320,7 +320,7 @@ def _templates(side):
 def _textures(rng, size):
     x, y = _grid(size)
     c1, c2 = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
-    kind = rng.choice(("stripes", "checks", "dots", "clouds", "gradient", "gray"))
+    kind = rng.choice(("stripes", "checks", "dots", "clouds", "gradient", "gray"), p=(0.1, 0.1, 0.1, 0.2, 0.1, 0.4))
     if kind == "stripes":
         way, (a, b) = list({"horizontal": (0, 1), "vertical": (1, 0), "diagonal": (0.7, 0.7)}.items())[rng.integers(3)]
         wave = np.sin((a * x + b * y) * 2 * math.pi * rng.integers(3, 9) + rng.uniform(0, 6))
@@ -410,7 +410,7 @@ def _radiographs(rng, size):
         path = path + SOFT * rng.uniform(3, 12) * (1 + 0.1 * (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) / 10)
         thing += str(rng.choice((" in water", " in a tank of water")))
     words = str(rng.choice(("an x-ray of {}", "x-ray of {}", "a radiograph of {}", "a radiograph showing {}")))
-    path = path * (1 + 0.01 * fractal([rng], size, range(3, 8)))
+    path = path * (1 + 10 ** rng.uniform(-2.2, -1.2) * fractal([rng], size, range(3, 8)))
     black, white = rng.uniform(0.15, 0.5), rng.uniform(0.74, 0.92)
     image = expose(path.astype(np.float32), [rng], 20 / size, 1e7, rng.uniform(0.1, 0.4), black, white, present=0.06)[0]
     return image, words.format(thing)

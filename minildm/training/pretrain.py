@@ -44,7 +44,7 @@ from minildm.training.step import Captions, checkpoint_blocks, draw, sample_loss
 # one channel takes back what the time embedding added to it.
 SHAPES = {
     "tiny": ModelConfig(
-        UNetConfig(widths=(80, 160), attention=(True, True), n_heads=(4, 8), layers_per_block=1, context_dim=80,
+        UNetConfig(widths=(80, 160), attention=(True, True), n_heads=(2, 8), layers_per_block=1, context_dim=80,
                    norm_groups=10, latent_size=16),
         VAEConfig(widths=(32, 32, 64, 64), layers_per_block=1, norm_groups=8),
         TextEncoderConfig(width=80, n_layers=3, n_heads=4, mlp_width=320), ScheduleConfig(prediction="v")),
@@ -61,7 +61,7 @@ HELD_OUT = 256  # pictures at most that validation and the card look at
 WORD = 0.2  # standard deviation
 
 # Weights of the autoencoder's loss beside |d|, each term a mean: over pixels, for the last over the code's numbers.
-EDGES, SQUARES, KL = 1.0, 1.0, 1e-4
+EDGES, SQUARES, KL = 1.0, 1.0, 1e-3
 
 
 def parser():
@@ -140,6 +140,7 @@ def main(arguments):
     found = fingerprint(data, prompts, contents)
     runs["autoencoder"].begin(data=found)
     seconds = [train_autoencoder(model, [model.vae], data, parts, transform, args, runs["autoencoder"], "vae_")]
+    normalise_codes(model.vae, TrainingPairs(data.records, prompts, transform), parts["train"], args.device)
 
     pictures = Pictures(data.records, prompts, encode(model, data.records, transform, args.cache))
     pictures = {name: pictures.some(indices) for name, indices in parts.items()}
@@ -303,6 +304,28 @@ def autoencoder_psnr(model, records, parts, transform, args):
     pairs = TrainingPairs([records[i] for i in parts["validation"]], [""] * len(parts["validation"]), transform)
     errors = [error for batch in squared_errors(model.vae, pairs, args) for error in batch]
     return sum(10 * math.log10(4 / max(error, 1e-10)) for error in errors) / len(errors)
+
+
+@torch.no_grad()
+def normalise_codes(vae, pairs, indices, device, most=1024):
+    """Give each channel of the code mean 0 and deviation 1, exactly undone by the decoder: the 1x1 convolutions around
+    the code take it in. A channel of small deviation would otherwise drown in the noise that all of them get.
+
+        mean' = (mean - m) / s    logvar' = logvar - 2 ln s    z = s z' + m      m, s: of ``most`` pictures' means
+    """
+    indices, total, squares = indices[::math.ceil(len(indices) / most)], 0.0, 0.0
+    for first in range(0, len(indices), 8):
+        images = torch.stack([pairs[i]["images"] for i in indices[first:first + 8]])
+        mean = vae.encode(images.to(device)).mean.double()  # (B, 4, h, w)
+        total, squares = total + mean.mean((2, 3)).sum(0), squares + mean.square().mean((2, 3)).sum(0)
+    m = total / len(indices)  # (4,)
+    s = (squares / len(indices) - m * m).sqrt()
+    m, s = (torch.tensor([float(f"{v:.3g}") for v in x.tolist()], device=device) for x in (m, s))  # the same at a rerun
+    into, out = vae.quant_conv, vae.post_quant_conv
+    into.weight[:len(s)] /= s[:, None, None, None]
+    into.bias.copy_(torch.cat([(into.bias[:len(s)] - m) / s, into.bias[len(s):] - 2 * s.log()]))
+    out.bias += out.weight[:, :, 0, 0] @ m
+    out.weight *= s[:, None, None]
 
 
 def unit_scale(latents, most=2000):
