@@ -40,6 +40,7 @@ from minildm.training.pretrain import (
     autoencoder_psnr,
     new_model,
     normalise_codes,
+    random_crops,
     unit_scale,
 )
 from minildm.training.run import Run
@@ -63,7 +64,7 @@ def place(tmp_path_factory):
 
 def flags(place, **changes):
     values = {"data": "phantom", "limit": 40, "size": 64, "vae_steps": 4, "steps": 4, "decoder_steps": 4,
-              "vae_batch_size": 4, "batch_size": 4, "decoder_batch_size": 4, "warmup": 1, "sample_interval": 0,
+              "vae_batch_size": 4, "vae_crop": 32, "batch_size": 4, "decoder_batch_size": 4, "warmup": 1, "sample_interval": 0,
               "device": "cpu", "cache": place / "cache"} | changes
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -552,6 +553,21 @@ def test_the_codes_term_is_torchs_divergence():
     torch.testing.assert_close(ours, pretrain.KL * theirs, rtol=1e-5, atol=0)
 
 
+def test_crops_are_windows_whose_places_the_sample_numbers_decide():
+    images = torch.arange(6 * 20 * 24).reshape(6, 1, 20, 24).expand(6, 3, 20, 24).float()
+    crops = random_crops(images, 16, seed=3, numbers=range(6))
+    assert crops.shape == (6, 3, 16, 16)
+    places = set()
+    for i, (image, crop) in enumerate(zip(images, crops)):
+        top, left = divmod(int(crop[0, 0, 0]) - i * 480, 24)
+        assert torch.equal(crop, image[:, top:top + 16, left:left + 16])
+        places.add((top, left))
+    assert len(places) > 2
+    assert torch.equal(random_crops(images[2:4], 16, seed=3, numbers=range(2, 4)), crops[2:4])
+    many = random_crops(torch.arange(24.0).expand(400, 3, 20, 24), 16, 0, range(400))
+    assert set(many[:, 0, 0, 0].tolist()) == set(range(9))  # every place is reached
+
+
 def test_normalised_codes_have_unit_channels_and_mean_the_same_pictures():
     torch.manual_seed(0)
     vae = VAE(configs.VAEConfig.tiny()).requires_grad_(False)
@@ -620,7 +636,8 @@ def test_the_large_shapes_are_the_published_ones():
     ({"split": "80/20"}, ("--split 80/20", "validate", "98/2")), ({"micro_batch": 3}, ("--micro-batch", "divide", "3")),
     ({"ema_decay": 1}, ("--ema-decay must be in [0, 1)", "1.0")), ({"size": 60}, ("multiple of 8", "60")),
     ({"data": "phantm"}, ("unknown data set 'phantm'", "procedural")), ({"limit": 1}, ("split is empty",)),
-    ({"vae_steps": 0}, ("must be at least 1", "0"))])
+    ({"vae_steps": 0}, ("must be at least 1", "0")), ({"vae_crop": 20}, ("--vae-crop 20", "multiple of 8")),
+    ({"vae_crop": 72}, ("--vae-crop 72", "--size 64"))])
 def test_bad_flags_give_one_line_and_no_run(place, tmp_path, changes, words):
     with pytest.raises(InputError) as error:
         pretrain.main([*flags(place, **changes), "--out", str(tmp_path / "run")])

@@ -57,7 +57,7 @@ RELATIONS = {
     "right of": (1, 0),
 }  # where the first one lies, y down
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
-KINDS = {"shapes": 0.66, "textures": 0.1, "scenes": 0.04, "radiographs": 0.2}
+KINDS = {"shapes": 0.66, "textures": 0.08, "scenes": 0.04, "radiographs": 0.22}
 PROMPT = "{text}"
 N_RECORDS = 40_000  # of the data set; drawn when asked for, never stored
 
@@ -320,7 +320,7 @@ def _templates(side):
 def _textures(rng, size):
     x, y = _grid(size)
     c1, c2 = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
-    kind = rng.choice(("stripes", "checks", "dots", "clouds", "gradient", "gray"), p=(0.1, 0.1, 0.1, 0.2, 0.1, 0.4))
+    kind = rng.choice(("stripes", "checks", "dots", "clouds", "gradient", "gray"), p=(0.12, 0.12, 0.12, 0.16, 0.12, 0.36))
     if kind == "stripes":
         way, (a, b) = list({"horizontal": (0, 1), "vertical": (1, 0), "diagonal": (0.7, 0.7)}.items())[rng.integers(3)]
         wave = np.sin((a * x + b * y) * 2 * math.pi * rng.integers(3, 9) + rng.uniform(0, 6))
@@ -342,8 +342,8 @@ def _textures(rng, size):
         mix = np.clip(0.5 + 0.35 * clouds, 0, 1)
         text = f"{'rough' if rough else 'soft'} {c1} and {c2} clouds"
         if kind == "gray":
-            shade = rng.uniform(20, 110), rng.uniform(130, 240)
-            grey = shade[0] + mix * (shade[1] - shade[0])
+            middle, depth = rng.uniform(70, 180), rng.uniform(15, 140)
+            grey = middle + (mix - 0.5) * depth
             return _finish(np.repeat(grey[..., None], 3, 2), rng), f"{'rough' if rough else 'soft'} gray clouds"
     canvas = _tint(rng, c2) + mix[..., None] * (_tint(rng, c1) - _tint(rng, c2))
     return _finish(canvas.astype(np.float32), rng), text

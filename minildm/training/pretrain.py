@@ -61,7 +61,7 @@ HELD_OUT = 256  # pictures at most that validation and the card look at
 WORD = 0.2  # standard deviation
 
 # Weights of the autoencoder's loss beside |d|, each term a mean: over pixels, for the last over the code's numbers.
-EDGES, SQUARES, KL = 1.0, 1.0, 1e-3
+EDGES, SQUARES, KL = 1.0, 1.0, 1e-4
 
 
 def parser():
@@ -80,6 +80,8 @@ def parser():
         add(name + "steps", type=int, default=steps, help="of the optimizer")
         add(name + "batch-size", type=int, default=batch_size, help="pictures a step")
         add(name + "lr", type=float, default=lr, help="learning rate: linear warm-up, then a cosine to 0")
+        if name == "--vae-":
+            add("--vae-crop", type=int, help="side of the square cut from each picture, a multiple of 8; else all of it")
     add = parser.add_argument_group("all stages").add_argument
     add("--micro-batch", type=int, help="samples at a time, a divisor of the batch sizes: less memory, same result")
     add("--warmup", type=int, default=200, help="steps")
@@ -115,6 +117,8 @@ def main(arguments):
     args = parse(arguments)
     for prefix in STAGES.values():
         stage_config(args, prefix)  # a wrong flag of the last stage must not wait for the first to end
+    if args.vae_crop is not None and (args.vae_crop % 8 or not 8 <= args.vae_crop <= args.size):
+        raise InputError(f"--vae-crop {args.vae_crop} must be a multiple of 8, from 8 to --size {args.size}")
     usable_device(args.device)
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
              if name not in ("resume", "out")}
@@ -249,7 +253,7 @@ def train_autoencoder(model, learners, data, parts, transform, args, run, prefix
     config, vae = stage_config(args, prefix), model.vae
     for learner in learners:
         learner.requires_grad_(True)
-    side = transform.size // 8
+    crop = args.vae_crop if prefix == "vae_" and args.vae_crop else transform.size
 
     def pairs(indices):
         records = [data.records[i] for i in indices]
@@ -261,8 +265,8 @@ def train_autoencoder(model, learners, data, parts, transform, args, run, prefix
             return vae.decode(code.mean + (0.5 * code.logvar).exp() * noise), code
 
     def losses(batch, numbers):
-        images = batch["images"].to(args.device)
-        noise = draw(args.seed, run.folder.name, numbers, (4, side, side), 1).noise.to(args.device)
+        images = random_crops(batch["images"], crop, args.seed, numbers).to(args.device)
+        noise = draw(args.seed, run.folder.name, numbers, (4, crop // 8, crop // 8), 1).noise.to(args.device)
         return autoencoder_losses(images, *reconstruct(images, noise))
 
     training, held_out = pairs(parts["train"]), pairs(parts["validation"])
@@ -282,6 +286,16 @@ def train_autoencoder(model, learners, data, parts, transform, args, run, prefix
     state.swap_average()
     vae.requires_grad_(False)
     return state.seconds
+
+
+def random_crops(images, side, seed, numbers):
+    """(B, 3, H, W) -> (B, 3, side, side), each from a place that the sample's number decides."""
+    crops = []
+    for image, number in zip(images, numbers):
+        generator = seeded(seed, "crop", number)
+        top, left = (torch.randint(length - side + 1, (), generator=generator).item() for length in image.shape[1:])
+        crops.append(image[:, top:top + side, left:left + side])
+    return torch.stack(crops)
 
 
 def mean_square_error(vae, pairs, args):
