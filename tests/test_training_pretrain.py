@@ -39,9 +39,9 @@ from minildm.training.pretrain import (
     autoencoder_losses,
     autoencoder_psnr,
     new_model,
-    normalise_codes,
     random_crops,
     unit_scale,
+    whiten_codes,
 )
 from minildm.training.run import Run
 from minildm.vae import VAE, Gaussian
@@ -568,25 +568,31 @@ def test_crops_are_windows_whose_places_the_sample_numbers_decide():
     assert set(many[:, 0, 0, 0].tolist()) == set(range(9))  # every place is reached
 
 
-def test_normalised_codes_have_unit_channels_and_mean_the_same_pictures():
+def test_whitened_codes_are_uncorrelated_and_mean_the_same_pictures():
     torch.manual_seed(0)
     vae = VAE(configs.VAEConfig.tiny()).requires_grad_(False)
-    with torch.no_grad():  # channels as uneven as training leaves them
+    with torch.no_grad():  # channels as alike and as uneven as training leaves them
         vae.quant_conv.weight[:4] *= torch.tensor([0.1, 1.0, 4.0, 20.0])[:, None, None, None]
+        vae.quant_conv.weight[1] += vae.quant_conv.weight[3]
         vae.quant_conv.bias[:4] += torch.tensor([3.0, 0.0, -1.0, 7.0])
+        vae.quant_conv.bias[4:] += torch.tensor([-9.0, -5.0, -3.0, -5.0])
     images = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     images *= torch.linspace(0, 1, 24)[:, None, None, None]
     before = vae.encode(images)
-    s, m = torch.std_mean(before.mean, (0, 2, 3), correction=0)
-    noise = torch.randn(before.mean.shape, generator=torch.Generator().manual_seed(2))
-    drawn = vae.decode(before.mean + (0.5 * before.logvar).exp() * noise)
-
-    normalise_codes(vae, [{"images": image} for image in images], list(range(24)), "cpu")
+    expected = vae.decode(before.mean)
+    whiten_codes(vae, [{"images": image} for image in images], list(range(24)), "cpu")
     after = vae.encode(images)
-    deviation, mean = torch.std_mean(after.mean, (0, 2, 3), correction=0)
-    torch.testing.assert_close(deviation, torch.ones(4), rtol=0.0051, atol=0)  # s and m have three digits
-    assert (mean.abs() <= 0.0051 * (m / s).abs() + 1e-4).all()
-    torch.testing.assert_close(vae.decode(after.mean + (0.5 * after.logvar).exp() * noise), drawn, rtol=0, atol=1e-4)
+    torch.testing.assert_close(vae.decode(after.mean), expected, rtol=0, atol=1e-4)
+    old, new = (code.mean.double().movedim(1, -1).flatten(0, 2) for code in (before, after))  # (N, 4)
+    covariance, noise = torch.cov(new.T, correction=0), after.logvar.exp().mean((0, 2, 3)).double()
+    assert new.mean(0).abs().max() < 0.01
+    torch.testing.assert_close(covariance.diag() + noise, torch.ones(4).double(), rtol=0.01, atol=0)
+    # The directions' variances are those of the noise there was: z = A z' + m, by least squares.
+    A = torch.linalg.lstsq(new, old - old.mean(0)).solution.T
+    turned = A.inverse() @ before.logvar.exp().double().mean((0, 2, 3)).diag() @ A.inverse().T
+    torch.testing.assert_close(noise, turned.diag(), rtol=0.01, atol=0)
+    torch.testing.assert_close(covariance + turned, torch.eye(4).double(), rtol=0, atol=0.01)
+    assert after.logvar.std((0, 2, 3)).max() < 1e-5 and (turned - turned.diag().diag()).abs().max() > 0.02
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
