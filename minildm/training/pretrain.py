@@ -2,7 +2,7 @@
 
 Rombach et al. 2022, arXiv:2112.10752, in stages of the loop that fine-tuning uses too (loop.py):
 
-1. The autoencoder learns to give pictures back through a code of 4 numbers for 8 x 8 pixels.
+1. The autoencoder learns to give pictures back through a code of 4 numbers for 8 x 8 pixels; the code is then whitened.
 2. Text encoder and U-Net learn together to denoise those codes, told their captions.
 3. The decoder learns on, alone: sharper pictures from the same codes, whatever was learnt on them.
 
@@ -81,7 +81,7 @@ def parser():
         add(name + "batch-size", type=int, default=batch_size, help="pictures a step")
         add(name + "lr", type=float, default=lr, help="learning rate: linear warm-up, then a cosine to 0")
         if name == "--vae-":
-            add("--vae-crop", type=int, help="side of the square cut from each picture, a multiple of 8; else all of it")
+            add("--vae-crop", type=int, help="learn from squares of this side, cut at random; a multiple of 8")
     add = parser.add_argument_group("all stages").add_argument
     add("--micro-batch", type=int, help="samples at a time, a divisor of the batch sizes: less memory, same result")
     add("--warmup", type=int, default=200, help="steps")
@@ -335,15 +335,15 @@ def whiten_codes(vae, pairs, indices, device, most=1024):
     total, products, variances = 0.0, 0.0, 0.0
     for first in range(0, len(indices), 8):
         code = vae.encode(torch.stack([pairs[i]["images"] for i in indices[first:first + 8]]).to(device))
-        mean, variance = (x.double().cpu().movedim(1, -1).flatten(0, 2) for x in (code.mean, code.logvar.exp()))
-        total, products, variances = total + mean.sum(0), products + mean.T @ mean, variances + variance.sum(0)  # (N, 4)
+        mean, variance = (x.cpu().double().movedim(1, -1).flatten(0, 2) for x in (code.mean, code.logvar.exp()))
+        total, products, variances = total + mean.sum(0), products + mean.T @ mean, variances + variance.sum(0)
         count += len(mean)
     m, noise = total / count, (variances / count).diag()  # (4,), (4, 4)
     e, V = torch.linalg.eigh(products / count - torch.outer(m, m) + noise)
     V = V * V.gather(0, V.abs().argmax(0, keepdim=True)).sign()  # each direction's largest entry is positive
     m, A, noise = (x.clone().apply_(lambda v: float(f"{v:.4g}")) for x in (m, V * e.sqrt(), noise))  # stable at a rerun
     back, n = A.inverse(), len(m)
-    into, out = ({name: p.double().cpu() for name, p in conv.named_parameters()}
+    into, out = ({name: p.cpu().double() for name, p in conv.named_parameters()}
                  for conv in (vae.quant_conv, vae.post_quant_conv))
     into["weight"][:n] = torch.einsum("ij,jckl->ickl", back, into["weight"][:n])
     into["weight"][n:] = 0
