@@ -56,6 +56,7 @@ RELATIONS = {
     "left of": (-1, 0),
     "right of": (1, 0),
 }  # where the first one lies, y down
+_OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 KINDS = {"shapes": 0.66, "textures": 0.08, "scenes": 0.04, "radiographs": 0.22}
 PROMPT = "{text}"
@@ -187,10 +188,14 @@ def _shapes(rng, size):
             _paint(canvas, s1, _tint(rng, c1), *(np.array([cx, cy]) + rng.uniform(-0.04, 0.04, 2)), half)
         plural = s1 + ("es" if s1 == "cross" else "s")
         text = f"{('two', 'three', 'four')[count - 2]} {c1} {plural}"
-    if rng.random() < 0.25:
-        text += f" on {_a(background)} background"
-    text = str(rng.choice(("", "a picture of ", "a drawing of "), p=(0.8, 0.1, 0.1))) + text
-    return _finish(canvas, rng), text
+    ground = f" on {_a(background)} background" if rng.random() < 0.25 else ""
+    opening = str(rng.choice(("", "a picture of ", "a drawing of "), p=(0.8, 0.1, 0.1)))
+    image = _finish(canvas, rng)
+    if plan == "pair" and rng.random() < 0.4:  # each told its own place: the text encoder looks only backwards, and a
+        on = "on the " if dx and rng.random() < 0.5 else ""  # place that follows its shape can be told of it
+        first, second = (relation.removesuffix(" of"), _OPPOSITE[relation].removesuffix(" of"))
+        text = f"{_a(c1)} {s1} {on}{first} and {_a(c2)} {s2} {on}{second}"
+    return image, opening + text + ground
 
 
 def _finish(canvas, rng):
@@ -217,7 +222,9 @@ class ShapeCheck:
 
 _PROMPT = re.compile(
     r"(?:a (?:picture|drawing) of )?(?P<n>an?|one|two|three|four)? ?(?P<c1>{c}) (?P<s1>{s})(?:e?s)?"
-    r"(?: (?P<relation>above|below|over|under|(?:to the )?(?:left|right) of) an? (?P<c2>{c}) (?P<s2>{s}))?"
+    r"(?: (?P<relation>above|below|over|under|(?:to the )?(?:left|right) of|above and|below and|(?:on the )?(?:left|right)"
+    r" and)"
+    r" an? (?P<c2>{c}) (?P<s2>{s})(?: (?P<place>above|below|(?:on the )?(?:left|right)))?)?"
     r"(?: on an? (?P<background>[a-z ]+) background)?".format(c="|".join(COLOURS), s="|".join(SHAPES))
 )
 
@@ -230,7 +237,10 @@ def check_shapes(image, prompt):
     are its shapes; an area has the shape whose outline, stretched to the same box, it covers best.
     """
     match = _PROMPT.fullmatch(prompt.strip().lower())
-    if match is None:
+    relation = match and match["relation"] and _relation(match["relation"])
+    said_twice = relation and match["relation"].endswith(" and")
+    if match is None or match["place"] and not said_twice or said_twice and (
+            match["place"] is None or _relation(match["place"]) != _OPPOSITE[relation]):
         raise InputError(
             f"cannot check the prompt {prompt!r}; expected '[number] colour shape [relation a colour shape]', "
             f"colours {', '.join(COLOURS)}, shapes {', '.join(SHAPES)} and relations {', '.join(RELATIONS)}"
@@ -249,14 +259,19 @@ def check_shapes(image, prompt):
     left = {colour: sorted(shape for shape, *_ in found) for colour, found in areas.items()}
     shapes = all(left[c] == sorted(s for w, s in wanted if w == c) for c, _ in wanted)
     order = True
-    if match["relation"]:
-        name = {"over": "above", "under": "below"}.get(match["relation"], match["relation"].removeprefix("to the "))
-        dx, dy = RELATIONS[name]
+    if relation:
+        dx, dy = RELATIONS[relation]
         first, second = _pair(areas, wanted)
         ahead = (first[1] - second[1]) * dx + (first[2] - second[2]) * dy
         aside = abs((first[1] - second[1]) * dy) + abs((first[2] - second[2]) * dx)
         order = bool(ahead > max(aside, 0.08))
     return ShapeCheck(True, shapes, order)
+
+
+def _relation(words):
+    """"to the left of", "on the left and", "left" -> "left of", a key of RELATIONS."""
+    word = re.sub("^(to|on) the | (of|and)$", "", words)
+    return {"over": "above", "under": "below", "left": "left of", "right": "right of"}.get(word, word)
 
 
 def _pair(areas, wanted):
@@ -320,7 +335,8 @@ def _templates(side):
 def _textures(rng, size):
     x, y = _grid(size)
     c1, c2 = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
-    kind = rng.choice(("stripes", "checks", "dots", "clouds", "gradient", "gray"), p=(0.12, 0.12, 0.12, 0.16, 0.12, 0.36))
+    kinds = {"stripes": 0.12, "checks": 0.12, "dots": 0.12, "clouds": 0.16, "gradient": 0.12, "gray": 0.36}
+    kind = rng.choice(list(kinds), p=list(kinds.values()))
     if kind == "stripes":
         way, (a, b) = list({"horizontal": (0, 1), "vertical": (1, 0), "diagonal": (0.7, 0.7)}.items())[rng.integers(3)]
         wave = np.sin((a * x + b * y) * 2 * math.pi * rng.integers(3, 9) + rng.uniform(0, 6))
