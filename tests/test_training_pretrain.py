@@ -64,8 +64,8 @@ def place(tmp_path_factory):
 
 def flags(place, **changes):
     values = {"data": "phantom", "limit": 40, "size": 64, "vae_steps": 4, "steps": 4, "decoder_steps": 4,
-              "vae_batch_size": 4, "vae_crop": 32, "batch_size": 4, "decoder_batch_size": 4, "warmup": 1, "sample_interval": 0,
-              "device": "cpu", "cache": place / "cache"} | changes
+              "vae_batch_size": 4, "vae_crop": 32, "batch_size": 4, "decoder_batch_size": 4, "warmup": 1,
+              "sample_interval": 0, "device": "cpu", "cache": place / "cache"} | changes
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 

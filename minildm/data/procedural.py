@@ -222,9 +222,9 @@ class ShapeCheck:
 
 _PROMPT = re.compile(
     r"(?:a (?:picture|drawing) of )?(?P<n>an?|one|two|three|four)? ?(?P<c1>{c}) (?P<s1>{s})(?:e?s)?"
-    r"(?: (?P<relation>above|below|over|under|(?:to the )?(?:left|right) of|above and|below and|(?:on the )?(?:left|right)"
-    r" and)"
-    r" an? (?P<c2>{c}) (?P<s2>{s})(?: (?P<place>above|below|(?:on the )?(?:left|right)))?)?"
+    r"(?: (?P<relation>above|below|over|under|(?:to the )?(?:left|right) of|above and|below and"
+    r"|(?:on the )?(?:left|right) and) an? (?P<c2>{c}) (?P<s2>{s})"
+    r"(?: (?P<place>above|below|(?:on the )?(?:left|right)))?)?"
     r"(?: on an? (?P<background>[a-z ]+) background)?".format(c="|".join(COLOURS), s="|".join(SHAPES))
 )
 
@@ -237,10 +237,7 @@ def check_shapes(image, prompt):
     are its shapes; an area has the shape whose outline, stretched to the same box, it covers best.
     """
     match = _PROMPT.fullmatch(prompt.strip().lower())
-    relation = match and match["relation"] and _relation(match["relation"])
-    said_twice = relation and match["relation"].endswith(" and")
-    if match is None or match["place"] and not said_twice or said_twice and (
-            match["place"] is None or _relation(match["place"]) != _OPPOSITE[relation]):
+    if match is None or not _places_agree(match):
         raise InputError(
             f"cannot check the prompt {prompt!r}; expected '[number] colour shape [relation a colour shape]', "
             f"colours {', '.join(COLOURS)}, shapes {', '.join(SHAPES)} and relations {', '.join(RELATIONS)}"
@@ -259,8 +256,8 @@ def check_shapes(image, prompt):
     left = {colour: sorted(shape for shape, *_ in found) for colour, found in areas.items()}
     shapes = all(left[c] == sorted(s for w, s in wanted if w == c) for c, _ in wanted)
     order = True
-    if relation:
-        dx, dy = RELATIONS[relation]
+    if match["relation"]:
+        dx, dy = RELATIONS[_relation(match["relation"])]
         first, second = _pair(areas, wanted)
         ahead = (first[1] - second[1]) * dx + (first[2] - second[2]) * dy
         aside = abs((first[1] - second[1]) * dy) + abs((first[2] - second[2]) * dx)
@@ -272,6 +269,14 @@ def _relation(words):
     """"to the left of", "on the left and", "left" -> "left of", a key of RELATIONS."""
     word = re.sub("^(to|on) the | (of|and)$", "", words)
     return {"over": "above", "under": "below", "left": "left of", "right": "right of"}.get(word, word)
+
+
+def _places_agree(match):
+    """A place for each must be opposite ones; a relation says all."""
+    first, second = match["relation"], match["place"]
+    if first is None or not first.endswith(" and"):
+        return second is None
+    return second is not None and _relation(second) == _OPPOSITE[_relation(first)]
 
 
 def _pair(areas, wanted):
