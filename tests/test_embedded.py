@@ -51,18 +51,18 @@ def test_the_adapter_is_selora_for_this_base_and_its_ranks_are_uneven(model):
 
 
 def test_the_bare_base_draws_the_colours_that_a_prompt_asks_for(model):
-    """Its shapes are seldom true to the checker yet: tests/benchmarks/bench_embedded.py says how seldom."""
+    """Which of two shapes lies where is chance yet: tests/benchmarks/bench_embedded.py counts."""
     prompts = [procedural.shape_prompt((7, i)) for i in range(16)]
     images = model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(EMBEDDED))
     assert sum(procedural.check_shapes(np.asarray(image), prompt).colour
-               for image, prompt in zip(images, prompts)) >= 7
+               for image, prompt in zip(images, prompts)) >= 9
 
 
 @torch.no_grad()
 def test_the_autoencoder_gives_pictures_back(model):
     seeds = [(7, i) for i in range(16)]
     films = phantom.render_batch([phantom.labels(seed) for seed in seeds], seeds, 128)
-    for pictures, least in ((procedural.pictures(seeds, 128)[0], 26), (np.stack([films] * 3, -1), 22)):
+    for pictures, least in ((procedural.pictures(seeds, 128)[0], 28), (np.stack([films] * 3, -1), 26)):
         images = to_tensor(pictures)
         back = model.vae.decode(model.vae.encode(images).mean).clamp(-1, 1)
         assert (10 * torch.log10(4 / (back - images).square().mean((1, 2, 3)))).mean() >= least
