@@ -15,7 +15,7 @@ import pytest
 import torch
 from made_data import folder
 from made_runs import settings
-from peers import assert_says
+from peers import assert_says, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -459,8 +459,8 @@ def test_the_files_hold_the_average(whole):
         trained |= saved_state(whole, stage)["trained"]
     for network, prefix in (("vae", ""), ("unet", "unet."), ("text_encoder", "text_encoder.")):
         for name, values in tensors(whole, network).items():
-            if name.endswith("token_embedding.weight"):
-                continue  # not trained
+            if name.endswith("token_embedding.weight") or name.startswith("quant_conv."):
+                continue  # not trained; whitened after training
             assert torch.equal(values, average[prefix + name].half()), name
         assert any(not torch.equal(values, trained[prefix + name].half())
                    for name, values in tensors(whole, network).items() if prefix + name in trained)
@@ -502,7 +502,8 @@ def test_later_stages_leave_the_encoder_alone(whole):
     assert not any(name.startswith("vae") for name in saved_state(whole, "diffusion")["trained"])
     decoder = saved_state(whole, "decoder")["trained"].keys()
     assert decoder == {name for name in made if name.startswith(("decoder.", "post_quant_conv."))}
-    assert all(torch.equal(made[name], average[name].half()) for name in made.keys() - decoder)
+    whitened = {"quant_conv.weight", "quant_conv.bias"}
+    assert all(torch.equal(made[name], average[name].half()) for name in made.keys() - decoder - whitened)
     assert all(not torch.equal(made[name], average[name].half()) for name in decoder if made[name].dim() > 1)
 
 
@@ -551,6 +552,21 @@ def test_the_codes_term_is_torchs_divergence():
     theirs = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0, 1)).mean((1, 2, 3))
     ours = autoencoder_losses(images, images, Gaussian(mean, logvar))
     torch.testing.assert_close(ours, pretrain.KL * theirs, rtol=1e-5, atol=0)
+
+
+def test_the_code_of_a_run_is_the_first_stages_whitened(whole):
+    vae, made = fresh_model().vae.state_dict(), minildm.load(whole / "model", device="cpu").vae
+    learnt = VAE(made.config).requires_grad_(False)
+    learnt.load_state_dict(vae | saved_state(whole, "autoencoder")["average"])
+    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images *= torch.linspace(0, 1, 8)[:, None, None, None]
+    old, new = (each.encode(images).mean.detach().double().movedim(1, -1).flatten(0, 2) for each in (learnt, made))
+    old, new = old - old.mean(0), new - new.mean(0)
+    A = torch.linalg.lstsq(new, old).solution.T
+    assert relative_error(new @ A.T, old) < 0.01  # the file has half precision
+    e = (A.T @ A).diag()  # A = V diag(e)^1/2: its columns are perpendicular
+    assert ((A.T @ A - e.diag()).abs() < 0.01 * torch.outer(e, e).sqrt()).all()
+    assert relative_error(old, new) > 0.1
 
 
 def test_crops_are_windows_whose_places_the_sample_numbers_decide():

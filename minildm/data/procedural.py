@@ -6,6 +6,7 @@ another, textures, simple scenes, and radiographs of other objects by the same p
 picture shows what a shape prompt asked for.
 """
 
+import copy
 import functools
 import math
 import re
@@ -190,12 +191,13 @@ def _shapes(rng, size):
         text = f"{('two', 'three', 'four')[count - 2]} {c1} {plural}"
     ground = f" on {_a(background)} background" if rng.random() < 0.25 else ""
     opening = str(rng.choice(("", "a picture of ", "a drawing of "), p=(0.8, 0.1, 0.1)))
-    image = _finish(canvas, rng)
-    if plan == "pair" and rng.random() < 0.4:  # each told its own place: the text encoder looks only backwards, and a
-        on = "on the " if dx and rng.random() < 0.5 else ""  # place that follows its shape can be told of it
+    later = copy.deepcopy(rng)  # as it stands after a picture of 32 px: a caption must not depend on the size
+    _finish(canvas[:32, :32], later)
+    if plan == "pair" and later.random() < 0.4:  # each told its own place: the text encoder looks only backwards, and a
+        on = "on the " if dx and later.random() < 0.5 else ""  # place that follows its shape can be told of it
         first, second = (relation.removesuffix(" of"), _OPPOSITE[relation].removesuffix(" of"))
         text = f"{_a(c1)} {s1} {on}{first} and {_a(c2)} {s2} {on}{second}"
-    return image, opening + text + ground
+    return _finish(canvas, rng), opening + text + ground
 
 
 def _finish(canvas, rng):
