@@ -1,5 +1,6 @@
 """``python -m minildm <command>``: the smaller tools. Each command is a function here that imports what it needs."""
 
+import os
 import sys
 
 from minildm.errors import exit_cleanly
@@ -37,6 +38,7 @@ def audit(arguments):
 
 def pretrain(arguments):
     """train a latent diffusion model from nothing: autoencoder, text encoder and U-Net"""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy draws small pictures; its threads would stop torch's
     from minildm.training.pretrain import main
     return main(arguments)
 

@@ -92,13 +92,13 @@ def test_the_checker_agrees_with_what_was_drawn(shapes):
 
 def test_the_checker_sees_a_wrong_colour_shape_or_order(shapes):
     for image, text in zip(*shapes):
-        plain = text.split(" on a ")[0]  # a background may bear a colour's name
+        plain = text.split(" on ")[0]  # a background may bear a colour's name
         first = next(c for c in COLOURS if f"{c} " in plain)
         other = next(c for c in COLOURS if c not in plain)
         assert not check_shapes(image, plain.replace(first, other, 1)).colour
         shape = next(s for s in SHAPES if s in plain)
         assert not check_shapes(image, plain.replace(shape, "ring" if shape != "ring" else "star")).right
-        if " above " in plain and " and " not in plain:
+        if " above " in plain:
             check = check_shapes(image, plain.replace(" above ", " below "))
             assert check.colour and check.shape and not check.order
 
@@ -113,17 +113,6 @@ def test_the_checker_bears_blur_and_noise(shapes):
     assert np.mean(right) > 0.95
 
 
-def test_places_told_one_by_one_mean_the_relation(shapes):
-    placed = [(image, text) for image, text in zip(*shapes) if " and " in text]
-    assert len(placed) > 20
-    for image, text in placed:
-        swapped = text
-        for a, b in (("above", "below"), ("left", "right")):
-            swapped = swapped.replace(a, "\0").replace(b, a).replace("\0", b)
-        assert check_shapes(image, text).right
-        assert not check_shapes(image, swapped).order and check_shapes(image, swapped).shape
-
-
 def test_shape_prompts_can_be_checked():
     blank = np.full((64, 64, 3), 128, np.uint8)
     for i in range(50):
@@ -135,10 +124,6 @@ def test_shape_prompts_can_be_checked():
 def test_what_cannot_be_checked_is_refused():
     with pytest.raises(InputError, match="cannot check the prompt"):
         check_shapes(np.zeros((8, 8, 3), np.uint8), "a bird on a tree")
-    for nonsense in ("a red star above and a blue ring above", "a red star left and a blue ring below",
-                     "a red star above a blue ring below", "a red star on the left and a blue ring"):
-        with pytest.raises(InputError, match="cannot check the prompt"):
-            check_shapes(np.zeros((8, 8, 3), np.uint8), nonsense)
     with pytest.raises(InputError, match="RGB uint8"):
         check_shapes(np.zeros((8, 8), np.uint8), "a red circle")
     with pytest.raises(InputError, match="no kind"):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shlex
@@ -26,27 +27,32 @@ from minildm import __main__ as command_line
 from minildm import config as configs
 from minildm.checkpoint import NETWORKS
 from minildm.config import ModelConfig
+from minildm.data import procedural
 from minildm.data.cache import CachedLatents
 from minildm.data.reading import Transform
 from minildm.data.records import Record
 from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.training import loop, pretrain
+from minildm.training.adapt import Pictures
 from minildm.training.loop import State
 from minildm.training.pretrain import (
     SHAPES,
     WORD,
+    CaptionReader,
     autoencoder_losses,
     autoencoder_psnr,
     new_model,
     random_crops,
+    train_text_encoder,
     unit_scale,
     whiten_codes,
 )
 from minildm.training.run import Run
+from minildm.unet import UNet
 from minildm.vae import VAE, Gaussian
 
-STAGES = ("autoencoder", "diffusion", "decoder")
+STAGES = ("autoencoder", "text_encoder", "diffusion", "decoder")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,9 +69,10 @@ def place(tmp_path_factory):
 
 
 def flags(place, **changes):
-    values = {"data": "phantom", "limit": 40, "size": 64, "vae_steps": 4, "steps": 4, "decoder_steps": 4,
-              "vae_batch_size": 4, "vae_crop": 32, "batch_size": 4, "decoder_batch_size": 4, "warmup": 1,
-              "sample_interval": 0, "device": "cpu", "cache": place / "cache"} | changes
+    values = {"data": "phantom", "limit": 40, "size": 64, "vae_steps": 4, "text_steps": 4, "steps": 4,
+              "decoder_steps": 4, "vae_batch_size": 4, "vae_crop": 32, "text_batch_size": 4, "batch_size": 4,
+              "decoder_batch_size": 4, "warmup": 1, "sample_interval": 0, "device": "cpu",
+              "cache": place / "cache"} | changes
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -199,7 +206,7 @@ def test_the_cards_command_can_be_typed_whatever_the_flags(tmp_path, given):
     args = pretrain.parse([*given, "--device", "cpu"])
     runs = {stage: Run(tmp_path / stage, {}) for stage in STAGES}
     (tmp_path / "model").mkdir()
-    pretrain.write_card(tmp_path / "model", args, settings_of(args), runs, [0.0, 0.0, 0.0], 20.0)
+    pretrain.write_card(tmp_path / "model", args, settings_of(args), runs, [0.0] * 4, 20.0)
     typed = command_of((tmp_path / "model" / "README.md").read_text(encoding="utf-8"))
     assert without_machine(pretrain.parse(typed)) == without_machine(args)
 
@@ -259,8 +266,8 @@ def die():
     raise ZeroDivisionError
 
 
-def test_interrupted_in_both_stages_and_resumed_equals_uninterrupted(place, whole, monkeypatch, capsys):
-    """Ctrl-C in the first stage, at no save; death in the second, a step after a save."""
+def test_interrupted_in_its_stages_and_resumed_equals_uninterrupted(place, whole, monkeypatch, capsys):
+    """Ctrl-C in the first stage, at no save; death in the second and third, a step after a save."""
     parts = place / "parts"
     break_at(monkeypatch, VAE, 2, press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
@@ -270,11 +277,12 @@ def test_interrupted_in_both_stages_and_resumed_equals_uninterrupted(place, whol
     assert saved_state(parts, "autoencoder")["step"] == 3
     assert not (parts / "model").exists()
 
-    break_at(monkeypatch, nn.ModuleDict, 3, die)
-    with pytest.raises(ZeroDivisionError):  # all flags are given again, see the test below
-        pretrain.main([*flags(place, save_interval=2), "--resume", str(parts)])
-    monkeypatch.undo()
-    assert saved_state(parts, "diffusion")["step"] == 2
+    for stage, network in (("text_encoder", nn.ModuleDict), ("diffusion", UNet)):
+        break_at(monkeypatch, network, 3, die)
+        with pytest.raises(ZeroDivisionError):  # all flags are given again, see the test below
+            pretrain.main([*flags(place, save_interval=2), "--resume", str(parts)])
+        monkeypatch.undo()
+        assert saved_state(parts, stage)["step"] == 2
 
     assert pretrain.main(["--resume", str(parts)]) == 0
     assert_same_run(whole, parts)
@@ -457,7 +465,7 @@ def test_the_files_hold_the_average(whole):
     for stage in STAGES:  # the decoder's own stage comes last
         average |= saved_state(whole, stage)["average"]
         trained |= saved_state(whole, stage)["trained"]
-    for network, prefix in (("vae", ""), ("unet", "unet."), ("text_encoder", "text_encoder.")):
+    for network, prefix in (("vae", ""), ("unet", ""), ("text_encoder", "text_encoder.")):
         for name, values in tensors(whole, network).items():
             if name.endswith("token_embedding.weight") or name.startswith("quant_conv."):
                 continue  # not trained; whitened after training
@@ -472,14 +480,16 @@ def test_words_stay_as_drawn_while_positions_and_the_unet_move(whole):
     made = tensors(whole, "text_encoder")
     words, positions = (f"text_model.embeddings.{name}_embedding.weight" for name in ("token", "position"))
     assert torch.equal(made[words], embeddings.token_embedding.weight.half())
-    trained = saved_state(whole, "diffusion")["trained"]
+    trained = saved_state(whole, "text_encoder")["trained"]
     assert f"text_encoder.{words}" not in trained
     assert not torch.equal(trained[f"text_encoder.{positions}"], embeddings.position_embedding.weight)
     assert not torch.equal(made[positions], embeddings.position_embedding.weight.half())
-    for name, values in fresh_model().unet.state_dict().items():
-        assert not torch.equal(trained[f"unet.{name}"], values), name
-    assert trained.keys() == {f"unet.{name}" for name in tensors(whole, "unet")} | {
+    assert {name for name in trained if not name.startswith("reader.")} == {
         f"text_encoder.{name}" for name in made if name != words}
+    trained = saved_state(whole, "diffusion")["trained"]
+    for name, values in fresh_model().unet.state_dict().items():
+        assert not torch.equal(trained[name], values), name
+    assert trained.keys() == tensors(whole, "unet").keys()
 
 
 def test_words_never_seen_stay_as_distinct_as_those_of_the_captions(whole):
@@ -499,12 +509,56 @@ def test_later_stages_leave_the_encoder_alone(whole):
     average = saved_state(whole, "autoencoder")["average"]
     made = tensors(whole, "vae")
     assert made.keys() == average.keys() == fresh_model().vae.state_dict().keys()
-    assert not any(name.startswith("vae") for name in saved_state(whole, "diffusion")["trained"])
+    assert not any("vae" in name for name in saved_state(whole, "text_encoder")["trained"])
     decoder = saved_state(whole, "decoder")["trained"].keys()
     assert decoder == {name for name in made if name.startswith(("decoder.", "post_quant_conv."))}
     whitened = {"quant_conv.weight", "quant_conv.bias"}
     assert all(torch.equal(made[name], average[name].half()) for name in made.keys() - decoder - whitened)
     assert all(not torch.equal(made[name], average[name].half()) for name in decoder if made[name].dim() > 1)
+
+
+# --- the text encoder's stage ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("side", [1, 4, 8, 9, 16, 20, 64])
+def test_the_reader_answers_with_a_code_whatever_the_pictures_size(side):
+    reader = CaptionReader(16, 2, side)
+    context = torch.randn(3, 77, 16)
+    code = reader(context)
+    assert code.shape == (3, 4, side, side) and len(reader.places) <= 100
+    assert not torch.equal(code[0], code[1])
+
+
+def order_blind(first, second):
+    """The least mean squared error of a reader that knows which two codes there are and not which is where."""
+    return ((first - second) / 2).square().mean().item()
+
+
+def test_the_text_encoder_learns_what_is_where(tmp_path):
+    """Two patches of 4 x 4, told 'red above blue', or below, or left, or right; one pair in seven is never seen."""
+    colours = dict(zip(("red", "green", "blue", "white"), 2 * torch.eye(4)))
+    latents, prompts, blind = {}, [], []
+    for (a, first), (b, second) in itertools.permutations(colours.items(), 2):
+        for relation, (dx, dy) in procedural.RELATIONS.items():
+            code = torch.zeros(4, 8, 8)
+            for sign, patch in ((1, first), (-1, second)):
+                x, y = 2 + 2 * sign * dx, 2 + 2 * sign * dy
+                code[:, y:y + 4, x:x + 4] = patch[:, None, None]
+            prompts.append(f"{a} {relation} {b}")
+            latents[prompts[-1].encode()] = torch.cat([code, torch.full((4, 8, 8), -20.0)])
+            blind.append(order_blind(first, second) * 32 / 64)  # two patches of 16 in 64 places
+    records = tuple(Record(prompt, prompt) for prompt in prompts)
+    everything = Pictures(records, tuple(prompts), CachedLatents(latents, records, list(latents)))
+    held_out = [i for i in range(len(prompts)) if i % 7 == 3]
+    pictures = {"train": everything.some([i for i in range(len(prompts)) if i not in held_out]),
+                "validation": everything.some(held_out)}
+    args = pretrain.parse(flags(tmp_path, text_steps=250, text_batch_size=16, warmup=50, ema_decay=0.9))
+    run = Run(tmp_path / "text_encoder", {})
+    run.begin()
+    model = new_model(SHAPES["tiny"], 0, "cpu")
+    model.config = dataclasses.replace(model.config, vae=dataclasses.replace(model.config.vae, scaling_factor=1.0))
+    train_text_encoder(model, pictures, args, run)
+    losses = [entry["validation"] for entry in run.entries() if "validation" in entry]
+    assert losses[0] > np.mean(blind) > 4 * losses[-1]
+    assert not any(p.requires_grad for p in model.text_encoder.parameters())
 
 
 # --- the autoencoder's loss ------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 Rombach et al. 2022, arXiv:2112.10752, in stages of the loop that fine-tuning uses too (loop.py):
 
 1. The autoencoder learns to give pictures back through a code of 4 numbers for 8 x 8 pixels; the code is then whitened.
-2. Text encoder and U-Net learn together to denoise those codes, told their captions.
-3. The decoder learns on, alone: sharper pictures from the same codes, whatever was learnt on them.
+2. The text encoder learns to tell a picture's code from its caption; from then on it is frozen, as CLIP's is there.
+3. The U-Net learns to denoise those codes, told their captions.
+4. The decoder learns on, alone: sharper pictures from the same codes, whatever was learnt on them.
 
-RUN/autoencoder, RUN/diffusion and RUN/decoder hold the stages' states, RUN/model the result in diffusers' layout with a
-card.
+RUN/autoencoder, RUN/text_encoder, RUN/diffusion and RUN/decoder hold the stages' states, RUN/model the result in
+diffusers' layout with a card.
 """
 
 import argparse
@@ -21,10 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from minildm.checkpoint import NETWORKS, save_folder
 from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minildm.data.cache import CachedContexts, context_cache
 from minildm.data.flags import add_data_flags, data_set_from, transform_from
 from minildm.data.loader import TrainingPairs, training_batches
 from minildm.data.prompts import prompts_for
@@ -33,6 +38,7 @@ from minildm.data.splits import classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.files import sha256, written_beside
 from minildm.latent_diffusion import LatentDiffusion, to_pil, usable_device
+from minildm.layers import Attention, FeedForward, to_map
 from minildm.pictures import contact_sheet, save_png
 from minildm.training.adapt import Pictures, draw_sheet, encode
 from minildm.training.config import TrainingConfig
@@ -53,7 +59,7 @@ SHAPES = {
                         TextEncoderConfig(1024, 23, 16, 4096, "gelu"), ScheduleConfig(prediction="v"), pad_token_id=0),
 }
 FREE = ("device", "workers", "cache", "micro_batch", "checkpointing", "sample_interval", "save_interval")  # as resumed
-STAGES = {"autoencoder": "vae_", "diffusion": "", "decoder": "decoder_"}  # and how their flags begin
+STAGES = {"autoencoder": "vae_", "text_encoder": "text_", "diffusion": "", "decoder": "decoder_"}  # their flags' names
 HELD_OUT = 256  # pictures at most that validation and the card look at
 
 # Words keep the random vectors they are drawn with, so that words never seen in pretraining are as distinct to the text
@@ -74,7 +80,8 @@ def parser():
     add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
     add_data_flags(parser)
     for stage, name, steps, batch_size, lr in (("autoencoder", "--vae-", 6000, 8, 1e-3),
-                                               ("text encoder and U-Net", "--", 10000, 32, 1e-3),
+                                               ("text encoder", "--text-", 3000, 32, 1e-3),
+                                               ("U-Net", "--", 10000, 32, 1e-3),
                                                ("decoder alone", "--decoder-", 2000, 8, 5e-4)):
         add = parser.add_argument_group(stage).add_argument
         add(name + "steps", type=int, default=steps, help="of the optimizer")
@@ -150,6 +157,8 @@ def main(arguments):
     pictures = {name: pictures.some(indices) for name, indices in parts.items()}
     model.config = dataclasses.replace(model.config, vae=dataclasses.replace(
         model.config.vae, scaling_factor=unit_scale(pictures["train"].latents)))
+    runs["text_encoder"].begin(data=found)
+    seconds.append(train_text_encoder(model, pictures, args, runs["text_encoder"]))
     runs["diffusion"].begin(data=found)
     seconds.append(train_diffusion(model, pictures, args, runs["diffusion"]))
     runs["decoder"].begin(data=found)
@@ -225,13 +234,19 @@ def stage_config(args, prefix):
         raise InputError(f"{error}" + f" (of --{prefix[:-1]}-... flags)" * bool(prefix)) from None
 
 
+def batches_of(pairs, config, args, first, last):
+    """The training batches of steps ``first`` to ``last``."""
+    classes = None if args.balance is None else classes_of(pairs.records, args.balance)
+    return training_batches(pairs, config.batch_size, args.seed, first, last, args.workers, classes)
+
+
 def low_precision(args):
     """Inside, products are computed in --dtype; weights, norms' sums and losses stay float32."""
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
 
 
-# --- stages 1 and 3 ---------------------------------------------------------------------------------------------------
+# --- stages 1 and 4 ---------------------------------------------------------------------------------------------------
 def autoencoder_losses(images, reconstructions, code):
     """(B,) losses: what a picture loses through its code, and how far the code is from a standard normal.
 
@@ -248,7 +263,7 @@ def autoencoder_losses(images, reconstructions, code):
 
 
 def train_autoencoder(model, learners, data, parts, transform, args, run, prefix):
-    """Stage 1, and with the decoder's modules as only ``learners`` stage 3. The model is left with the averaged
+    """Stage 1, and with the decoder's modules as only ``learners`` stage 4. The model is left with the averaged
     weights. ``prefix``: of the stage's flags. Returns: seconds of training."""
     config, vae = stage_config(args, prefix), model.vae
     for learner in learners:
@@ -270,7 +285,6 @@ def train_autoencoder(model, learners, data, parts, transform, args, run, prefix
         return autoencoder_losses(images, *reconstruct(images, noise))
 
     training, held_out = pairs(parts["train"]), pairs(parts["validation"])
-    classes = None if args.balance is None else classes_of(training.records, args.balance)
 
     def draw_reconstructions(step):
         images = torch.stack([held_out[i]["images"] for i in range(min(8, len(held_out)))])
@@ -280,9 +294,8 @@ def train_autoencoder(model, learners, data, parts, transform, args, run, prefix
         save_png(contact_sheet(to_pil(both)), run.folder / "samples" / f"step-{step:06}.png",
                  f"pictures and reconstructions, step {step}")
 
-    state = train(vae, losses, lambda first, last: training_batches(
-        training, config.batch_size, args.seed, first, last, args.workers, classes), config.steps, config, run,
-        lambda: mean_square_error(vae, held_out, args), 1000, draw=draw_reconstructions)
+    state = train(vae, losses, lambda first, last: batches_of(training, config, args, first, last), config.steps,
+                  config, run, lambda: mean_square_error(vae, held_out, args), 1000, draw=draw_reconstructions)
     state.swap_average()
     vae.requires_grad_(False)
     return state.seconds
@@ -366,16 +379,98 @@ def unit_scale(latents, most=2000):
 
 
 # --- stage 2 ---------------------------------------------------------------------------------------------------------
-def train_diffusion(model, pictures, args, run):
-    """Stage 2, on cached latents. The model is left with the averaged weights. Returns: seconds of training."""
-    config = stage_config(args, "")
-    networks = torch.nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder}).requires_grad_(True)
-    model.text_encoder.text_model.embeddings.token_embedding.requires_grad_(False)
+class CaptionReader(nn.Module):
+    """What a caption says of the picture's code: context (B, 77, D) -> (B, 4, side, side).
+
+    A query for each of about 8 x 8 places, learnt, looks at the words and answers with the code of its patch. It
+    teaches the text encoder and is then thrown away, as the picture half of CLIP is.
+    """
+
+    def __init__(self, dim, n_heads, side, n_layers=2):
+        super().__init__()
+        self.side, self.patch = side, max(side // 8, 1)
+        self.grid = math.ceil(side / self.patch)
+        self.places = nn.Parameter(torch.randn(self.grid**2, dim))
+        self.layers = nn.ModuleList(nn.ModuleDict({
+            "norm1": nn.LayerNorm(dim), "attention": Attention(dim, n_heads, dim),
+            "norm2": nn.LayerNorm(dim), "mlp": FeedForward(dim)}) for _ in range(n_layers))
+        self.out = nn.Linear(dim, 4 * self.patch**2)
+
+    def forward(self, context):
+        x = self.places.expand(len(context), -1, -1)  # (B, places, D)
+        for layer in self.layers:
+            x = x + layer["attention"](layer["norm1"](x), context)
+            x = x + layer["mlp"](layer["norm2"](x))
+        code = F.pixel_shuffle(to_map(self.out(x), self.grid, self.grid), self.patch)
+        return code[:, :, :self.side, :self.side]
+
+
+def train_text_encoder(model, pictures, args, run):
+    """Stage 2: least squares between a picture's code and what a CaptionReader makes of its caption.
+
+    Denoising alone teaches a text encoder which colours there are, never which is above which: a noisy picture shows
+    most of it, and what the words would add is lost in the noise of the gradient. Here nothing else tells.
+    The model is left with the averaged weights. Returns: seconds of training.
+    """
+    config, encoder = stage_config(args, "text_"), model.text_encoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded(args.seed, "weights", "caption reader").initial_seed())
+        reader = CaptionReader(encoder.config.width, encoder.config.n_heads, args.size // 8).to(args.device)
+    networks = nn.ModuleDict({"text_encoder": encoder, "reader": reader}).requires_grad_(True)
+    encoder.text_model.embeddings.token_embedding.requires_grad_(False)
     data = {name: (TrainingPairs(part.records, part.prompts, latents=part.latents), Captions(model, part.prompts))
             for name, part in pictures.items()}
+
+    def read_code(captions, batch, dropped):
+        with low_precision(args):
+            return reader(captions(batch, dropped)).float()
+
+    def error(captions, batch, dropped):
+        code = (batch["mean"] * model.config.vae.scaling_factor).to(args.device)
+        return (read_code(captions, batch, dropped) - code).square().mean((1, 2, 3))
+
+    def losses(batch, numbers):
+        dropped = draw(args.seed, "caption", numbers, (1, 1, 1), 1).caption < config.caption_dropout
+        return error(data["train"][1], batch, dropped)
+
+    @torch.no_grad()
+    def validate():
+        pairs, captions = data["validation"]
+        batches = DataLoader(pairs, config.samples_at_a_time)
+        return sum(error(captions, batch, torch.zeros(len(batch["index"]), dtype=torch.bool)).double().sum().item()
+                   for batch in batches) / len(pairs)
+
+    @torch.no_grad()
+    def draw_readings(step):
+        pairs, captions = data["validation"]
+        batch = default_collate([pairs[i] for i in range(min(16, len(pairs)))])
+        code = read_code(captions, batch, torch.zeros(len(batch["index"]), dtype=torch.bool))
+        images = model.vae.decode(code / model.config.vae.scaling_factor)
+        save_png(contact_sheet(to_pil(images)), run.folder / "samples" / f"step-{step:06}.png",
+                 f"what the captions say, step {step}")
+
+    state = train(networks, losses, lambda first, last: batches_of(data["train"][0], config, args, first, last),
+                  config.steps, config, run, validate, 1000, draw=draw_readings)
+    state.swap_average()
+    networks.requires_grad_(False)
+    return state.seconds
+
+
+# --- stage 3 ---------------------------------------------------------------------------------------------------------
+def train_diffusion(model, pictures, args, run):
+    """Stage 3, on cached latents and contexts. The model is left with the averaged weights. Returns: seconds of
+    training."""
+    config = stage_config(args, "")
+    contexts = context_cache([*(p for part in pictures.values() for p in part.prompts), ""], model.tokenize,
+                             model.text_encoder, args.cache)
+    data, first = {}, 0
+    for name, part in pictures.items():
+        own = CachedContexts(contexts.rows, [*contexts.keys[first:first + len(part.prompts)], contexts.keys[-1]])
+        data[name] = (TrainingPairs(part.records, part.prompts, latents=part.latents, contexts=own),
+                      Captions(model, part.prompts, own))
+        first += len(part.prompts)
     pairs, captions = data["train"]
     shape = pairs[0]["mean"].shape
-    classes = None if args.balance is None else classes_of(pairs.records, args.balance)
 
     def losses(batch, numbers):
         draws = draw(args.seed, "sample", numbers, shape, model.schedule.n_timesteps)
@@ -387,11 +482,12 @@ def train_diffusion(model, pictures, args, run):
             return validation_loss(model, *data["validation"], dataclasses.replace(config, validation_pairs=HELD_OUT))
 
     prompts = list(dict.fromkeys(pictures["validation"].prompts))[:16]
-    state = train(networks, losses, lambda first, last: training_batches(
-        pairs, config.batch_size, args.seed, first, last, args.workers, classes), config.steps, config, run, validate,
-        1000, draw=lambda step: draw_sheet(model, prompts, args.size, config, run, step))
+    model.unet.requires_grad_(True)
+    state = train(model.unet, losses, lambda first, last: batches_of(pairs, config, args, first, last), config.steps,
+                  config, run, validate, 1000,
+                  draw=lambda step: draw_sheet(model, prompts, args.size, config, run, step))
     state.swap_average()
-    networks.requires_grad_(False)
+    model.unet.requires_grad_(False)
     return state.seconds
 
 
@@ -407,8 +503,9 @@ def write_card(folder, args, flags, runs, seconds, psnr):
              f"- data: {args.data}, {args.size} px; seed {args.seed}; products in {args.dtype}; PyTorch "
              f"{torch.__version__.split('+')[0]}",
              f"- autoencoder: {args.vae_steps:,} steps of {args.vae_batch_size} pictures in {seconds[0] / 60:.0f} min",
-             f"- text encoder and U-Net: {args.steps:,} steps of {args.batch_size} in {seconds[1] / 60:.0f} min",
-             f"- decoder alone: {args.decoder_steps:,} steps of {args.decoder_batch_size} in {seconds[2] / 60:.0f} min",
+             f"- text encoder: {args.text_steps:,} steps of {args.text_batch_size} in {seconds[1] / 60:.0f} min",
+             f"- U-Net: {args.steps:,} steps of {args.batch_size} in {seconds[2] / 60:.0f} min",
+             f"- decoder alone: {args.decoder_steps:,} steps of {args.decoder_batch_size} in {seconds[3] / 60:.0f} min",
              f"- on {'a GPU' if 'cuda' in args.device else f'{torch.get_num_threads()} CPU cores'}; PSNR {psnr:.2f} dB "
              "on held-out pictures",
              "", "Not for clinical use.", ""]
@@ -416,7 +513,7 @@ def write_card(folder, args, flags, runs, seconds, psnr):
         entries = run.entries()
         validation = {entry["step"]: entry["validation"] for entry in entries if "validation" in entry}
         losses = [entry["loss"] for entry in entries if "loss" in entry]
-        what = "loss" if stage == "diffusion" else "mean squared error"
+        what = "loss" if stage == "diffusion" else "mean squared error"  # of pixels, for text_encoder of the code
         lines += [f"| {stage}: step | training loss, mean of the 200 steps before | held-out {what} |", "|---|---|---|"]
         for step, value in validation.items():
             recent = losses[max(step - 200, 0):step]
