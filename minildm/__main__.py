@@ -37,8 +37,8 @@ def audit(arguments):
 
 
 def pretrain(arguments):
-    """train a latent diffusion model from nothing: autoencoder, text encoder and U-Net"""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy draws small pictures; its threads would stop torch's
+    """train a latent diffusion model from nothing: autoencoder, text encoder, U-Net"""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy draws small pictures; its threads would fight torch's
     from minildm.training.pretrain import main
     return main(arguments)
 
