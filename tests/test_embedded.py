@@ -50,12 +50,12 @@ def test_the_adapter_is_selora_for_this_base_and_its_ranks_are_uneven(model):
     assert len(set(about["ranks"].values())) > 2
 
 
-def test_the_bare_base_draws_the_colours_that_a_prompt_asks_for(model):
-    """Which of two shapes lies where is chance yet: tests/benchmarks/bench_embedded.py counts."""
+def test_the_bare_base_draws_two_shapes_as_a_prompt_asks(model):
+    """Colours, shapes and order, to the exact checker: tests/benchmarks/bench_embedded.py counts 95 % of 200."""
     prompts = [procedural.shape_prompt((7, i)) for i in range(16)]
     images = model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(EMBEDDED))
-    assert sum(procedural.check_shapes(np.asarray(image), prompt).colour
-               for image, prompt in zip(images, prompts)) >= 9
+    assert sum(procedural.check_shapes(np.asarray(image), prompt).right
+               for image, prompt in zip(images, prompts)) >= 12
 
 
 @torch.no_grad()

@@ -1,16 +1,21 @@
-"""The embedded model measured: python tests/benchmarks/bench_embedded.py [--only shapes psnr time chest]
+"""The embedded model measured: python tests/benchmarks/bench_embedded.py [--only shapes unseen psnr ...]
 
     shapes   does the bare base draw what 200 prompts of two shapes ask for? By guidance scale.
+    unseen   the same for prompts whose two shapes no picture of the data set shows in these places, however told
     psnr     what its autoencoder loses, on pictures it never saw: procedural ones and phantoms
     time     sample.py from start to PNG, 50 DDIM steps with guidance
     chest    the base with and without its adapter for chest radiographs: Frechet distance to held-out phantoms (in
              FD-vae and FD-random features: no FID), and whether the phantom's ruler finds what was asked for
+    figure   docs/embedded.png: shapes of the base, chests of the base and with its adapter, phantoms of the same labels
 
 Numbers only, nothing is asserted; they go into the README. Not for clinical use.
 """
 
 import argparse
+import itertools
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +33,7 @@ import minildm
 from minildm.data import phantom, procedural, ruler
 from minildm.data.prompts import render
 from minildm.data.reading import to_tensor
-from minildm.latent_diffusion import EMBEDDED, EMBEDDED_ADAPTER
+from minildm.latent_diffusion import EMBEDDED, EMBEDDED_ADAPTER, usual_guidance
 from minildm.metrics.adherence import prompt_adherence
 from minildm.metrics.features import collect, open_extractor
 from minildm.pictures import contact_sheet
@@ -46,17 +51,45 @@ def draw(model, prompts, args, guidance, seed=0):
 
 
 def shapes(args):
+    draw_and_check(args, "shapes", [procedural.shape_prompt((SET, i)) for i in range(args.n)])
+
+
+def unseen(args):
+    prompts = never_shown()
+    draw_and_check(args, f"unseen shapes ({len(prompts)} there are)", prompts[::math.ceil(len(prompts) / args.n)])
+
+
+def never_shown():
+    """Prompts of two shapes, unlike in colour and shape, that no caption of all 40,000 fits, in other words either."""
+    order = re.compile(r"(\w+ \w+) (?:to the )?(above|over|left of|below|under|right of) an? (\w+ \w+)")
+    other = {"below": "above", "under": "above", "right of": "left of"}
+
+    def place(caption):
+        found = order.search(caption)
+        if found:
+            first, relation, second = found.groups()
+            return (second, other[relation], first) if relation in other else (
+                first, "above" if relation == "over" else relation, second)
+
+    shown = {place(record.fields["text"]) for record in procedural.records()[0]}
+    things = list(itertools.product(procedural.COLOURS, procedural.SHAPES))
+    pairs = [one + two for one, two in itertools.permutations(things, 2) if one[0] != two[0] and one[1] != two[1]]
+    prompts = [f"a {c1} {s1} {relation} a {c2} {s2}".replace("a orange", "an orange")
+               for c1, s1, c2, s2 in pairs for relation in procedural.RELATIONS]
+    return [prompt for prompt in prompts if place(prompt) not in shown]
+
+
+def draw_and_check(args, name, prompts):
     model = minildm.load(args.base, device=args.device)
-    prompts = [procedural.shape_prompt((SET, i)) for i in range(args.n)]
     for guidance in args.guidance:
         images, seconds = draw(model, prompts, args, guidance)
         checks = [procedural.check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
         colour, shape, order, right = (100 * np.mean([getattr(check, name) for check in checks])
                                        for name in ("colour", "shape", "order", "right"))
-        print(f"shapes, guidance {guidance:g}: right {right:.1f} % (colours {colour:.1f}, shapes {shape:.1f}, order "
+        print(f"{name}, guidance {guidance:g}: right {right:.1f} % (colours {colour:.1f}, shapes {shape:.1f}, order "
               f"{order:.1f}) of {len(prompts)} prompts; {seconds:.0f} s", flush=True)
         if args.sheets:
-            contact_sheet(images[:64]).save(args.sheets / f"shapes-guidance-{guidance:g}.png")
+            contact_sheet(images[:64]).save(args.sheets / f"{name.split()[0]}-guidance-{guidance:g}.png")
 
 
 @torch.no_grad()
@@ -127,9 +160,27 @@ def chest(args):
                 contact_sheet(images[:64]).save(args.sheets / f"chest-{name}-guidance-{guidance:g}.png")
 
 
+def figure(args):
+    """Four rows of four at the usual guidance, seeds 0 to 3; written as SHEETS/embedded.png."""
+    words = ["a red circle above a blue square", "a white square to the left of a green ring", "three orange circles",
+             "a landscape with the sun and hills"]
+    kinds = [("PA", "male", "normal", ""), ("PA", "female", "cardiomegaly", ""),
+             ("AP", "male", "pleural effusion", "right"), ("PA", "female", "normal", "")]
+    people = [next(label for i in itertools.count(100 * column) for label in [phantom.labels((SET, i), view, finding)]
+                   if label.sex == sex and place in label.place)
+              for column, (view, sex, finding, place) in enumerate(kinds)]
+    chests = [render(phantom.PROMPT, phantom.fields(person)) for person in people]
+    rows = [draw(minildm.load(args.base, adapters, device=args.device), prompts, args, usual_guidance(args.base))[0]
+            for adapters, prompts in (([], words), ([], chests), ([args.adapter], chests))]
+    films = [Image.fromarray(phantom.render(person, (SET, i), rows[0][0].width)).convert("RGB")
+             for i, person in enumerate(people)]
+    print("\n".join(words + chests))
+    contact_sheet(list(itertools.chain(*rows, films))).save(args.sheets / "embedded.png")
+
+
 def main():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["shapes", "psnr", "time", "chest"], help="which parts")
+    parser.add_argument("--only", nargs="*", default=["shapes", "unseen", "psnr", "time", "chest"], help="which parts")
     parser.add_argument("--base", type=Path, default=EMBEDDED)
     parser.add_argument("--adapter", default=str(EMBEDDED_ADAPTER))
     parser.add_argument("-n", type=int, default=200, help="prompts, or pictures")
@@ -140,9 +191,12 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="write sheets of pictures here")
     args = parser.parse_args()
+    if "figure" in args.only and not args.sheets:
+        parser.error("figure is a picture: say where to write it, --sheets FOLDER")
     if args.sheets:
         args.sheets.mkdir(parents=True, exist_ok=True)
-    for name, part in (("shapes", shapes), ("psnr", psnr), ("time", start_to_png), ("chest", chest)):
+    for name, part in (("shapes", shapes), ("unseen", unseen), ("psnr", psnr), ("time", start_to_png),
+                       ("chest", chest), ("figure", figure)):
         if name in args.only:
             part(args)
 
