@@ -40,7 +40,7 @@ def parse(arguments):
     add("--sampler", default="ddim", choices=tuple(SAMPLER_NAMES), help="20 steps do for dpm++")
     add("--steps", type=int, default=50, help="calls of the U-Net, 1 to 1000")
     add("--guidance", type=float, help="guidance scale; 1 or less = off, and twice as fast (default: 7.5; 3 for "
-        "weights/tiny)")
+        "models smaller than Stable Diffusion, such as weights/tiny)")
     add("--eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
     add("--karras", action="store_true", help="Karras spacing of dpm++'s steps")
     add("--seed", type=int, default=0, help="picture i has seed + i")
@@ -72,8 +72,8 @@ def main(arguments):
         split_multiplier,
         usual_guidance,
     )
-    args.guidance = usual_guidance(args.base) if args.guidance is None else args.guidance
-    check_sampling(args.steps, args.guidance, args.sampler, args.eta, args.karras, args.seed, args.height, args.width)
+    check_sampling(args.steps, 1.0 if args.guidance is None else args.guidance, args.sampler, args.eta, args.karras,
+                   args.seed, args.height, args.width)
     if not args.adapter and is_embedded(args.base) and EMBEDDED_ADAPTER.is_file():
         args.adapter = [str(EMBEDDED_ADAPTER)]
         print("the embedded base with its adapter for chest radiographs (--adapter none: the bare base)")
@@ -90,6 +90,7 @@ def main(arguments):
                  prediction=args.prediction)
     print(f"{model.files.path}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
           f"{str(model.dtype).removeprefix('torch.')} on {model.device}, loaded in {time.perf_counter() - start:.1f} s")
+    args.guidance = usual_guidance(model.config) if args.guidance is None else args.guidance
     hashing = threading.Thread(target=lambda: model.base_hash, daemon=True)  # seconds of reading, while sampling starts
     hashing.start()
     if args.compile:

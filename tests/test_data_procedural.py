@@ -124,6 +124,9 @@ def test_shape_prompts_can_be_checked():
 def test_what_cannot_be_checked_is_refused():
     with pytest.raises(InputError, match="cannot check the prompt"):
         check_shapes(np.zeros((8, 8, 3), np.uint8), "a bird on a tree")
+    for prompt in ("two red circles above a blue square", "a red circle below a red circle"):
+        with pytest.raises(InputError, match="which of several like shapes"):
+            check_shapes(np.zeros((64, 64, 3), np.uint8), prompt)
     with pytest.raises(InputError, match="RGB uint8"):
         check_shapes(np.zeros((8, 8), np.uint8), "a red circle")
     with pytest.raises(InputError, match="no kind"):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minildm.data import loader
 from minildm.data.loader import StepBatches, TrainingPairs, epoch_order, training_batches
 from minildm.data.prompts import prompts_for
 from minildm.data.reading import Transform
@@ -88,6 +89,18 @@ def test_workers_change_nothing(tmp_path):
         assert torch.equal(a["images"], b["images"]) and a["prompt"] == b["prompt"]
     assert alone[0]["images"].shape == (3, 3, 32, 32) and alone[0]["index"].dtype == torch.int64
     assert alone[0]["images"].abs().max() <= 1
+
+
+def test_a_file_is_decoded_once_as_long_as_there_is_room(tmp_path, monkeypatch):
+    data_set = open_data_set(f"folder:{made_data.folder(tmp_path, 3)}")
+    read, decoded = loader.read, []
+    monkeypatch.setattr(loader, "read", lambda record, size: decoded.append(record.name) or read(record, size))
+    monkeypatch.setattr(loader, "KEPT_BYTES", 2 * 32 * 32 * 3)  # room for two
+    pairs = TrainingPairs(data_set.records, prompts_for(data_set), Transform(32))
+    first, second = ([pairs[i]["images"] for i in range(3)] for _ in range(2))
+    names = [record.name for record in data_set.records]
+    assert decoded == [*names, names[2]]
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 def test_balanced_sampling_shows_every_class_equally_often():

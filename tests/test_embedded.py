@@ -51,11 +51,12 @@ def test_the_adapter_is_selora_for_this_base_and_its_ranks_are_uneven(model):
 
 
 def test_the_bare_base_draws_two_shapes_as_a_prompt_asks(model):
-    """Colours, shapes and order, to the exact checker: tests/benchmarks/bench_embedded.py counts 95 % of 200."""
+    """tests/benchmarks/bench_embedded.py counts 95 % of 200 right in all, at 50 steps; here there are two to spare."""
     prompts = [procedural.shape_prompt((7, i)) for i in range(16)]
-    images = model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(EMBEDDED))
-    assert sum(procedural.check_shapes(np.asarray(image), prompt).right
-               for image, prompt in zip(images, prompts)) >= 12
+    images = model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(model.config))
+    checks = [procedural.check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
+    assert sum(check.colour and check.order for check in checks) >= 14
+    assert sum(check.right for check in checks) >= 10
 
 
 @torch.no_grad()
@@ -74,7 +75,8 @@ def test_with_its_adapter_it_draws_the_chest_that_is_asked_for(tmp_path):
     prompts = [f"chest x-ray, age 60 {one['sex']}, view {one['view']}, projection {one['view']}, "
                f"modality {'DX' if one['view'] == 'PA' else 'CR'}, diagnosis normal" for one in wanted]
     paths = [tmp_path / f"{i}.png" for i in range(len(prompts))]
-    for image, path in zip(model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(EMBEDDED)), paths):
+    images = model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(model.config))
+    for image, path in zip(images, paths):
         image.save(path)
     agreement = prompt_adherence(paths, wanted, ruler.measure, ruler.obeys)
     assert agreement["view"].share >= 0.7 and agreement["sex"].share >= 0.7

@@ -157,7 +157,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch
 def test_a_learning_rate_that_blows_up_stops_with_the_last_good_state_kept(tmp_path):
     with pytest.raises(InputError) as error:
         short_run(tmp_path / "run", steps=60, lr=1e30, max_bad_steps=5)
-    assert_says(error, "not finite at 5 steps in a row", "--lr", "1e+30", "last")
+    assert_says(error, "not finite at 5 steps in a row", "learning rate", "1e+30", "last")
     run = Run(tmp_path / "run", {"seed": 0}, resume=True)
     saved = run.load_state()
     assert all(tensor.isfinite().all() for tensor in saved["trained"].values())

@@ -7,6 +7,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from minildm.data.reading import read, to_tensor
 
+KEPT_BYTES = 2 * 10**9  # of decoded pictures in memory, in each process that reads
+
 
 class TrainingPairs(Dataset):
     """Item i is a dict: ``index`` i, ``prompt``, and
@@ -21,6 +23,7 @@ class TrainingPairs(Dataset):
         assert len(records) == len(prompts) and (transform is None) != (latents is None)
         self.records, self.prompts = records, prompts
         self.transform, self.latents, self.contexts = transform, latents, contexts
+        self.kept, self.room = {}, KEPT_BYTES
 
     def __len__(self):
         return len(self.records)
@@ -30,10 +33,19 @@ class TrainingPairs(Dataset):
         if self.latents is not None:
             item["mean"], item["logvar"] = self.latents.moments(i)
         else:
-            item["images"] = to_tensor(read(self.records[i], self.transform)[0])
+            item["images"] = to_tensor(self._picture(i))
         if self.contexts is not None:
             item["context"] = self.contexts[i]
         return item
+
+    def _picture(self, i):
+        """uint8 (size, size, 3). A file is decoded once, as long as there is room: a large film takes 40 ms."""
+        if i in self.kept:
+            return self.kept[i]
+        pixels = read(self.records[i], self.transform)[0]
+        if self.records[i].draw is None and pixels.nbytes <= self.room:
+            self.kept[i], self.room = pixels, self.room - pixels.nbytes
+        return pixels
 
 
 def epoch_order(n, seed, epoch, classes=None):

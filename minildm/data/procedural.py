@@ -1,8 +1,8 @@
 """Captioned pictures that are not chests: what the embedded base model is pretrained on, and a checker of its answers.
 
-In: seeds. Out: RGB pictures uint8 (B, size, size, 3) with a caption each: coloured shapes and how they lie to one
-another, textures, simple scenes, and radiographs of other objects by the same physics as the chest phantom's
-(``xray``), so that a model knows words, layout and film greys but no thorax. ``check_shapes`` tells exactly whether a
+In: seeds. Out: RGB pictures uint8 (B, size, size, 3) with a caption each: coloured shapes and how they lie relative to
+each other, textures, simple scenes, and radiographs of other objects by the same physics as the chest phantom's
+(``xray``), so that a model knows words, layout and film greys but no thorax. ``check_shapes`` tells by pixels whether a
 picture shows what a shape prompt asked for.
 """
 
@@ -227,7 +227,8 @@ def check_shapes(image, prompt):
     stars'): ShapeCheck.
 
     A pixel belongs to the nearest of the palette and the border's own colour; each colour's largest connected areas
-    are its shapes; an area has the shape whose outline, stretched to the same box, it covers best.
+    are its shapes; an area has the shape whose outline, stretched to the same box, it covers best. What nobody asked
+    for it does not see: shapes of further colours, the background.
     """
     match = _PROMPT.fullmatch(prompt.strip().lower())
     if match is None:
@@ -239,6 +240,9 @@ def check_shapes(image, prompt):
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise InputError(f"the shape checker needs an RGB uint8 picture (H, W, 3), got {image.dtype} {image.shape}")
     count = NUMBERS[match["n"] or "a"]
+    if match["relation"] and (count > 1 or (match["c1"], match["s1"]) == (match["c2"], match["s2"])):
+        raise InputError(f"cannot check the prompt {prompt!r}: which of several like shapes lies where has no answer; "
+                         "expected one shape and another that differs")
     wanted = [(match["c1"], match["s1"])] * count
     if match["relation"]:
         wanted.append((match["c2"], match["s2"]))

@@ -111,9 +111,8 @@ def report_forecast(model, one_sample_loss, config):
 
 def draw_sheet(model, prompts, size, config, run, step):
     """A sheet of pictures from fixed prompts and seeds: only the adapter differs from one sheet to the next."""
-    guidance = usual_guidance(model.files.path) if model.files else 7.5  # a model made in memory has no files
-    images = model.sample(prompts, steps=20, guidance=guidance, sampler="dpm++", seed=config.seed, height=size,
-                          width=size, output="tensor")
+    images = model.sample(prompts, steps=20, guidance=usual_guidance(model.config), sampler="dpm++",
+                          seed=config.seed, height=size, width=size, output="tensor")
     save_png(contact_sheet(to_pil(images)), run.folder / "samples" / f"step-{step:06}.png",
              f"contact sheet of step {step}")
 

@@ -278,7 +278,7 @@ def memory_advice(config):
     """The flags that lower the memory of a step, those that keep the result first."""
     flags = [f"--micro-batch {max(config.samples_at_a_time // 2, 1)} (same result)"] * (config.samples_at_a_time > 1)
     flags += ["--checkpointing (same result, slower)"] * (not config.checkpointing)
-    return "what helps: " + ", ".join([*flags, "--dtype bfloat16", "a smaller --size"])
+    return "what helps: " + ", ".join([*flags, "in a new run --dtype bfloat16", "a smaller --size"])
 
 
 def peak_memory_mb(model):
@@ -296,6 +296,7 @@ def peak_memory_mb(model):
 
 def _not_finite(state, run):
     kept = run.adapter.exists() and state.best
-    best = f"the best adapter (step {state.best[1]}) is in {run.adapter}" if kept else "no adapter was kept"
+    best = f"the best weights (step {state.best[1]}) are in {run.adapter}, " if kept else ""
     return (f"the loss or its gradient was not finite at {state.bad_steps} steps in a row, to step {state.step}; lower "
-            f"--lr (it is {state.config.lr:g}) or raise --warmup; {best}, the last good state in {run.state}")
+            f"the learning rate (it is {state.config.lr:g}) or raise --warmup; {best}the last good state is in "
+            f"{run.state}")

@@ -8,8 +8,8 @@ Rombach et al. 2022, arXiv:2112.10752, in stages of the loop that fine-tuning us
 3. The U-Net learns to denoise those codes, told their captions.
 4. The decoder learns on, alone: sharper pictures from the same codes, whatever was learnt on them.
 
-RUN/autoencoder, RUN/text_encoder, RUN/diffusion and RUN/decoder hold the stages' states, RUN/model the result in
-diffusers' layout with a card.
+RUN/autoencoder, RUN/text_encoder, RUN/diffusion and RUN/decoder hold the stages' states and sheets (those of all but
+the diffusion show pictures of the data set), RUN/model the result in diffusers' layout with a card.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import default_collate
 from tqdm import tqdm
@@ -40,7 +41,7 @@ from minildm.errors import InputError
 from minildm.files import sha256, written_beside
 from minildm.latent_diffusion import LatentDiffusion, to_pil, usable_device
 from minildm.layers import Attention, FeedForward, to_map
-from minildm.pictures import contact_sheet, save_png
+from minildm.pictures import FROM_DATA, contact_sheet, save_png
 from minildm.training.adapt import Pictures, draw_sheet, encode
 from minildm.training.config import TrainingConfig
 from minildm.training.loop import train
@@ -62,6 +63,8 @@ SHAPES = {
 FREE = ("device", "workers", "cache", "micro_batch", "checkpointing", "sample_interval", "save_interval")  # as resumed
 STAGES = {"autoencoder": "vae_", "text_encoder": "text_", "diffusion": "", "decoder": "decoder_"}  # flags' prefixes
 HELD_OUT = 256  # pictures at most that validation and the card look at
+SLACK = 0.02  # a rise of the held-out loss, in parts, that does not send a stage back to its best weights
+MANY_EPOCHS = 100  # after which a user is told that pictures can be learnt by heart
 
 # Words keep the random vectors they are drawn with, so that words never seen in pretraining are as distinct to the text
 # encoder as all others, and an adapter can give them a meaning. Positions start as large and are learnt.
@@ -104,7 +107,8 @@ def parser():
     add("--save-interval", type=int, default=200, help="steps between saved states")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    add("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products; weights are float32")
+    add("--dtype", default="bfloat16" if has_bfloat16() else "float32", choices=("float32", "bfloat16"),
+        help="of the products; weights are float32")
     add("--workers", type=int, default=0, help="processes that read ahead")
     add("--cache", type=Path, default=Path.home() / ".cache" / "minildm", help="folder for latents and contexts")
     parser.set_defaults(size=128, split="98/2")
@@ -124,6 +128,7 @@ def parse(arguments):
 
 def main(arguments):
     args = parse(arguments)
+    transform = transform_from(args)
     for prefix in STAGES.values():
         stage_config(args, prefix)  # a wrong flag of the last stage must not wait for the first to end
     if args.vae_crop is not None and (args.vae_crop % 8 or not 8 <= args.vae_crop <= args.size):
@@ -133,8 +138,8 @@ def main(arguments):
              if name not in ("resume", "out")}
     runs = {stage: open_stage(args, stage, flags) for stage in STAGES}
     data = data_set_from(args, args.data)
-    transform = transform_from(args)
-    data, contents = whole_files(data, transform, args.skip_bad)
+    prompts_for(data, args.prompt_template)  # if there are no captions, say so before all is read
+    data, contents = whole_files(data, transform, args.skip_bad, args.resume)
     prompts = tuple(prompts_for(data, args.prompt_template))
     parts = split_by_patient(data.records, args.split, args.seed)
     if "validation" not in parts:
@@ -151,37 +156,53 @@ def main(arguments):
     if args.checkpointing:
         checkpoint_blocks(model.vae, model.unet, model.text_encoder)
     found = fingerprint(data, prompts, contents)
-    runs["autoencoder"].begin(data=found)
-    seconds = [train_autoencoder(model, [model.vae], data, parts, transform, args, runs["autoencoder"], "vae_")]
+
+    def begin(stage):
+        runs[stage].begin(data=found)
+        config, n = stage_config(args, STAGES[stage]), len(parts["train"])
+        print(f"stage {list(STAGES).index(stage) + 1} of {len(STAGES)}, {stage.replace('_', ' ')}: {config.steps:,} "
+              f"steps of {config.batch_size}; {runs[stage].folder}")
+        if stage in ("text_encoder", "diffusion") and config.steps * config.batch_size > MANY_EPOCHS * n:
+            print(f"note: that is {config.steps * config.batch_size // n:,} times each of {n:,} pictures, which can be "
+                  "learnt by heart; python -m minildm audit finds copies")
+        return runs[stage]
+
+    seconds = [train_autoencoder(model, [model.vae], data, parts, transform, args, begin("autoencoder"), "vae_")]
     whiten_codes(model.vae, TrainingPairs(data.records, prompts, transform), parts["train"], args.device)
 
     pictures = Pictures(data.records, prompts, encode(model, data.records, transform, args.cache))
     pictures = {name: pictures.some(parts[name]) for name in ("train", "validation")}
     model.config = dataclasses.replace(model.config, vae=dataclasses.replace(
         model.config.vae, scaling_factor=unit_scale(pictures["train"].latents)))
-    runs["text_encoder"].begin(data=found)
-    seconds.append(train_text_encoder(model, pictures, args, runs["text_encoder"]))
-    runs["diffusion"].begin(data=found)
-    seconds.append(train_diffusion(model, pictures, args, runs["diffusion"]))
-    runs["decoder"].begin(data=found)
+    seconds.append(train_text_encoder(model, pictures, args, begin("text_encoder")))
+    seconds.append(train_diffusion(model, pictures, args, begin("diffusion")))
     seconds.append(train_autoencoder(model, [model.vae.decoder, model.vae.post_quant_conv], data, parts, transform,
-                                     args, runs["decoder"], "decoder_"))
+                                     args, begin("decoder"), "decoder_"))
 
     folder = args.out / "model"
     save_folder({name: getattr(model, name) for name in NETWORKS}, model.config, folder)
-    write_card(folder, args, flags, runs, seconds, autoencoder_psnr(model, data.records, parts, transform, args))
-    prompt = pictures["validation"].prompts[0].replace('"', "'")
-    print(f'next: python sample.py "{prompt}" --base {folder}')
+    psnr = autoencoder_psnr(model, data.records, parts, transform, args)
+    write_card(folder, args, flags, runs, seconds, psnr)
+    print(f"reconstructions of held-out pictures: PSNR {psnr:.2f} dB; losses and hashes: {folder / 'README.md'}")
+    print(f"next: python sample.py {shlex.quote(pictures['validation'].prompts[0])} --base {shlex.quote(str(folder))}")
     return 0
+
+
+def has_bfloat16():
+    """Whether bfloat16 products are fast here: on a GPU, and on processors that have them; on others they take up to
+    ten times as long as those in float32."""
+    if torch.cuda.is_available():
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def open_stage(args, stage, flags):
     folder = args.out / stage
     resume = args.resume is not None and (folder / "config.json").exists()
-    return Run(folder, flags, resume, FREE, f"python -m minildm pretrain --resume {args.out}")
+    return Run(folder, flags, resume, FREE, f"python -m minildm pretrain --resume {shlex.quote(str(args.out))}")
 
 
-def whole_files(data, transform, skip_bad):
+def whole_files(data, transform, skip_bad, resume=None):
     """Decode every file once, so that none fails hours later; drawn pictures have none. Returns: (the DataSet, with
     ``skip_bad`` without those that cannot be read, the contents' hashes by name)."""
     files = [record for record in data.records if record.draw is None]
@@ -197,7 +218,8 @@ def whole_files(data, transform, skip_bad):
         list(tqdm(pool.map(look, files), total=len(files), desc="looking at all pictures", delay=2, disable=None))
     if bad and not skip_bad:
         raise InputError(f"{len(bad):,} of {len(data):,} pictures cannot be used: {'; '.join(list(bad.values())[:5])}; "
-                         "--skip-bad goes on without them")
+                         + ("restore them, or begin a new run with --skip-bad" if resume else
+                            "--skip-bad goes on without them"))
     kept = tuple(record for record in data.records if record.name not in bad)
     return dataclasses.replace(data, records=kept), contents
 
@@ -230,10 +252,37 @@ def stage_config(args, prefix):
                                                      "min_snr_gamma", "checkpointing", "seed", "sample_interval",
                                                      "save_interval")}
     own = {name: getattr(args, prefix + name) for name in ("steps", "batch_size", "lr")}
+    if args.micro_batch is not None:
+        shared["micro_batch"] = min(args.micro_batch, own["batch_size"])
     try:
         return TrainingConfig(**shared, **own, lr_schedule="cosine")
     except InputError as error:
-        raise InputError(f"{error}" + f" (of --{prefix[:-1]}-... flags)" * bool(prefix)) from None
+        named = any(f"--{name.replace('_', '-')} " in str(error) for name in own)
+        raise InputError(f"{error}" + f" (of --{prefix[:-1]}-... flags)" * bool(prefix and named)) from None
+
+
+def validation_steps(config):
+    """Between looks at what was held out: a twelfth of the stage, within 50 and 1,000 steps."""
+    return min(1000, max(50, config.steps // 12))
+
+
+def keep_weights(network):
+    """For the loop's ``keep``: (path) writes the network's weights."""
+    return lambda path: save_file({name: p.contiguous() for name, p in network.state_dict().items()}, path)
+
+
+def end_with_average(state, network, run):
+    """Leave ``network`` with its averaged weights: the last, or, where the held-out loss has risen by more than SLACK
+    since, the best: a few hundred pictures are soon learnt by heart. Returns: seconds of training."""
+    state.swap_average()
+    last = [entry["validation"] for entry in run.entries() if "validation" in entry][-1]
+    if state.best and not last <= (1 + SLACK) * state.best[0]:
+        best, step = state.best
+        network.load_state_dict(load_file(run.adapter))
+        print(f"note: the held-out loss rose from {best:.4f} at step {step:,} to {last:.4f}: going on with the weights "
+              "of that step")
+    network.requires_grad_(False)
+    return state.seconds
 
 
 def batches_of(pairs, config, args):
@@ -294,7 +343,7 @@ def train_autoencoder(model, learners, data, parts, transform, args, run, prefix
             given_back = vae.decode(vae.encode(images.to(args.device)).mean).float().cpu()
         both = torch.stack([images, given_back], 1).flatten(0, 1)  # a picture, what came back, the next picture ...
         save_png(contact_sheet(to_pil(both)), run.folder / "samples" / f"step-{step:06}.png",
-                 f"pictures and reconstructions, step {step}")
+                 f"pictures and reconstructions, step {step}", FROM_DATA)
 
     state = train(vae, losses, batches_of(training, config, args), config.steps, config, run,
                   lambda: mean_square_error(vae, held_out, args), 1000, draw=draw_reconstructions)
@@ -413,7 +462,8 @@ def train_text_encoder(model, pictures, args, run):
     On procedural pictures, 6,000 steps of denoising taught a text encoder which colours to draw and not which of two
     shapes is above; in 2,000 steps of this, two minutes, it learns that, and a U-Net takes it over as soon as it draws
     shapes at all. Perhaps because here nothing but the words tells, while a noisy picture mostly tells itself.
-    The model is left with the averaged weights. Returns: seconds of training.
+    ``pictures``: {"train", "validation": Pictures}. The model is left with averaged weights. Returns: seconds of
+    training.
     """
     config, encoder = stage_config(args, "text_"), model.text_encoder
     with torch.random.fork_rng(devices=[]):
@@ -453,19 +503,17 @@ def train_text_encoder(model, pictures, args, run):
         codes, true = next(held_out_batches(8, min(8, len(held_out))))
         both = torch.stack([true, codes], 1).flatten(0, 1)  # a picture, what its caption says, the next picture ...
         save_png(contact_sheet(to_pil(model.vae.decode(both / scale))), run.folder / "samples" / f"step-{step:06}.png",
-                 f"pictures and what their captions say, step {step}")
+                 f"pictures and what their captions say, step {step}", FROM_DATA)
 
-    state = train(networks, losses, batches_of(training, config, args), config.steps, config, run, validate, 1000,
-                  draw=draw_readings)
-    state.swap_average()
-    networks.requires_grad_(False)
-    return state.seconds
+    state = train(networks, losses, batches_of(training, config, args), config.steps, config, run, validate,
+                  validation_steps(config), keep_weights(networks), draw_readings)
+    return end_with_average(state, networks, run)
 
 
 # --- stage 3 ---------------------------------------------------------------------------------------------------------
 def train_diffusion(model, pictures, args, run):
-    """Stage 3, on cached latents and contexts. The model is left with the averaged weights. Returns: seconds of
-    training."""
+    """Stage 3, on cached latents and contexts. ``pictures``: {"train", "validation": Pictures}. The model is left with
+    averaged weights. Returns: seconds of training."""
     config = stage_config(args, "")
     data = {}
     for name, part in pictures.items():
@@ -486,11 +534,10 @@ def train_diffusion(model, pictures, args, run):
 
     prompts = list(dict.fromkeys(pictures["validation"].prompts))[:16]
     model.unet.requires_grad_(True)
-    state = train(model.unet, losses, batches_of(pairs, config, args), config.steps, config, run, validate, 1000,
-                  draw=lambda step: draw_sheet(model, prompts, args.size, config, run, step))
-    state.swap_average()
-    model.unet.requires_grad_(False)
-    return state.seconds
+    state = train(model.unet, losses, batches_of(pairs, config, args), config.steps, config, run, validate,
+                  validation_steps(config), keep_weights(model.unet),
+                  lambda step: draw_sheet(model, prompts, args.size, config, run, step))
+    return end_with_average(state, model.unet, run)
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -508,8 +555,8 @@ def write_card(folder, args, flags, runs, seconds, psnr):
              f"- text encoder: {args.text_steps:,} steps of {args.text_batch_size} in {seconds[1] / 60:.0f} min",
              f"- U-Net: {args.steps:,} steps of {args.batch_size} in {seconds[2] / 60:.0f} min",
              f"- decoder alone: {args.decoder_steps:,} steps of {args.decoder_batch_size} in {seconds[3] / 60:.0f} min",
-             f"- on {'a GPU' if 'cuda' in args.device else f'{torch.get_num_threads()} CPU cores'}; PSNR {psnr:.2f} dB "
-             "on held-out pictures",
+             f"- on {'a GPU' if 'cuda' in args.device else f'a CPU, threads: {torch.get_num_threads()}'}; PSNR "
+             f"{psnr:.2f} dB on held-out pictures",
              "", "Not for clinical use.", ""]
     for stage, run in runs.items():
         entries = run.entries()

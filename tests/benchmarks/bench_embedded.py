@@ -56,11 +56,12 @@ def shapes(args):
 
 def unseen(args):
     prompts = never_shown()
-    draw_and_check(args, f"unseen shapes ({len(prompts)} there are)", prompts[::math.ceil(len(prompts) / args.n)])
+    draw_and_check(args, f"unseen shapes (all there are: {len(prompts)})", prompts[::math.ceil(len(prompts) / args.n)])
 
 
 def never_shown():
-    """Prompts of two shapes, unlike in colour and shape, that no caption of all 40,000 fits, in other words either."""
+    """Prompts of two shapes, unlike in colour and shape, that none of the data set's 40,000 captions means, in whatever
+    words. They come in pairs: one arrangement told from either shape."""
     order = re.compile(r"(\w+ \w+) (?:to the )?(above|over|left of|below|under|right of) an? (\w+ \w+)")
     other = {"below": "above", "under": "above", "right of": "left of"}
 
@@ -170,8 +171,9 @@ def figure(args):
                    if label.sex == sex and place in label.place)
               for column, (view, sex, finding, place) in enumerate(kinds)]
     chests = [render(phantom.PROMPT, phantom.fields(person)) for person in people]
-    rows = [draw(minildm.load(args.base, adapters, device=args.device), prompts, args, usual_guidance(args.base))[0]
-            for adapters, prompts in (([], words), ([], chests), ([args.adapter], chests))]
+    models = [minildm.load(args.base, adapters, device=args.device) for adapters in ([], [], [args.adapter])]
+    rows = [draw(model, prompts, args, usual_guidance(model.config))[0]
+            for model, prompts in zip(models, (words, chests, chests))]
     films = [Image.fromarray(phantom.render(person, (SET, i), rows[0][0].width)).convert("RGB")
              for i, person in enumerate(people)]
     print("\n".join(words + chests))
@@ -184,7 +186,7 @@ def main():
     parser.add_argument("--base", type=Path, default=EMBEDDED)
     parser.add_argument("--adapter", default=str(EMBEDDED_ADAPTER))
     parser.add_argument("-n", type=int, default=200, help="prompts, or pictures")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 7.5])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0])
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=25)
