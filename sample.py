@@ -19,6 +19,7 @@ from tqdm import tqdm
 from minildm import __version__
 from minildm.errors import InputError, exit_cleanly
 from minildm.files import sha256, writable_folder
+from minildm.flags import Help
 from minildm.pictures import SAMPLER_NAMES, contact_sheet, parameters_text, read_parameters, save_png
 
 SHEET_PICTURES = 64  # at most, on one contact sheet
@@ -26,7 +27,7 @@ SHEET_PICTURES = 64  # at most, on one contact sheet
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="sample.py", description="Draw pictures from prompts.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument_group("what").add_argument
     add("prompt", nargs="?", help="what to draw")
     add("--prompts", metavar="FILE", type=Path, help="many: a text file with one prompt a line, or a .csv; the same "
@@ -149,12 +150,13 @@ def prompts_of_file(args):
         text = args.prompts.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"--prompts {args.prompts} is not UTF-8 text") from None
-    if args.prompts.suffix.lower() != ".csv":
+    if args.prompts.suffix.lower() not in (".csv", ".tsv"):
         if args.column is not None:
             raise InputError(f"--column is for a .csv, but --prompts is {args.prompts}")
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
     else:
-        rows = csv.DictReader(text.splitlines(keepends=True))
+        separator = "\t" if args.prompts.suffix.lower() == ".tsv" else ","
+        rows = csv.DictReader(text.splitlines(keepends=True), delimiter=separator)
         try:
             columns, rows = rows.fieldnames or [], list(rows)
         except csv.Error as error:
@@ -164,6 +166,9 @@ def prompts_of_file(args):
             raise InputError(f"--prompts {args.prompts} has no column {column or 'prompt or text'!r}; its columns: "
                              f"{', '.join(map(str, columns)) or 'none'}; name one with --column")
         prompts = [row[column] or "" for row in rows]
+        if blank := [i for i, prompt in enumerate(prompts, 1) if not prompt.strip()]:
+            raise InputError(f"--prompts {args.prompts} has no prompt in {len(blank)} of {len(rows)} rows, first in "
+                             f"row {blank[0]}; fill or delete them")
     if not prompts:
         raise InputError(f"--prompts {args.prompts} holds no prompt")
     return prompts

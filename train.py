@@ -18,7 +18,8 @@ from minildm.data.flags import add_data_flags, data_set_from, transform_from
 from minildm.data.prompts import prompts_for
 from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
-from minildm.latent_diffusion import is_embedded
+from minildm.flags import Help, at_least
+from minildm.latent_diffusion import is_embedded, usable_device
 from minildm.training.adapt import Pictures, adapt, encode, summary
 from minildm.training.config import PRESETS, TrainingConfig
 from minildm.training.run import Run, read_settings
@@ -29,7 +30,7 @@ FREE = ("device", "workers", "cache", "compile", "micro_batch")  # what a resume
 
 def parser():
     parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune a Stable Diffusion model on pictures.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument_group("what").add_argument
     add("--adapter", default="selora", choices=("selora", "lora"), help="selora: ranks grow where it pays")
     add("--base", help=".safetensors file or diffusers-layout folder (default: the one in weights/)")
@@ -83,7 +84,7 @@ def parser():
         help="of the frozen base; the adapter is float32 (default: bfloat16 on a GPU, float32 elsewhere)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the networks: minutes at the "
         "start (and whenever a selora layer passes rank 8, 16, ...), then faster on a GPU")
-    add("--workers", type=int, default=0, help="processes that read ahead")
+    add("--workers", type=at_least(0), default=0, help="processes that read ahead")
     add("--cache", type=Path, default=Path.home() / ".cache" / "minildm", help="folder for latents and contexts")
     parser.set_defaults(size=None, **{field.name: field.default for field in dataclasses.fields(TrainingConfig)})
     return parser
@@ -120,7 +121,7 @@ def main(arguments):
     run = Run(args.out, flags, resume=args.resume is not None, free=FREE)
 
     start = time.perf_counter()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     data = data_set_from(args, args.data)
     model = load(args.base, args.on_top_of, device, getattr(torch, dtype), args.prediction)
@@ -129,6 +130,8 @@ def main(arguments):
           f"{time.perf_counter() - start:.1f} s")
 
     latents = encode(model, data.records, transform_from(args), args.cache, args.skip_bad)
+    if bad := len(data.records) - len(latents.records):
+        print(f"note: {bad:,} of {len(data.records):,} pictures cannot be decoded and are left out (--skip-bad)")
     data = dataclasses.replace(data, records=latents.records)
     pictures = Pictures(data.records, tuple(prompts_for(data, args.prompt_template)), latents)
     splits = {name: pictures.some(indices)

@@ -5,6 +5,9 @@ import hashlib
 import os
 from pathlib import Path
 
+UMASK = os.umask(0)  # can only be read by setting it
+os.umask(UMASK)
+
 
 @contextlib.contextmanager
 def written_beside(path):
@@ -16,6 +19,7 @@ def written_beside(path):
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield beside
+        beside.chmod(0o666 & ~UMASK)  # some writers make files that only their owner may read
         with open(beside, "rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it: survives a power cut
         os.replace(beside, path)

@@ -50,7 +50,7 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
 def usable_device(name):
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).item()  # the meta device has no values
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own words for a device it lacks
         raise InputError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]}); --device cpu "

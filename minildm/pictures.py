@@ -43,6 +43,7 @@ def read_parameters(path):
     """The ``parameters`` text of a PNG, or None if it has none. Raises InputError for what is no picture."""
     try:
         with Image.open(path) as image:
+            image.load()  # all of it: a file cut short is no picture
             return image.info.get("parameters")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise InputError(f"{path} cannot be read as a picture ({str(error).splitlines()[0]}); delete it") from None

@@ -176,6 +176,18 @@ def test_a_folder_with_metadata_csv_is_read(tmp_path):
         "text": "a chest x-ray, number 1"}
 
 
+def test_captions_that_are_not_used_are_spoken_of(tmp_path):
+    table = tmp_path / "metadata.csv"
+    made_data.folder(tmp_path, 4)
+    whole = table.read_text()
+    table.write_text(whole.replace("a chest x-ray, number 1", "").replace('""', ""))
+    data_set = open_data_set(f"folder:{tmp_path}")
+    assert data_set.prompt == "full" and "1 of 4 pictures have no text" in data_set.notes[0]
+    table.write_text(whole.replace("text", "caption", 1))
+    data_set = open_data_set(f"folder:{tmp_path}")
+    assert data_set.prompt == "full" and "column caption is not used" in data_set.notes[0]
+
+
 @pytest.mark.parametrize("column", ["file_name", "file", "image", "path"])
 def test_metadata_jsonl_and_every_name_of_the_image_column_are_read(tmp_path, column):
     made_data.save(tmp_path / "a.png")

@@ -21,6 +21,13 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["result.png"]
 
 
+def test_others_may_read_a_file_as_far_as_the_umask_lets_them(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with written_beside(tmp_path / "result.bin") as beside:
+        os.close(os.open(beside, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert (tmp_path / "result.bin").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("old")

@@ -23,6 +23,7 @@ from minildm.metrics.audit import (
     share_test,
 )
 from minildm.metrics.features import Extractor, as_tensor, list_pictures
+from minildm.pictures import save_png
 
 COPIES = ((0.03, -0.02, 1.15, 40), (0.05, 0.02, 0.85, 60), (-0.04, 0.04, 1.2, 75), (0.06, 0, 0.9, 50),
           (0, -0.05, 1.1, 30))  # shift right, shift down, brightness, JPEG quality
@@ -202,3 +203,23 @@ def test_prompt_adherence_counts_agreement_and_what_chance_gives(tmp_path):
     assert (result["level"].share, result["level"].n) == (0.5, 2)
     with pytest.raises(InputError, match="one prompt a picture"):
         prompt_adherence(paths, wanted[:2], measure, obeys)
+
+
+def test_data_sets_can_be_audited_and_a_runs_sheets_cannot(tmp_path, monkeypatch):
+    """Records are no paths; a training run's samples/ are sheets of several pictures."""
+    monkeypatch.chdir(tmp_path)
+    generated = save(tmp_path / "fake", chest_like(4, 1))
+    data = [list_pictures(f"folder:{save(tmp_path / name, chest_like(12, seed))[0].parent}")
+            for name, seed in (("train", 2), ("hold", 3))]
+    by_path = [list_pictures(tmp_path / name) for name in ("train", "hold")]
+    for ours, theirs in zip(audit(generated, *data, grid_extractor()), audit(generated, *by_path, grid_extractor())):
+        assert list(ours.nearest_train) == list(theirs.nearest_train) and len(ours.score) == 4
+
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    save_png(chest_like(1, 4)[0], run / "samples" / "step-000010.png", "contact sheet of step 10")
+    with pytest.raises(InputError, match="contact sheets of a training run"):
+        list_pictures(run)
+    save_png(chest_like(1, 5)[0], run / "samples" / "a.png", "chest x-ray\nSteps: 2")
+    assert [path.name for path in list_pictures(run)] == ["a.png"]

@@ -101,6 +101,22 @@ def test_command_prints_labels_floor_and_warnings_and_writes_a_manifest(folders,
     assert entry["low"] <= entry["distance"] <= entry["high"] and entry["half"] == 4
 
 
+def test_the_manifest_of_a_data_set_is_written_here(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fid", str(folders[0]), f"folder:{folders[1]}", "--features", "random", "--dims", "64",
+                 "--replicates", "2"]) == 0
+    assert json.loads((tmp_path / "fid.json").read_text())["n_fake"] == 9
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--replicates", "0"), ("--batch-size", "0"), ("--seed", "-1"),
+                                             ("--seed", "1e3"), ("--keep", "1")])
+def test_numbers_out_of_range_end_with_2_before_any_work(folders, flag, value, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fid", *map(str, folders), "--features", "random", flag, value])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2 and flag in said and value in said
+
+
 def test_weights_with_another_hash_are_not_called_fid(weights):
     extractor = open_extractor("inception", weights, (64,))
     assert extractor.label == "FID (unverified weights)" and len(extractor.facts["sha256"]) == 64

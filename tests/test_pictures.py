@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from minildm.errors import InputError
 from minildm.pictures import contact_sheet, parameters_text, read_parameters, save_png
 
 
@@ -24,6 +25,14 @@ def test_a_png_gives_its_parameters_back(text, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with Image.open(tmp_path / "a.png") as image:
         assert image.getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_a_png_cut_short_is_no_picture(tmp_path):
+    save_png(Image.effect_noise((64, 64), 50), tmp_path / "a.png", "x")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(InputError, match="delete it"):
+        read_parameters(tmp_path / "a.png")
 
 
 def test_a_png_of_others_has_no_parameters(tmp_path):

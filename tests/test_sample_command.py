@@ -168,6 +168,15 @@ def test_a_csv_column_is_a_file_of_prompts(arguments, column, base, tmp_path):
     assert prompts == {"prompt": ["a, b", 'c "d"', "two\nlines"], "finding": ["x", "y", "z"]}[column]
 
 
+def test_a_tsv_is_a_table_and_a_row_without_a_prompt_is_named(base, tmp_path):
+    (tmp_path / "p.tsv").write_text("id\tprompt\n1\ta, b\n2\tc\n")
+    paths = draw(base, tmp_path / "out", "--prompts", tmp_path / "p.tsv", *QUICK)
+    assert [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths] == ["a, b", "c"]
+    (tmp_path / "p.csv").write_text("id,prompt\n1,a\n2, \n3\n")
+    with pytest.raises(InputError, match="2 of 3 rows, first in row 2"):
+        draw(base, tmp_path / "more", "--prompts", tmp_path / "p.csv", *QUICK)
+
+
 def test_an_interrupted_call_goes_on_where_it_stopped(base, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
     command = ["--prompts", tmp_path / "prompts.txt", *QUICK, "--batch-size", 2]

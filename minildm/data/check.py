@@ -24,6 +24,7 @@ from minildm.data.reading import read
 from minildm.data.splits import classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
+from minildm.flags import Help, at_least
 from minildm.tokenizer import Tokenizer
 
 DEIDENTIFIED = re.compile(r"XXXX|_{3,}|\[REDACTED\]")  # what Open-i, MIMIC-CXR and others put for removed words
@@ -32,11 +33,12 @@ THUMBNAIL, COLUMNS, SAMPLE, FLAGGED = 144, 10, 60, 30  # pixels, pictures a row,
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(prog="python -m minildm check", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m minildm check", description=__doc__.split("\n\n")[0],
+                                     formatter_class=Help)
     parser.add_argument("data", metavar="DATA", help="name:path, such as padchest:/data/PadChest")
     parser.add_argument("--out", default="check", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of --limit (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the split and of --limit")
+    parser.add_argument("--workers", type=at_least(1), default=2, help="threads that decode")
     add_data_flags(parser)
     arguments = parser.parse_args(arguments)
     transform = transform_from(arguments)
@@ -249,10 +251,11 @@ def as_text(report):
 
 def show_prompts(arguments):
     """``python -m minildm prompts DATA``: the prompts a model will see, as it will see them."""
-    parser = argparse.ArgumentParser(prog="python -m minildm prompts", description="Show what a model will be told.")
+    parser = argparse.ArgumentParser(prog="python -m minildm prompts", description="Show what a model will be told.",
+                                     formatter_class=Help)
     parser.add_argument("data", metavar="DATA", help="name:path, such as padchest:/data/PadChest")
-    parser.add_argument("-n", type=int, default=20, help="how many, spread over the data (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of --limit (default: %(default)s)")
+    parser.add_argument("-n", type=at_least(1), default=20, help="how many, spread over the data")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of --limit")
     add_data_flags(parser)
     arguments = parser.parse_args(arguments)
     data_set = data_set_from(arguments, arguments.data)

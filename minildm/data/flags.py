@@ -4,6 +4,7 @@ from minildm.data.prompts import TEMPLATES
 from minildm.data.reading import Transform
 from minildm.data.records import open_data_set
 from minildm.data.splits import SPLITS
+from minildm.flags import at_least
 
 
 def add_data_flags(parser):
@@ -11,7 +12,7 @@ def add_data_flags(parser):
     group.add_argument("--views", default="frontal", choices=("frontal", "all"), help="which views to use")
     group.add_argument("--drop-pediatric", action="store_true", help="leave out what PadChest flags as paediatric")
     group.add_argument("--min-age", type=int, metavar="YEARS", help="leave out younger patients and unknown ages")
-    group.add_argument("--limit", type=int, metavar="N", help="use N pictures, drawn with --seed")
+    group.add_argument("--limit", type=at_least(1), metavar="N", help="use N pictures, drawn with --seed")
     group.add_argument("--balance", metavar="FIELD", help="draw every class of this caption field as often")
     group.add_argument("--exclude", metavar="FILE", help="names to leave out, one a line, as check writes them")
     group.add_argument("--skip-bad", action="store_true", help="go on without absent or undecodable pictures")

@@ -40,9 +40,16 @@ def records(root):
         found[name] = Record(name, patient, _fields(row), root / name, None, view(row.get("view")) != "L")
     if not found:
         raise InputError(f"{table} lists no image")
-    return list(found.values()), [] if patients else [
+    notes = [] if patients else [
         f"no column {', '.join(PATIENT_COLUMNS)}: every picture counts as a patient of its own, so a patient with "
         "several may be on both sides of a split"]
+    silent = [name for name, record in found.items() if "text" not in record.fields]
+    if 0 < len(silent) < len(found):
+        notes.append(f"{len(silent):,} of {len(found):,} pictures have no text, first {silent[0]}, so no text is used: "
+                     "prompts are made of the other columns; fill it, or give --prompt-template")
+    elif silent and (meant := {"caption", "prompt"} & row.keys()):
+        notes.append(f"column {min(meant)} is not used: captions are read from a column called text")
+    return list(found.values()), notes
 
 
 def _fields(row):

@@ -18,7 +18,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minildm.errors import InputError
 
@@ -100,6 +100,8 @@ def decode(data, name, greys="declared", at_least=None):
         raise
     except Exception as error:  # on broken bytes the decoders raise almost anything: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its words name an object in memory
+            reason = "no known picture format"
         raise InputError(f"{name}: cannot be decoded as a picture ({reason[:200]})") from None
 
 

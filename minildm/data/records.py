@@ -27,7 +27,7 @@ class Record:
 
     name: str                     # unique in its data set, the same on every machine: the path below the root
     patient: str                  # splits keep a patient's pictures together
-    fields: dict[str, str] = field(default_factory=dict)  # caption fields: age (years), sex, view, findings, ...
+    fields: dict[str, str] = field(default_factory=dict, hash=False)  # of captions: age (years), sex, view, ...
     path: Path | None = None      # the image file, or
     draw: Callable[[int], np.ndarray] | None = None  # draws it: side in pixels -> uint8 (side, side) or (..., 3)
     frontal: bool | None = True   # False: a lateral view; None: the data set has both and does not say

@@ -1,4 +1,4 @@
-"""``python -m minildm audit RUN|FAKE --train DATA --holdout DATA``: has the model memorised its training pictures?
+"""``python -m minildm audit FAKE --train DATA --holdout DATA``: has the model memorised its training pictures?
 
 Every generated picture is compared with its nearest training and its nearest held-out picture: a model that has
 learnt the *distribution* is as near to either; one that copies is nearer to what it has seen. (The three
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
+from minildm.flags import Help
 from minildm.metrics.features import as_tensor, batches, list_pictures, open_rgb, picture_name
 from minildm.metrics.fid_score import add_feature_arguments, extractor_from, write_json
 from minildm.metrics.inception import DEFAULT_WEIGHTS
@@ -239,8 +240,8 @@ def side_by_side(path, views, generated, train, holdout, rows=8):
 
 def main(argv):
     parser = argparse.ArgumentParser(prog="python -m minildm audit", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("generated", help="run or folder of generated pictures")
+                                     formatter_class=Help)
+    parser.add_argument("generated", help="folder of generated pictures")
     parser.add_argument("--train", required=True, help="folder or name:path data set the model was trained on")
     parser.add_argument("--holdout", required=True, help="the same, other patients, never trained on")
     parser.add_argument("--out", type=Path, help="folder for audit.json and audit.png (default: GENERATED/audit)")

@@ -17,6 +17,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from minildm.errors import InputError
+from minildm.flags import Help, at_least
+from minildm.latent_diffusion import usable_device
 from minildm.metrics.features import list_pictures, open_rgb
 
 
@@ -115,18 +117,19 @@ def main(argv):
     from minildm.metrics.fid_score import write_json
     parser = argparse.ArgumentParser(
         prog="python -m minildm clip-score", description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("pictures", help="folder or run")
+        formatter_class=Help)
+    parser.add_argument("pictures", help="folder of pictures")
     parser.add_argument("--prompts", type=Path, help="CSV of file,prompt (default: what each PNG itself says)")
     parser.add_argument("--clip-model", default="ViT-L-14", help="open_clip architecture")
     parser.add_argument("--clip-pretrained", default="openai", help="open_clip tag or a file of weights")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="pictures at a time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     parser.add_argument("--out", type=Path, help="the result as json (default: clip_score.json beside the pictures)")
     arguments = parser.parse_args(argv)
     pictures = list_pictures(arguments.pictures)
     result = clip_score(pictures, read_prompts(pictures, arguments.prompts), arguments.clip_model,
-                        arguments.clip_pretrained, arguments.device, arguments.batch_size, progress="pictures")
+                        arguments.clip_pretrained, usable_device(arguments.device), arguments.batch_size,
+                        progress="pictures")
     print(f"CLIP score ({result.model}, {result.pretrained}): {result.score:.3f}, 95 % interval {result.low:.3f} - "
           f"{result.high:.3f}, n = {result.n}; with other pictures' prompts: {result.mismatched:.3f}")
     if result.cut:

@@ -21,6 +21,7 @@ from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.metrics.frechet import Statistics
 from minildm.metrics.inception import DEFAULT_WEIGHTS, DIMS, WEIGHTS_SHA256, InceptionV3, prepare
+from minildm.pictures import read_parameters
 
 SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # pytorch-fid's list
 
@@ -41,10 +42,20 @@ def list_pictures(source):
         folder = folder / "samples"
     entries = sorted(folder.iterdir())
     pictures = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()]
+    if folder.name == "samples" and (folder.parent / "config.json").is_file():
+        if pictures and not (drawn := [path for path in pictures if not _is_sheet(path)]):
+            raise InputError(f"{folder} holds the contact sheets of a training run, not pictures; draw some: python "
+                             f"sample.py --adapter {folder.parent} --prompts FILE --out FOLDER")
+        pictures = drawn if pictures else []
     if not pictures:
         held = "is empty" if not entries else f"holds {len(entries)} entries but no picture"
         raise InputError(f"{folder} {held}; expected files ending in {' '.join(SUFFIXES)}, subfolders are not searched")
     return pictures
+
+
+def _is_sheet(path):
+    """Whether a PNG says that it is a sheet of several."""
+    return path.suffix.lower() == ".png" and (read_parameters(path) or "").startswith("contact sheet")
 
 
 def _records(spec):

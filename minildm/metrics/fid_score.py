@@ -9,6 +9,8 @@ import torch
 import minildm
 from minildm.errors import InputError
 from minildm.files import written_beside
+from minildm.flags import Help, at_least
+from minildm.latent_diffusion import usable_device
 from minildm.metrics.features import Collected, collect, list_pictures, open_extractor
 from minildm.metrics.frechet import SavedStatistics
 from minildm.metrics.inception import DIMS, WEIGHTS_NAME
@@ -105,14 +107,14 @@ def add_feature_arguments(parser, default="inception"):
     group.add_argument("--base", help="Stable Diffusion base for --features vae")
     group.add_argument("--clip-model", default="ViT-L-14-336", help="open_clip architecture")
     group.add_argument("--clip-pretrained", default="openai", help="open_clip tag or a file of weights")
-    group.add_argument("--batch-size", type=int, default=16)
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    group.add_argument("--seed", type=int, default=0, help="of every random draw")
+    group.add_argument("--batch-size", type=at_least(1), default=16, help="pictures at a time")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    group.add_argument("--seed", type=at_least(0), default=0, help="of every random draw")
 
 
 def extractor_from(arguments, dims=DIMS):
     return open_extractor(arguments.features, arguments.weights, dims, arguments.base, arguments.clip_model,
-                          arguments.clip_pretrained, arguments.device, arguments.seed)
+                          arguments.clip_pretrained, usable_device(arguments.device), arguments.seed)
 
 
 def write_json(path, content):
@@ -122,14 +124,16 @@ def write_json(path, content):
 
 def main(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m minildm fid", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("real", help="folder, run, name:path data set or .npz statistics")
+        prog="python -m minildm fid", description=__doc__, formatter_class=Help)
+    parser.add_argument("real", help="folder, name:path data set or .npz statistics")
     parser.add_argument("fake", help="the same")
     parser.add_argument("--dims", type=int, nargs="+", default=[2048, 192, 64], choices=DIMS, help="Inception depths")
-    parser.add_argument("--keep", type=int, default=2000, help="pictures a side whose features are held for intervals")
-    parser.add_argument("--replicates", type=int, default=100, help="bootstrap resamples")
+    parser.add_argument("--keep", type=at_least(2), default=2000, help="pictures a side whose features are held for "
+                        "intervals")
+    parser.add_argument("--replicates", type=at_least(1), default=100, help="bootstrap resamples")
     parser.add_argument("--save-stats", type=Path, metavar="FILE.npz", help="keep REAL's statistics (one --dims only)")
-    parser.add_argument("--out", type=Path, help="the manifest (default: fid.json beside FAKE's pictures)")
+    parser.add_argument("--out", type=Path, help="the manifest (default: fid.json beside FAKE's pictures, or "
+                        "here if FAKE is a data set)")
     add_feature_arguments(parser)
     arguments = parser.parse_args(argv)
     if arguments.save_stats is not None and (len(arguments.dims) > 1 or arguments.save_stats.suffix != ".npz"):
@@ -147,7 +151,8 @@ def main(argv):
     print("\n".join(table(result)))
     out = arguments.out
     if out is None:
-        out = (fake.picture_paths[0].parent if fake.picture_paths else Path(arguments.fake).parent) / "fid.json"
+        first = fake.picture_paths[0] if fake.picture_paths else Path(arguments.fake)
+        out = (first.parent if isinstance(first, Path) else Path()) / "fid.json"
     write_json(out, result)
     print(f"wrote {out}")
     if arguments.save_stats is not None:

@@ -169,5 +169,5 @@ def summary(model, state, run):
     steps = [entry for entry in run.entries() if "memory_mb" in entry]
     lines.append(f"{state.step} steps{skipped}, {state.seconds:.1f} s, peak memory "
                  f"{max((entry['memory_mb'] for entry in steps), default=0) / 1000:.2f} GB")
-    lines.append(f"files: {run.adapter}, log.jsonl, config.json, last/ (--resume {run.folder} continues)")
+    lines.append(f"files: {run.adapter}, log.jsonl, config.json, samples/, last/")
     return "\n".join(lines)

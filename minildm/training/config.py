@@ -81,6 +81,8 @@ class TrainingConfig:
                              "ratio expanded / original is never below 1, so every layer would grow at every test")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed must be in [0, 2^63), got {self.seed}")
         if not 0 <= self.caption_dropout <= 1:
             raise InputError(f"--caption-dropout must be in [0, 1], got {self.caption_dropout}")
         if self.batch_size % self.samples_at_a_time:

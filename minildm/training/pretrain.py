@@ -39,6 +39,7 @@ from minildm.data.reading import read
 from minildm.data.splits import classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.files import sha256, written_beside
+from minildm.flags import Help, at_least
 from minildm.latent_diffusion import LatentDiffusion, to_pil, usable_device
 from minildm.layers import Attention, FeedForward, to_map
 from minildm.pictures import FROM_DATA, contact_sheet, save_png
@@ -76,7 +77,7 @@ EDGES, SQUARES, KL = 1.0, 1.0, 1e-4
 
 def parser():
     parser = argparse.ArgumentParser(prog="python -m minildm pretrain", description="Train a latent diffusion model "
-                                     "from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     "from nothing.", formatter_class=Help)
     add = parser.add_argument_group("what").add_argument
     add("--shape", default="tiny", choices=tuple(SHAPES), help="the networks' sizes: as weights/tiny, or as published")
     add("--data", default="procedural", metavar="NAME:PATH", help="procedural, phantom, folder:..., padchest:..., ...")
@@ -101,7 +102,7 @@ def parser():
         "(text encoder, U-Net)")
     add("--min-snr-gamma", type=float, default=0.0, help="weight the U-Net's loss by min-SNR, 5 is usual; 0 = off")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient, 0 = off")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=at_least(0), default=0, help="of everything random")
     add("--checkpointing", action="store_true", help="compute activations twice instead of keeping them: less memory")
     add("--sample-interval", type=int, default=1000, help="steps between sheets of pictures; 0 = none")
     add("--save-interval", type=int, default=200, help="steps between saved states")
@@ -109,7 +110,7 @@ def parser():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--dtype", default="bfloat16" if has_bfloat16() else "float32", choices=("float32", "bfloat16"),
         help="of the products; weights are float32")
-    add("--workers", type=int, default=0, help="processes that read ahead")
+    add("--workers", type=at_least(0), default=0, help="processes that read ahead")
     add("--cache", type=Path, default=Path.home() / ".cache" / "minildm", help="folder for latents and contexts")
     parser.set_defaults(size=128, split="98/2")
     return parser
