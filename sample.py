@@ -132,6 +132,8 @@ def read_prompts(args):
     for name in ("n", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.column is not None and args.prompts is None:
+        raise InputError(f"--column {args.column} is for --prompts FILE.csv")
     prompts = [args.prompt] if args.prompts is None else prompts_of_file(args)
     for text in (*prompts, args.negative):
         try:
@@ -213,9 +215,10 @@ def plan(args, prompts, settings, hashing, model):
         hashing.join()
         old, new = read_parameters(path), parameters(args, prompt, seed, settings, model)
         if old != new:
-            old_line, new_line = ((text or "no parameters").splitlines()[-1] for text in (old, new))
-            raise InputError(f"{path} is there and was made otherwise ({old_line}) than this command would make it "
-                             f"({new_line}), or from another prompt; give another --out")
+            old, new = ((text or "no parameters").splitlines() for text in (old, new))
+            which = -1 if old[-1] != new[-1] else 0  # the settings, or else the prompt
+            raise InputError(f"{path} is there and was made otherwise ({old[which]}) than this command would make it "
+                             f"({new[which]}); give another --out")
     return todo
 
 

@@ -27,9 +27,9 @@ def written_beside(path):
         beside.unlink(missing_ok=True)
 
 
-def writable_folder(path):
+def writable_folder(path, flag="--out"):
     """Make ``path`` a folder and prove that files can be written there. Raises PermissionError / NotADirectoryError
-    in words before any work is done, not after."""
+    in words before any work is done, not after. ``flag``: the one that named it."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -37,12 +37,12 @@ def writable_folder(path):
         probe.touch()
         probe.unlink()
     except FileExistsError:
-        raise NotADirectoryError(f"{path} is a file, but a folder for the results was expected; give another --out") \
-            from None
+        raise NotADirectoryError(f"{path} is a file, but a folder for the results was expected; give another "
+                                 f"{flag}") from None
     except NotADirectoryError:
-        raise NotADirectoryError(f"a parent of {path} is a file, not a folder; give another --out") from None
+        raise NotADirectoryError(f"a parent of {path} is a file, not a folder; give another {flag}") from None
     except OSError as error:
-        raise PermissionError(f"cannot write into {path} ({error.strerror}); give another --out") from None
+        raise PermissionError(f"cannot write into {path} ({error.strerror}); give another {flag}") from None
     return path
 
 

@@ -52,8 +52,9 @@ class Tokenizer:
         for row, prompt in zip(token_ids, prompts):
             tokens = self.encode(prompt)
             if len(tokens) > MAX_TOKENS - 2:
+                cut = self.cut(prompt)
                 warnings.warn(f"the prompt has {len(tokens)} tokens and only the first {MAX_TOKENS - 2} are read; "
-                              f"cut: {self.cut(prompt)!r}", stacklevel=2)
+                              f"cut: {cut[:200]!r}" + " ..." * (len(cut) > 200), stacklevel=2)
             tokens = [BEGIN, *tokens[:MAX_TOKENS - 2], END]
             row[:len(tokens)] = torch.tensor(tokens)
         return token_ids

@@ -178,6 +178,18 @@ def test_a_folder_that_holds_another_run_is_refused(place, whole):
     assert (whole / "last" / "state.pt").read_bytes() == before
 
 
+def test_a_run_that_another_process_writes_is_refused_until_that_one_ends(tmp_path):
+    writer = ("import sys; from minildm.training.run import Run; run = Run(sys.argv[1], {}); run.begin(); "
+              "print('begun', flush=True); input()")
+    with subprocess.Popen([sys.executable, "-c", writer, str(tmp_path / "run")], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "begun\n"
+        with pytest.raises(InputError, match="another process is writing"):
+            Run(tmp_path / "run", {}).begin()
+        other.kill()
+    Run(tmp_path / "run", {}).begin()
+
+
 def test_resuming_what_is_no_run_is_an_error(place, whole):
     with pytest.raises(InputError, match="leave --preset out"):
         train.main(["--resume", str(whole), "--preset", "selora-iu"])

@@ -50,7 +50,7 @@ class Rows:
     """A folder of shards: rows of one shape in float16, found by their 32-byte key."""
 
     def __init__(self, folder, recipe):
-        self.folder = writable_folder(Path(folder) / hashlib.sha256(recipe.encode()).hexdigest()[:24])
+        self.folder = writable_folder(Path(folder) / hashlib.sha256(recipe.encode()).hexdigest()[:24], "--cache")
         if not (self.folder / "recipe.txt").is_file():
             with written_beside(self.folder / "recipe.txt") as path:
                 path.write_text(recipe + "\n", encoding="utf-8")

@@ -233,7 +233,7 @@ def as_text(report):
         yield f"  {name}: known {field['known']:,}, {field['different']:,} different: {values[:100]}"
     if report["classes"]:
         yield f"balanced by their classes, pictures: {top(report['classes'], 20)}"
-    yield f"prompts from {report['template']!r}:"
+    yield f"prompts from {report['template']!r}:" if report["template"] else "no captions, and nothing to make them of:"
     if captions := report["captions"]:
         tokens, share = captions["tokens"], captions["cut"] / report["pictures"]
         yield (f"  tokens {tokens['min']} to {tokens['max']}, median {tokens['median']:g}; {captions['cut']:,} "

@@ -71,6 +71,8 @@ class TrainingConfig:
                      "max_bad_steps", "validation_interval", "validation_pairs", "samples", "save_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise InputError(f"--alpha must be a finite number above 0, got {self.alpha}")
         for name in ("lr", "warmup", "weight_decay", "clip", "min_snr_gamma", "noise_offset", "sample_interval"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{_flag(name)} must be a finite number >= 0, got {getattr(self, name)}")

@@ -10,6 +10,7 @@
 Files are whole or absent, and written by one process only.
 """
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,8 @@ from safetensors import SafetensorError
 
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
+
+LOCKED = {}  # {(inode, device): open file} of the config.json of this process' runs
 
 
 class Run:
@@ -42,6 +45,8 @@ class Run:
 
     def begin(self, **found):
         """Write config.json; or, resuming, check that what was found (fingerprints of base and data) is what it was."""
+        if (self.folder / "config.json").exists():
+            self._lock()
         for name in ("last", "samples"):
             writable_folder(self.folder / name)
         self.settings["found"] = json.loads(json.dumps(found))
@@ -50,6 +55,23 @@ class Run:
         else:
             with written_beside(self.folder / "config.json") as path:
                 path.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+            self._lock()
+
+    def _lock(self):
+        """One process a run: two would write one log. The lock on config.json ends with the process, however that
+        ends; the process itself may open its run again."""
+        file = open(self.folder / "config.json", "r+")  # noqa: SIM115 (held open)
+        inode = os.fstat(file.fileno())[1:3]
+        if inode in LOCKED:
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {self.folder}; wait for it to end, or give another --out") \
+                from None
+        except OSError:
+            pass  # a file system without locks
+        LOCKED[inode] = file
 
     def _compare(self, then, now, free=()):
         for name in sorted({*then, *now} - {*free}):
