@@ -5,7 +5,6 @@ Reads like the data's way through the system: records -> pictures -> latents, ca
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import sys
 import time
@@ -22,7 +21,7 @@ from minildm.flags import Help, at_least
 from minildm.latent_diffusion import is_embedded, usable_device
 from minildm.training.adapt import Pictures, adapt, encode, summary
 from minildm.training.config import PRESETS, TrainingConfig
-from minildm.training.run import Run, read_settings
+from minildm.training.run import Run, fingerprint, read_settings
 
 NOT_SETTINGS = ("resume", "dry_run", "out", "preset")
 FREE = ("device", "workers", "cache", "compile", "micro_batch")  # what a resumed run may change
@@ -137,7 +136,8 @@ def main(arguments):
     splits = {name: pictures.some(indices)
               for name, indices in split_by_patient(data.records, args.split, args.seed).items()}
     training, validation = splits["train"], splits.get("validation", pictures.some([]))
-    run.begin(base=model.base_hash, dtype=dtype, pixels=args.size, data=fingerprint(pictures),
+    run.begin(base=model.base_hash, dtype=dtype, pixels=args.size,
+              data=fingerprint(data.records, pictures.prompts, latents.keys),
               splits={name: [record.name for record in part.records] for name, part in splits.items()})
     for note in data.notes:
         print(f"note: {note}")
@@ -150,14 +150,6 @@ def main(arguments):
     print(f'next: python sample.py "{prompt}"' + f" --base {args.base}" * bool(args.base)
           + f" --adapter {run.folder} -n 4 --height {args.size} --width {args.size}")
     return 0
-
-
-def fingerprint(pictures):
-    """Names, prompts and contents in one hash: captions themselves are not written down."""
-    digest = hashlib.sha256()
-    for record, prompt, key in zip(pictures.records, pictures.prompts, pictures.latents.keys):
-        digest.update(f"{record.name}\n{prompt}\n".encode() + key)
-    return f"{len(pictures.records)} pictures, {digest.hexdigest()[:16]}"
 
 
 if __name__ == "__main__":

@@ -76,13 +76,14 @@ def test_a_second_time_nothing_is_read_or_encoded(vae, data_set, tmp_path, monke
 
 
 def test_moved_files_are_read_but_not_encoded_again(vae, data_set, tmp_path, monkeypatch):
-    latent_cache(data_set.records, TRANSFORM, vae, tmp_path / "cache")
+    before = latent_cache(data_set.records, TRANSFORM, vae, tmp_path / "cache")
     moved = open_data_set(f"folder:{shutil.move(tmp_path / 'data', tmp_path / 'elsewhere')}")
     with monkeypatch.context() as patch:
         patch.setattr(Rows, "add", lambda *arguments: pytest.fail("encoded again"))
         latent_cache(moved.records, TRANSFORM, vae, tmp_path / "cache")
     forbid(monkeypatch, "read")  # and the new places are remembered
-    latent_cache(moved.records, TRANSFORM, vae, tmp_path / "cache")
+    after = latent_cache(moved.records, TRANSFORM, vae, tmp_path / "cache")
+    assert after.keys == before.keys and torch.equal(after.moments(4)[0], before.moments(4)[0])
 
 
 def test_a_replaced_file_is_never_served_from_the_cache(vae, data_set, tmp_path):

@@ -215,11 +215,16 @@ class ShapeCheck:
         return self.colour and self.shape and self.order
 
 
-_PROMPT = re.compile(
+SHAPE_PROMPT = re.compile(
     r"(?:a (?:picture|drawing) of )?(?P<n>an?|one|two|three|four)? ?(?P<c1>{c}) (?P<s1>{s})(?:e?s)?"
     r"(?: (?P<relation>above|below|over|under|(?:to the )?(?:left|right) of) an? (?P<c2>{c}) (?P<s2>{s}))?"
     r"(?: on an? (?P<background>[a-z ]+) background)?".format(c="|".join(COLOURS), s="|".join(SHAPES))
 )
+
+
+def direction(words):
+    """Where the first of two shapes lies, y down: "to the left of" -> (-1, 0)."""
+    return RELATIONS[{"over": "above", "under": "below"}.get(words, words.removeprefix("to the "))]
 
 
 def check_shapes(image, prompt):
@@ -230,7 +235,7 @@ def check_shapes(image, prompt):
     are its shapes; an area has the shape whose outline, stretched to the same box, it covers best. What nobody asked
     for it does not see: shapes of further colours, the background.
     """
-    match = _PROMPT.fullmatch(prompt.strip().lower())
+    match = SHAPE_PROMPT.fullmatch(prompt.strip().lower())
     if match is None:
         raise InputError(
             f"cannot check the prompt {prompt!r}; expected '[number] colour shape [relation a colour shape]', "
@@ -254,8 +259,7 @@ def check_shapes(image, prompt):
     shapes = all(left[c] == sorted(s for w, s in wanted if w == c) for c, _ in wanted)
     order = True
     if match["relation"]:
-        name = {"over": "above", "under": "below"}.get(match["relation"], match["relation"].removeprefix("to the "))
-        dx, dy = RELATIONS[name]
+        dx, dy = direction(match["relation"])
         first, second = _pair(areas, wanted)
         ahead = (first[1] - second[1]) * dx + (first[2] - second[2]) * dy
         aside = abs((first[1] - second[1]) * dy) + abs((first[2] - second[2]) * dx)

@@ -43,10 +43,11 @@ def list_pictures(source):
     entries = sorted(folder.iterdir())
     pictures = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()]
     if folder.name == "samples" and (folder.parent / "config.json").is_file():
-        if pictures and not (drawn := [path for path in pictures if not _is_sheet(path)]):
+        drawn = [path for path in pictures if not _is_sheet(path)]
+        if pictures and not drawn:
             raise InputError(f"{folder} holds the contact sheets of a training run, not pictures; draw some: python "
                              f"sample.py --adapter {folder.parent} --prompts FILE --out FOLDER")
-        pictures = drawn if pictures else []
+        pictures = drawn
     if not pictures:
         held = "is empty" if not entries else f"holds {len(entries)} entries but no picture"
         raise InputError(f"{folder} {held}; expected files ending in {' '.join(SUFFIXES)}, subfolders are not searched")

@@ -15,7 +15,6 @@ the diffusion show pictures of the data set), RUN/model the result in diffusers'
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +45,7 @@ from minildm.pictures import FROM_DATA, contact_sheet, save_png
 from minildm.training.adapt import Pictures, draw_sheet, encode
 from minildm.training.config import TrainingConfig
 from minildm.training.loop import train
-from minildm.training.run import Run, read_settings
+from minildm.training.run import Run, fingerprint, read_settings
 from minildm.training.step import Captions, checkpoint_blocks, draw, sample_losses, seeded, validation_loss
 
 # Fewer groups than the 32 of the large models: in levels so narrow each would have one channel or two, and a norm over
@@ -102,7 +101,7 @@ def parser():
         "(text encoder, U-Net)")
     add("--min-snr-gamma", type=float, default=0.0, help="weight the U-Net's loss by min-SNR, 5 is usual; 0 = off")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient, 0 = off")
-    add("--seed", type=at_least(0), default=0, help="of everything random")
+    add("--seed", type=int, default=0, help="of everything random")
     add("--checkpointing", action="store_true", help="compute activations twice instead of keeping them: less memory")
     add("--sample-interval", type=int, default=1000, help="steps between sheets of pictures; 0 = none")
     add("--save-interval", type=int, default=200, help="steps between saved states")
@@ -156,7 +155,7 @@ def main(arguments):
     model = new_model(config, args.seed, args.device)
     if args.checkpointing:
         checkpoint_blocks(model.vae, model.unet, model.text_encoder)
-    found = fingerprint(data, prompts, contents)
+    found = fingerprint(data.records, prompts, [contents.get(record.name, b"") for record in data.records])
 
     def begin(stage):
         runs[stage].begin(data=found)
@@ -223,14 +222,6 @@ def whole_files(data, transform, skip_bad, resume=None):
                             "--skip-bad goes on without them"))
     kept = tuple(record for record in data.records if record.name not in bad)
     return dataclasses.replace(data, records=kept), contents
-
-
-def fingerprint(data, prompts, contents):
-    """Names, prompts and contents in one hash: captions themselves are not written down."""
-    digest = hashlib.sha256()
-    for record, prompt in zip(data.records, prompts):
-        digest.update(f"{record.name}\n{prompt}\n".encode() + contents.get(record.name, b""))
-    return f"{len(data)} pictures, {digest.hexdigest()[:16]}"
 
 
 def new_model(config, seed, device):

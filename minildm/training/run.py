@@ -11,6 +11,7 @@ Files are whole or absent, and written by one process only.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -138,6 +139,14 @@ class Run:
     def save_adapter(self, write):
         """``write(path)`` puts the best adapter there."""
         self._guarded(write, self.adapter)
+
+
+def fingerprint(records, prompts, contents):
+    """Names, prompts and contents (bytes, each picture's hash) in one: captions themselves are not written down."""
+    digest = hashlib.sha256()
+    for record, prompt, content in zip(records, prompts, contents, strict=True):
+        digest.update(f"{record.name}\n{prompt}\n".encode() + content)
+    return f"{len(records)} pictures, {digest.hexdigest()[:16]}"
 
 
 def read_settings(folder):

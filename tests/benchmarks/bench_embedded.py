@@ -15,7 +15,6 @@ import argparse
 import itertools
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -62,15 +61,12 @@ def unseen(args):
 def never_shown():
     """Prompts of two shapes, unlike in colour and shape, that none of the data set's 40,000 captions means, in whatever
     words. They come in pairs: one arrangement told from either shape."""
-    order = re.compile(r"(\w+ \w+) (?:to the )?(above|over|left of|below|under|right of) an? (\w+ \w+)")
-    other = {"below": "above", "under": "above", "right of": "left of"}
-
     def place(caption):
-        found = order.search(caption)
-        if found:
-            first, relation, second = found.groups()
-            return (second, other[relation], first) if relation in other else (
-                first, "above" if relation == "over" else relation, second)
+        told = procedural.SHAPE_PROMPT.fullmatch(caption)
+        if told and told["relation"]:
+            first, second = (told["c1"], told["s1"]), (told["c2"], told["s2"])
+            dx, dy = procedural.direction(told["relation"])
+            return (first, dx, dy, second) if dx + dy < 0 else (second, -dx, -dy, first)
 
     shown = {place(record.fields["text"]) for record in procedural.records()[0]}
     things = list(itertools.product(procedural.COLOURS, procedural.SHAPES))
@@ -85,8 +81,8 @@ def draw_and_check(args, name, prompts):
     for guidance in args.guidance:
         images, seconds = draw(model, prompts, args, guidance)
         checks = [procedural.check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
-        colour, shape, order, right = (100 * np.mean([getattr(check, name) for check in checks])
-                                       for name in ("colour", "shape", "order", "right"))
+        colour, shape, order, right = (100 * np.mean([getattr(check, part) for check in checks])
+                                       for part in ("colour", "shape", "order", "right"))
         print(f"{name}, guidance {guidance:g}: right {right:.1f} % (colours {colour:.1f}, shapes {shape:.1f}, order "
               f"{order:.1f}) of {len(prompts)} prompts; {seconds:.0f} s", flush=True)
         if args.sheets:
@@ -171,9 +167,9 @@ def figure(args):
                    if label.sex == sex and place in label.place)
               for column, (view, sex, finding, place) in enumerate(kinds)]
     chests = [render(phantom.PROMPT, phantom.fields(person)) for person in people]
-    models = [minildm.load(args.base, adapters, device=args.device) for adapters in ([], [], [args.adapter])]
+    base, adapted = (minildm.load(args.base, adapters, device=args.device) for adapters in ([], [args.adapter]))
     rows = [draw(model, prompts, args, usual_guidance(model.config))[0]
-            for model, prompts in zip(models, (words, chests, chests))]
+            for model, prompts in ((base, words), (base, chests), (adapted, chests))]
     films = [Image.fromarray(phantom.render(person, (SET, i), rows[0][0].width)).convert("RGB")
              for i, person in enumerate(people)]
     print("\n".join(words + chests))
