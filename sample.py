@@ -19,19 +19,23 @@ from tqdm import tqdm
 from minildm import __version__
 from minildm.errors import InputError, exit_cleanly
 from minildm.files import sha256, writable_folder
-from minildm.flags import Help
-from minildm.pictures import SAMPLER_NAMES, contact_sheet, parameters_text, read_parameters, save_png
+from minildm.images import SAMPLER_NAMES, contact_sheet, parameters_text, read_parameters, save_png
+from minildm.settings import Help
 
 SHEET_PICTURES = 64  # at most, on one contact sheet
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(prog="sample.py", description="Draw pictures from prompts.",
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(prog="sample.py", description="Draw pictures from prompts.", formatter_class=Help)
     add = parser.add_argument_group("what").add_argument
     add("prompt", nargs="?", help="what to draw")
-    add("--prompts", metavar="FILE", type=Path, help="many: a text file with one prompt a line, or a .csv; the same "
-        "command continues where an interrupted one stopped")
+    add(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help="many: a text file with one prompt a line, or a .csv; the same "
+        "command continues where an interrupted one stopped",
+    )
     add("--column", help="column of the .csv (default: prompt, or text)")
     add("--negative", default="", help="what to lead away from")
     add("-n", type=int, default=1, help="pictures for each prompt")
@@ -40,15 +44,25 @@ def parse(arguments):
     add = parser.add_argument_group("how").add_argument
     add("--sampler", default="ddim", choices=tuple(SAMPLER_NAMES), help="20 steps do for dpm++")
     add("--steps", type=int, default=50, help="calls of the U-Net, 1 to 1000")
-    add("--guidance", type=float, help="guidance scale; 1 or less = off, and twice as fast (default: 7.5; 3 for "
-        "models smaller than Stable Diffusion, such as weights/tiny)")
+    add(
+        "--guidance",
+        type=float,
+        help="guidance scale; 1 or less = off, and twice as fast (default: 7.5; 3 for "
+        "models smaller than Stable Diffusion, such as weights/tiny)",
+    )
     add("--eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
     add("--karras", action="store_true", help="Karras spacing of dpm++'s steps")
     add("--seed", type=int, default=0, help="picture i has seed + i")
     add = parser.add_argument_group("with what").add_argument
     add("--base", help=".safetensors file or diffusers-layout folder (default: the one in weights/)")
-    add("--adapter", action="append", default=[], metavar="FILE[:0.6]", help="adapter file or run folder, with its "
-        "multiplier; repeat for several; none: the bare base (default: none; with weights/tiny the adapter beside it)")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[:0.6]",
+        help="adapter file or run folder, with its "
+        "multiplier; repeat for several; none: the bare base (default: none; with weights/tiny the adapter beside it)",
+    )
     add("--prediction", choices=("epsilon", "v"), help="of a single file that cannot say it: v for SD v2.x at 768 px")
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float16 on a GPU, float32 elsewhere)")
@@ -65,16 +79,19 @@ def main(arguments):
 
     import torch
 
-    from minildm.latent_diffusion import (
-        EMBEDDED_ADAPTER,
-        check_sampling,
-        is_embedded,
-        load,
-        split_multiplier,
-        usual_guidance,
+    from minildm.latent_diffusion import check_sampling, usual_guidance
+    from minildm.loading import EMBEDDED_ADAPTER, is_embedded, load, split_multiplier
+
+    check_sampling(
+        args.steps,
+        1.0 if args.guidance is None else args.guidance,
+        args.sampler,
+        args.eta,
+        args.karras,
+        args.seed,
+        args.height,
+        args.width,
     )
-    check_sampling(args.steps, 1.0 if args.guidance is None else args.guidance, args.sampler, args.eta, args.karras,
-                   args.seed, args.height, args.width)
     if not args.adapter and is_embedded(args.base) and EMBEDDED_ADAPTER.is_file():
         args.adapter = [str(EMBEDDED_ADAPTER)]
         print("the embedded base with its adapter for chest radiographs (--adapter none: the bare base)")
@@ -87,10 +104,17 @@ def main(arguments):
         raise FileNotFoundError(f"no such adapter: {', '.join(absent)}")
 
     start = time.perf_counter()
-    model = load(args.base, args.adapter, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
-                 prediction=args.prediction)
-    print(f"{model.files.path}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
-          f"{str(model.dtype).removeprefix('torch.')} on {model.device}, loaded in {time.perf_counter() - start:.1f} s")
+    model = load(
+        args.base,
+        args.adapter,
+        device=args.device,
+        dtype=args.dtype and getattr(torch, args.dtype),
+        prediction=args.prediction,
+    )
+    print(
+        f"{model.files.path}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
+        f"{str(model.dtype).removeprefix('torch.')} on {model.device}, loaded in {time.perf_counter() - start:.1f} s"
+    )
     args.guidance = usual_guidance(model.config) if args.guidance is None else args.guidance
     hashing = threading.Thread(target=lambda: model.base_hash, daemon=True)  # seconds of reading, while sampling starts
     hashing.start()
@@ -106,9 +130,19 @@ def main(arguments):
     batches = split_batches(todo, args.batch_size)
     with tqdm(total=calls * len(batches), unit="step", disable=None, dynamic_ncols=True) as bar:
         for batch in batches:
-            images = model.sample([prompt for prompt, *_ in batch], args.negative, args.steps, args.guidance,
-                                  args.sampler, args.eta, seed=batch[0][1], height=args.height, width=args.width,
-                                  karras=args.karras, callback=lambda step, latents: bar.update())
+            images = model.sample(
+                [prompt for prompt, *_ in batch],
+                args.negative,
+                args.steps,
+                args.guidance,
+                args.sampler,
+                args.eta,
+                seed=batch[0][1],
+                height=args.height,
+                width=args.width,
+                karras=args.karras,
+                callback=lambda step, latents: bar.update(),
+            )
             hashing.join()
             for image, (prompt, seed, path) in zip(images, batch):
                 save_png(image, path, parameters(args, prompt, seed, settings, model))
@@ -165,12 +199,16 @@ def prompts_of_file(args):
             raise InputError(f"--prompts {args.prompts} is not readable as CSV ({error})") from None
         column = args.column or next((name for name in ("prompt", "text") if name in columns), None)
         if column not in columns:
-            raise InputError(f"--prompts {args.prompts} has no column {column or 'prompt or text'!r}; its columns: "
-                             f"{', '.join(map(str, columns)) or 'none'}; name one with --column")
+            raise InputError(
+                f"--prompts {args.prompts} has no column {column or 'prompt or text'!r}; its columns: "
+                f"{', '.join(map(str, columns)) or 'none'}; name one with --column"
+            )
         prompts = [row[column] or "" for row in rows]
         if blank := [i for i, prompt in enumerate(prompts, 1) if not prompt.strip()]:
-            raise InputError(f"--prompts {args.prompts} has no prompt in {len(blank)} of {len(rows)} rows, first in "
-                             f"row {blank[0]}; fill or delete them")
+            raise InputError(
+                f"--prompts {args.prompts} has no prompt in {len(blank)} of {len(rows)} rows, first in "
+                f"row {blank[0]}; fill or delete them"
+            )
     if not prompts:
         raise InputError(f"--prompts {args.prompts} holds no prompt")
     return prompts
@@ -179,22 +217,37 @@ def prompts_of_file(args):
 def describe(args, model, adapters):
     """The settings that every picture of this call shares, for its parameters: [before the seed], [after it]."""
     size = f"{args.width or model.config.image_size}x{args.height or model.config.image_size}"
-    before = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler] + " Karras" * args.karras,
-              "CFG scale": args.guidance}
-    after = {"Size": size, "Model": model.files.path.stem, "Prediction": model.config.schedule.prediction,
-             "Precision": str(model.dtype).removeprefix("torch.")}
+    before = {
+        "Steps": args.steps,
+        "Sampler": SAMPLER_NAMES[args.sampler] + " Karras" * args.karras,
+        "CFG scale": args.guidance,
+    }
+    after = {
+        "Size": size,
+        "Model": model.files.path.stem,
+        "Prediction": model.config.schedule.prediction,
+        "Precision": str(model.dtype).removeprefix("torch."),
+    }
     if args.eta:
         after["Eta"] = args.eta
     if adapters:  # by content: the same name may hold another training tomorrow
-        after["Adapter"] = " + ".join(f"{path.parent.name}/{path.name} {sha256(path)[:10]} x {multiplier:g}"
-                                      for path, multiplier in adapters)
+        after["Adapter"] = " + ".join(
+            f"{path.parent.name}/{path.name} {sha256(path)[:10]} x {multiplier:g}" for path, multiplier in adapters
+        )
     return before, after
 
 
 def parameters(args, prompt, seed, settings, model):
     before, after = settings
-    return parameters_text(prompt, args.negative, **before, Seed=seed, **{"Model hash": model.base_hash[:10]}, **after,
-                           Version=f"minildm {__version__}")
+    return parameters_text(
+        prompt,
+        args.negative,
+        **before,
+        Seed=seed,
+        **{"Model hash": model.base_hash[:10]},
+        **after,
+        Version=f"minildm {__version__}",
+    )
 
 
 def plan(args, prompts, settings, hashing, model):
@@ -217,8 +270,10 @@ def plan(args, prompts, settings, hashing, model):
         if old != new:
             old, new = ((text or "no parameters").splitlines() for text in (old, new))
             which = -1 if old[-1] != new[-1] else 0  # the settings, or else the prompt
-            raise InputError(f"{path} is there and was made otherwise ({old[which]}) than this command would make it "
-                             f"({new[which]}); give another --out")
+            raise InputError(
+                f"{path} is there and was made otherwise ({old[which]}) than this command would make it "
+                f"({new[which]}); give another --out"
+            )
     return todo
 
 

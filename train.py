@@ -17,10 +17,10 @@ from minildm.data.flags import add_data_flags, data_set_from, transform_from
 from minildm.data.prompts import prompts_for
 from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
-from minildm.flags import Help, at_least
-from minildm.latent_diffusion import is_embedded, usable_device
-from minildm.training.adapt import Pictures, adapt, encode, summary
+from minildm.loading import is_embedded, usable_device
+from minildm.settings import Help, at_least
 from minildm.training.config import PRESETS, TrainingConfig
+from minildm.training.finetune import Pictures, adapt, encode, summary
 from minildm.training.run import Run, fingerprint, read_settings
 
 NOT_SETTINGS = ("resume", "dry_run", "out", "preset")
@@ -28,16 +28,20 @@ FREE = ("device", "workers", "cache", "compile", "micro_batch")  # what a resume
 
 
 def parser():
-    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune a Stable Diffusion model on pictures.",
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Fine-tune a Stable Diffusion model on pictures.", formatter_class=Help
+    )
     add = parser.add_argument_group("what").add_argument
     add("--adapter", default="selora", choices=("selora", "lora"), help="selora: ranks grow where it pays")
     add("--base", help=".safetensors file or diffusers-layout folder (default: the one in weights/)")
     add("--on-top-of", action="append", default=[], metavar="FILE[:0.6]", help="adapters to merge into the base first")
     add("--prediction", choices=("epsilon", "v"), help="of a single file that cannot say it: v for SD v2.x at 768 px")
     add("--data", default="phantom", metavar="NAME:PATH", help="phantom, folder:..., iu-xray:..., padchest:..., ...")
-    add("--preset", choices=tuple(PRESETS), help="a paper's settings, or those for the embedded base (default there); "
-        "flags beside it win")
+    add(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="a paper's settings, or those for the embedded base (default there); flags beside it win",
+    )
     add("--out", type=Path, default=Path("runs/latest"), help="folder for the run")
     add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
     add("--dry-run", action="store_true", help="print the settings and stop")
@@ -79,10 +83,18 @@ def parser():
     add("--save-interval", type=int, help="steps between saved states")
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="of the frozen base; the adapter is float32 (default: bfloat16 on a GPU, float32 elsewhere)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the networks: minutes at the "
-        "start (and whenever a selora layer passes rank 8, 16, ...), then faster on a GPU")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the frozen base; the adapter is float32 (default: bfloat16 on a GPU, float32 elsewhere)",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the networks: minutes at the "
+        "start (and whenever a selora layer passes rank 8, 16, ...), then faster on a GPU",
+    )
     add("--workers", type=at_least(0), default=0, help="processes that read ahead")
     add("--cache", type=Path, default=Path.home() / ".cache" / "minildm", help="folder for latents and contexts")
     parser.set_defaults(size=None, **{field.name: field.default for field in dataclasses.fields(TrainingConfig)})
@@ -110,8 +122,11 @@ def parse(arguments):
 def main(arguments):
     args = parse(arguments)
     config = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-             if name not in NOT_SETTINGS}
+    flags = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in NOT_SETTINGS
+    }
     if args.dry_run:
         print(json.dumps(flags, indent=1))
         return 0
@@ -125,30 +140,43 @@ def main(arguments):
     data = data_set_from(args, args.data)
     model = load(args.base, args.on_top_of, device, getattr(torch, dtype), args.prediction)
     args.size = model.config.image_size if args.size is None else args.size
-    print(f"{model.files.path}: {args.size} px, base in {dtype} on {device}, loaded in "
-          f"{time.perf_counter() - start:.1f} s")
+    print(
+        f"{model.files.path}: {args.size} px, base in {dtype} on {device}, loaded in "
+        f"{time.perf_counter() - start:.1f} s"
+    )
 
     latents = encode(model, data.records, transform_from(args), args.cache, args.skip_bad)
     if bad := len(data.records) - len(latents.records):
         print(f"note: {bad:,} of {len(data.records):,} pictures cannot be decoded and are left out (--skip-bad)")
     data = dataclasses.replace(data, records=latents.records)
     pictures = Pictures(data.records, tuple(prompts_for(data, args.prompt_template)), latents)
-    splits = {name: pictures.some(indices)
-              for name, indices in split_by_patient(data.records, args.split, args.seed).items()}
+    splits = {
+        name: pictures.some(indices) for name, indices in split_by_patient(data.records, args.split, args.seed).items()
+    }
     training, validation = splits["train"], splits.get("validation", pictures.some([]))
-    run.begin(base=model.base_hash, dtype=dtype, pixels=args.size,
-              data=fingerprint(data.records, pictures.prompts, latents.keys),
-              splits={name: [record.name for record in part.records] for name, part in splits.items()})
+    run.begin(
+        base=model.base_hash,
+        dtype=dtype,
+        pixels=args.size,
+        data=fingerprint(data.records, pictures.prompts, latents.keys),
+        splits={name: [record.name for record in part.records] for name, part in splits.items()},
+    )
     for note in data.notes:
         print(f"note: {note}")
-    print(f"{data.name}: " + ", ".join(f"{len(part.records):,} {name}" for name, part in splits.items())
-          + f" pictures; {config.total_steps(len(training.records)):,} steps of {config.batch_size}; run: {run.folder}")
+    print(
+        f"{data.name}: "
+        + ", ".join(f"{len(part.records):,} {name}" for name, part in splits.items())
+        + f" pictures; {config.total_steps(len(training.records)):,} steps of {config.batch_size}; run: {run.folder}"
+    )
 
     state = adapt(model, training, validation, config, run, args.cache, args.balance, args.workers, args.compile)
     print(summary(model, state, run))
     prompt = training.prompts[0].replace('"', "'")
-    print(f'next: python sample.py "{prompt}"' + f" --base {args.base}" * bool(args.base)
-          + f" --adapter {run.folder} -n 4 --height {args.size} --width {args.size}")
+    print(
+        f'next: python sample.py "{prompt}"'
+        + f" --base {args.base}" * bool(args.base)
+        + f" --adapter {run.folder} -n 4 --height {args.size} --width {args.size}"
+    )
     return 0
 
 

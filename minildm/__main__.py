@@ -9,42 +9,54 @@ from minildm.errors import exit_cleanly
 def check(arguments):
     """decode and examine a data set before training on it"""
     from minildm.data.check import main
+
     return main(arguments)
 
 
 def prompts(arguments):
     """show the prompts a data set gives"""
     from minildm.data.check import show_prompts
+
     return show_prompts(arguments)
 
 
 def fid(arguments):
     """Frechet distance of two folders of pictures, and what it is worth at this n"""
     from minildm.metrics.fid_score import main
+
     return main(arguments)
 
 
 def clip_score(arguments):
     """how well pictures agree with their prompts, in the eyes of a CLIP model"""
-    from minildm.metrics.clip_score import main
+    from minildm.metrics.clip import main
+
     return main(arguments)
 
 
 def audit(arguments):
     """has the model memorised its training pictures?"""
     from minildm.metrics.audit import main
+
     return main(arguments)
 
 
 def pretrain(arguments):
     """train a latent diffusion model from nothing: autoencoder, text encoder, U-Net"""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy draws small pictures; its threads would fight torch's
-    from minildm.training.pretrain import main
+    from minildm.pretraining.pretrain import main
+
     return main(arguments)
 
 
-COMMANDS = {"check": check, "prompts": prompts, "fid": fid, "clip-score": clip_score, "audit": audit,
-            "pretrain": pretrain}
+COMMANDS = {
+    "check": check,
+    "prompts": prompts,
+    "fid": fid,
+    "clip-score": clip_score,
+    "audit": audit,
+    "pretrain": pretrain,
+}
 
 
 def usage():

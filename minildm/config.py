@@ -47,8 +47,19 @@ class UNetConfig:
     @staticmethod
     def tiny(**changes):
         """A real network small enough for a test: one attention level, 0.8 M parameters."""
-        return UNetConfig(**({"widths": (32, 64), "attention": (True, False), "n_heads": (4, 4), "layers_per_block": 1,
-                              "context_dim": 32, "latent_size": 8} | changes))
+        return UNetConfig(
+            **(
+                {
+                    "widths": (32, 64),
+                    "attention": (True, False),
+                    "n_heads": (4, 4),
+                    "layers_per_block": 1,
+                    "context_dim": 32,
+                    "latent_size": 8,
+                }
+                | changes
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +111,10 @@ class ScheduleConfig:
         if self.prediction not in ("epsilon", "v"):
             raise InputError(f"prediction must be 'epsilon' or 'v', got {self.prediction!r}")
         if not (self.n_timesteps >= 1 and 0 < self.beta_start <= self.beta_end < 1):
-            raise InputError(f"a noise schedule needs timesteps and 0 < beta_start <= beta_end < 1, got "
-                             f"{self.n_timesteps} timesteps, {self.beta_start} to {self.beta_end}")
+            raise InputError(
+                f"a noise schedule needs timesteps and 0 < beta_start <= beta_end < 1, got "
+                f"{self.n_timesteps} timesteps, {self.beta_start} to {self.beta_end}"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,11 +127,15 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.unet.context_dim != self.text_encoder.width:
-            raise InputError(f"the U-Net reads text features {self.unet.context_dim} wide, but the text encoder gives "
-                             f"{self.text_encoder.width}: they belong to different models")
+            raise InputError(
+                f"the U-Net reads text features {self.unet.context_dim} wide, but the text encoder gives "
+                f"{self.text_encoder.width}: they belong to different models"
+            )
         if self.unet.latent_channels != self.vae.latent_channels:
-            raise InputError(f"the U-Net has {self.unet.latent_channels} latent channels, the VAE "
-                             f"{self.vae.latent_channels}: they belong to different models")
+            raise InputError(
+                f"the U-Net has {self.unet.latent_channels} latent channels, the VAE "
+                f"{self.vae.latent_channels}: they belong to different models"
+            )
 
     @property
     def image_size(self):
@@ -130,8 +147,13 @@ class ModelConfig:
         """v1-shaped, or v2-shaped: fixed head width, linear projections, gelu, v-prediction, zero padding."""
         if not v2:
             return ModelConfig(UNetConfig.tiny(), VAEConfig.tiny(), TextEncoderConfig.tiny())
-        return ModelConfig(UNetConfig.tiny(n_heads=(2, 4), linear_projection=True), VAEConfig.tiny(),
-                           TextEncoderConfig.tiny(activation="gelu"), ScheduleConfig(prediction="v"), pad_token_id=0)
+        return ModelConfig(
+            UNetConfig.tiny(n_heads=(2, 4), linear_projection=True),
+            VAEConfig.tiny(),
+            TextEncoderConfig.tiny(activation="gelu"),
+            ScheduleConfig(prediction="v"),
+            pad_token_id=0,
+        )
 
 
 def to_json(config):
@@ -141,14 +163,35 @@ def to_json(config):
 
 # --- diffusers-layout config.json ------------------------------------------------------------------------------------
 # Keys whose other values would mean another network. (diffusers drops defaults only rarely, so absence is the default.)
-_UNET_FIXED = {"act_fn": ("silu",), "center_input_sample": (False,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
-               "downsample_padding": (1,), "mid_block_scale_factor": (1,), "norm_eps": (1e-5,),
-               "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": (None,),
-               "only_cross_attention": (False,), "dual_cross_attention": (False,), "transformer_layers_per_block": (1,),
-               "resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",), "conv_in_kernel": (3,),
-               "encoder_hid_dim": (None,), "cross_attention_norm": (None,)}
-_VAE_FIXED = {"act_fn": ("silu",), "in_channels": (3,), "out_channels": (3,), "shift_factor": (None,),
-              "latents_mean": (None,), "use_quant_conv": (True,), "use_post_quant_conv": (True,)}
+_UNET_FIXED = {
+    "act_fn": ("silu",),
+    "center_input_sample": (False,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "norm_eps": (1e-5,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "only_cross_attention": (False,),
+    "dual_cross_attention": (False,),
+    "transformer_layers_per_block": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "conv_in_kernel": (3,),
+    "encoder_hid_dim": (None,),
+    "cross_attention_norm": (None,),
+}
+_VAE_FIXED = {
+    "act_fn": ("silu",),
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "shift_factor": (None,),
+    "latents_mean": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+}
 _SCHEDULE_FIXED = {"beta_schedule": ("scaled_linear",), "rescale_betas_zero_snr": (False,), "trained_betas": (None,)}
 
 
@@ -175,35 +218,55 @@ def unet_from_json(config):
         linear_projection=config.get("use_linear_projection", False),
         norm_groups=config.get("norm_num_groups", 32),
         latent_channels=channels,
-        latent_size=config.get("sample_size", 64))
+        latent_size=config.get("sample_size", 64),
+    )
 
 
 def unet_to_json(config):
     """The ``unet/config.json`` that diffusers reads as this network."""
     kinds = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention]
-    return {"_class_name": "UNet2DConditionModel", "sample_size": config.latent_size,
-            "in_channels": config.latent_channels, "out_channels": config.latent_channels,
-            "block_out_channels": list(config.widths), "layers_per_block": config.layers_per_block,
-            "attention_head_dim": list(config.n_heads), "cross_attention_dim": config.context_dim,
-            "use_linear_projection": config.linear_projection, "norm_num_groups": config.norm_groups,
-            "down_block_types": kinds, "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)]}
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": config.latent_size,
+        "in_channels": config.latent_channels,
+        "out_channels": config.latent_channels,
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.layers_per_block,
+        "attention_head_dim": list(config.n_heads),
+        "cross_attention_dim": config.context_dim,
+        "use_linear_projection": config.linear_projection,
+        "norm_num_groups": config.norm_groups,
+        "down_block_types": kinds,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
+    }
 
 
 def vae_from_json(config):
     """VAEConfig of a diffusers ``vae/config.json`` (a dict)."""
     _require_fixed(config, _VAE_FIXED, "vae/config.json")
-    return VAEConfig(widths=tuple(config["block_out_channels"]), layers_per_block=config.get("layers_per_block", 1),
-                     latent_channels=config.get("latent_channels", 4), norm_groups=config.get("norm_num_groups", 32),
-                     scaling_factor=config.get("scaling_factor", 0.18215))  # SD 1.4's file says none
+    return VAEConfig(
+        widths=tuple(config["block_out_channels"]),
+        layers_per_block=config.get("layers_per_block", 1),
+        latent_channels=config.get("latent_channels", 4),
+        norm_groups=config.get("norm_num_groups", 32),
+        scaling_factor=config.get("scaling_factor", 0.18215),
+    )  # SD 1.4's file says none
 
 
 def vae_to_json(config):
     levels = len(config.widths)
-    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3,
-            "block_out_channels": list(config.widths), "layers_per_block": config.layers_per_block,
-            "latent_channels": config.latent_channels, "norm_num_groups": config.norm_groups,
-            "scaling_factor": config.scaling_factor, "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels}
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_groups,
+        "scaling_factor": config.scaling_factor,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
 
 
 def text_encoder_from_json(config):
@@ -211,17 +274,31 @@ def text_encoder_from_json(config):
     if config.get("max_position_embeddings", MAX_TOKENS) != MAX_TOKENS:
         raise InputError(f"text_encoder/config.json: {config['max_position_embeddings']} positions, expected 77")
     return TextEncoderConfig(
-        width=config.get("hidden_size", 512), n_layers=config.get("num_hidden_layers", 12),
-        n_heads=config.get("num_attention_heads", 8), mlp_width=config.get("intermediate_size", 2048),
-        activation=config.get("hidden_act", "quick_gelu"), vocabulary=config.get("vocab_size", 49408))
+        width=config.get("hidden_size", 512),
+        n_layers=config.get("num_hidden_layers", 12),
+        n_heads=config.get("num_attention_heads", 8),
+        mlp_width=config.get("intermediate_size", 2048),
+        activation=config.get("hidden_act", "quick_gelu"),
+        vocabulary=config.get("vocab_size", 49408),
+    )
 
 
 def text_encoder_to_json(config):
-    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": config.width,
-            "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
-            "intermediate_size": config.mlp_width, "hidden_act": config.activation,
-            "vocab_size": config.vocabulary, "max_position_embeddings": MAX_TOKENS, "layer_norm_eps": 1e-5,
-            "bos_token_id": 49406, "eos_token_id": 49407, "projection_dim": config.width}
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "intermediate_size": config.mlp_width,
+        "hidden_act": config.activation,
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": MAX_TOKENS,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "projection_dim": config.width,
+    }
 
 
 def schedule_from_json(config):
@@ -231,16 +308,29 @@ def schedule_from_json(config):
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in names:
         raise InputError(f"scheduler_config.json: prediction_type {prediction!r}, expected one of {', '.join(names)}")
-    return ScheduleConfig(config.get("num_train_timesteps", 1000), config.get("beta_start", 0.00085),
-                          config.get("beta_end", 0.012), names[prediction])
+    return ScheduleConfig(
+        config.get("num_train_timesteps", 1000),
+        config.get("beta_start", 0.00085),
+        config.get("beta_end", 0.012),
+        names[prediction],
+    )
 
 
 def schedule_to_json(config):
-    return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "num_train_timesteps": config.n_timesteps,
-            "beta_start": config.beta_start, "beta_end": config.beta_end, "beta_schedule": "scaled_linear",
-            "prediction_type": "v_prediction" if config.prediction == "v" else "epsilon",
-            "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None,
-            "clip_sample": False}
+    return {
+        "_class_name": "PNDMScheduler",
+        "skip_prk_steps": True,
+        "num_train_timesteps": config.n_timesteps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction" if config.prediction == "v" else "epsilon",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+        "clip_sample": False,
+    }
 
 
 def _require_fixed(config, fixed, file):
@@ -252,5 +342,7 @@ def _require_fixed(config, fixed, file):
 def other_inputs(channels):
     """What a U-Net with another number of input channels is, and what to do."""
     kind = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth-guided model", 7: "an upscaler"}
-    return (f"the U-Net reads {channels} channels ({kind.get(channels, 'not a text-to-image model')}), expected 4; "
-            "use the text-to-image checkpoint of the same release")
+    return (
+        f"the U-Net reads {channels} channels ({kind.get(channels, 'not a text-to-image model')}), expected 4; "
+        "use the text-to-image checkpoint of the same release"
+    )

@@ -37,8 +37,9 @@ def writable_folder(path, flag="--out"):
         probe.touch()
         probe.unlink()
     except FileExistsError:
-        raise NotADirectoryError(f"{path} is a file, but a folder for the results was expected; give another "
-                                 f"{flag}") from None
+        raise NotADirectoryError(
+            f"{path} is a file, but a folder for the results was expected; give another {flag}"
+        ) from None
     except NotADirectoryError:
         raise NotADirectoryError(f"a parent of {path} is a file, not a folder; give another {flag}") from None
     except OSError as error:

@@ -3,92 +3,18 @@
 import functools
 import math
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-from minildm import checkpoint
-from minildm.adapters.files import merge_file
 from minildm.config import SPATIAL_FACTOR
 from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.samplers import SAMPLERS, guide
 from minildm.schedule import NoiseSchedule
 from minildm.tokenizer import Tokenizer
-
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-EMBEDDED = WEIGHTS / "tiny"  # the teaching model that every clone carries ...
-EMBEDDED_ADAPTER = EMBEDDED / "adapter.safetensors"  # ... and a SeLoRA adapter of it for chest radiographs
-
-
-def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
-    """Load a Stable Diffusion v1.x / v2.x model.
-
-    Args:
-        base: a single .safetensors (or .ckpt) file or a diffusers-layout folder; None = the one model in weights/.
-        adapters: files to merge, in order: "adapter.safetensors", or "adapter.safetensors:0.6" for 0.6 of its effect.
-        device: "cpu", "cuda", ...; None = a GPU where there is one.
-        dtype: of the networks; None = float16 on a GPU, float32 elsewhere.
-        prediction: "epsilon" or "v"; None = what a folder's scheduler says, "epsilon" for a single file, which cannot
-            say (v2.0 / v2.1 at 768 px need "v").
-    Returns: LatentDiffusion, frozen and in eval mode.
-    Raises: FileNotFoundError; InputError (a ValueError) for broken files and other models, naming the tensors.
-    """
-    device = usable_device(device)
-    if dtype is None:
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-    plan = checkpoint.inspect(find_base() if base is None else base, prediction)
-    model = LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
-    for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
-        merge_file(model, *split_multiplier(adapter))
-    return model
-
-
-def usable_device(name):
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
-    try:
-        torch.empty(1, device=name).item()  # the meta device has no values
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own words for a device it lacks
-        raise InputError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]}); --device cpu "
-                         "always can") from None
-
-
-def split_multiplier(adapter):
-    """"path:0.6" -> ("path", 0.6); "path" -> ("path", 1.0). A folder means the adapter.safetensors in it."""
-    path, colon, number = str(adapter).rpartition(":")
-    try:
-        path, multiplier = (path, float(number)) if colon else (number, 1.0)
-    except ValueError:  # the colon belongs to the path
-        path, multiplier = str(adapter), 1.0
-    return (Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)), multiplier
-
-
-def find_base(folder=WEIGHTS):
-    """The base model in weights/: the one published model there, else the embedded weights/tiny.
-
-    Raises FileNotFoundError saying which file to put where; InputError if there are several to choose from.
-    """
-    found = [path for path in sorted(folder.glob("*")) if path.name != "tiny" and (
-        path.suffix in (".safetensors", ".ckpt") or (path / "unet").is_dir())]
-    if len(found) > 1:
-        raise InputError(f"several base models in {folder}: {', '.join(path.name for path in found)}; choose one with "
-                         "--base (or load(base))")
-    if found:
-        return found[0]
-    if (folder / "tiny" / "unet").is_dir():
-        return folder / "tiny"
-    raise FileNotFoundError(f"no base model in {folder}: put v1-5-pruned-emaonly.safetensors (4.3 GB, "
-                            "stable-diffusion-v1-5/stable-diffusion-v1-5 on Hugging Face), another SD v1.x / v2.x file "
-                            "or a diffusers-layout folder there, or name one with --base (or load(base))")
-
-
-def is_embedded(base=None):
-    """Whether ``base`` (as in `load`) is the teaching model in weights/tiny."""
-    return (find_base() if base is None else Path(base)).resolve() == EMBEDDED.resolve()
 
 
 def usual_guidance(config):
@@ -137,8 +63,10 @@ class LatentDiffusion(nn.Module):
     def encode_images(self, images, generator=None):
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), drawn from the encoder's Gaussian."""
         if any(side % SPATIAL_FACTOR for side in images.shape[2:]):
-            raise InputError(f"images must have sides that are multiples of {SPATIAL_FACTOR}, got "
-                             f"{tuple(images.shape[2:])}; crop or resize them")
+            raise InputError(
+                f"images must have sides that are multiples of {SPATIAL_FACTOR}, got "
+                f"{tuple(images.shape[2:])}; crop or resize them"
+            )
         z = self.vae.encode(images.to(self.device, self.vae.quant_conv.weight.dtype)).sample(generator)
         return (z * self.config.vae.scaling_factor).to(self.dtype)
 
@@ -152,8 +80,9 @@ class LatentDiffusion(nn.Module):
         vae_dtype = self.vae.post_quant_conv.weight.dtype
         images = self.vae.decode(z.to(vae_dtype)).float()
         if vae_dtype != torch.float32 and not images.isfinite().all():
-            warnings.warn(f"the VAE gave non-finite pixels in {vae_dtype}; it decodes in float32 from here on",
-                          stacklevel=2)
+            warnings.warn(
+                f"the VAE gave non-finite pixels in {vae_dtype}; it decodes in float32 from here on", stacklevel=2
+            )
             with torch.inference_mode(False):  # weights made in inference mode could never take part in training
                 self.vae.float()
             images = self.vae.decode(z.float())
@@ -162,9 +91,23 @@ class LatentDiffusion(nn.Module):
         return images
 
     # --- sampling ----------------------------------------------------------------------------------------------------
-    def sample(self, prompts, negative_prompt="", steps=50, guidance=7.5, sampler="ddim", eta=0.0, seed=0, height=None,
-               width=None, latents=None, output="pil", callback=None, karras=False):
-        """Draw one picture for each prompt. Picture i depends on its prompt and on seed + i; on its batch only in the
+    def sample(
+        self,
+        prompts,
+        negative_prompt="",
+        steps=50,
+        guidance=7.5,
+        sampler="ddim",
+        eta=0.0,
+        seed=0,
+        height=None,
+        width=None,
+        latents=None,
+        output="pil",
+        callback=None,
+        karras=False,
+    ):
+        """Draw one picture for each prompt. Image i depends on its prompt and on seed + i; on its batch only in the
         last digits, as products of other shapes are rounded otherwise.
 
         Args:
@@ -190,8 +133,11 @@ class LatentDiffusion(nn.Module):
             raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
         reached = self.schedule.n_timesteps // steps * steps
         if sampler != "dpm++" and reached < 0.9 * self.schedule.n_timesteps:
-            warnings.warn(f"{steps} steps of {sampler} begin at timestep {reached} of {self.schedule.n_timesteps}, too "
-                          "late for pure noise; take a number that divides it (such as 50, 250, 500)", stacklevel=2)
+            warnings.warn(
+                f"{steps} steps of {sampler} begin at timestep {reached} of {self.schedule.n_timesteps}, too "
+                "late for pure noise; take a number that divides it (such as 50, 250, 500)",
+                stacklevel=2,
+            )
         if guidance <= 1 and any(negatives):
             warnings.warn(f"the negative prompt is not used: guidance {guidance} is off", stacklevel=2)
         shape = (self.config.unet.latent_channels, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
@@ -203,8 +149,10 @@ class LatentDiffusion(nn.Module):
         if latents is None:
             latents = draw_noise()
         elif latents.shape != (len(prompts), *shape):
-            raise InputError(f"latents must be {(len(prompts), *shape)} for {len(prompts)} pictures of {height} x "
-                             f"{width} px, got {tuple(latents.shape)}")
+            raise InputError(
+                f"latents must be {(len(prompts), *shape)} for {len(prompts)} pictures of {height} x "
+                f"{width} px, got {tuple(latents.shape)}"
+            )
         options = {"eta": eta} if sampler == "ddim" else {"karras": karras} if sampler == "dpm++" else {}
         with torch.inference_mode():
             context = self.encode_prompt(prompts if guidance <= 1 else negatives + prompts)
@@ -215,8 +163,10 @@ class LatentDiffusion(nn.Module):
                 if callback is not None:
                     callback(step, latents)
             if not latents.isfinite().all():
-                raise InputError(f"the U-Net gave non-finite latents in {self.dtype}; try --dtype float32 (load(..., "
-                                 "dtype=torch.float32)), or look at the base and the adapters")
+                raise InputError(
+                    f"the U-Net gave non-finite latents in {self.dtype}; try --dtype float32 (load(..., "
+                    "dtype=torch.float32)), or look at the base and the adapters"
+                )
             images = latents if output == "latent" else self.decode_latents(latents).clamp(-1, 1)
         images = images.clone()  # an ordinary tensor again, that may take part in training
         return to_pil(images) if output == "pil" else images
@@ -228,8 +178,9 @@ def to_pil(images):
     return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels.numpy()]  # (H, W, 3)
 
 
-def check_sampling(steps, guidance, sampler, eta=0.0, karras=False, seed=0, height=None, width=None, output="pil",
-                   n_timesteps=1000):
+def check_sampling(
+    steps, guidance, sampler, eta=0.0, karras=False, seed=0, height=None, width=None, output="pil", n_timesteps=1000
+):
     """Raise InputError, naming the setting, if `LatentDiffusion.sample` could not run with these."""
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")

@@ -26,6 +26,7 @@ def guide(unet, context, guidance):
             runs no unconditional half.
     Returns: denoise(latents, t) -> prediction, (B, 4, h, w) float32.
     """
+
     def denoise(latents, t):
         timesteps = torch.full((1,), t, device=latents.device)  # a tensor: a compiler would make each number a program
         if guidance <= 1:
@@ -75,8 +76,10 @@ def ddpm(denoise, latents, schedule, steps, draw_noise):
         alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
         clean = schedule.clean_latents(denoise(latents, t), latents, alpha_bar)  # Eq. 15
-        latents = (math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * clean
-                   + math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar) * latents)  # mean of Eq. 7
+        latents = (
+            math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * clean
+            + math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar) * latents
+        )  # mean of Eq. 7
         if t > 0:
             variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta  # Eq. 7
             latents = latents + math.sqrt(variance) * draw_noise()

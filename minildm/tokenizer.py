@@ -44,7 +44,7 @@ class Tokenizer:
 
     def cut(self, prompt):
         """The end of the prompt that does not fit and is therefore not read; '' if all of it fits."""
-        return _byte_pair_encoder().decode(self.encode(prompt)[MAX_TOKENS - 2:]).strip()
+        return _byte_pair_encoder().decode(self.encode(prompt)[MAX_TOKENS - 2 :]).strip()
 
     def __call__(self, prompts):
         """(B, 77) int64 for a list of B prompts. Warns, naming what is cut, when a prompt has over 75 tokens."""
@@ -53,8 +53,11 @@ class Tokenizer:
             tokens = self.encode(prompt)
             if len(tokens) > MAX_TOKENS - 2:
                 cut = self.cut(prompt)
-                warnings.warn(f"the prompt has {len(tokens)} tokens and only the first {MAX_TOKENS - 2} are read; "
-                              f"cut: {cut[:200]!r}" + " ..." * (len(cut) > 200), stacklevel=2)
-            tokens = [BEGIN, *tokens[:MAX_TOKENS - 2], END]
-            row[:len(tokens)] = torch.tensor(tokens)
+                warnings.warn(
+                    f"the prompt has {len(tokens)} tokens and only the first {MAX_TOKENS - 2} are read; "
+                    f"cut: {cut[:200]!r}" + " ..." * (len(cut) > 200),
+                    stacklevel=2,
+                )
+            tokens = [BEGIN, *tokens[: MAX_TOKENS - 2], END]
+            row[: len(tokens)] = torch.tensor(tokens)
         return token_ids

@@ -30,8 +30,9 @@ class UNet(nn.Module):
             return ResnetBlock(c_in, c_out, groups, eps=1e-5, time_dim=time_dim)
 
         def transformer(level):
-            return SpatialTransformer(widths[level], config.n_heads[level], config.context_dim, groups,
-                                      config.linear_projection)
+            return SpatialTransformer(
+                widths[level], config.n_heads[level], config.context_dim, groups, config.linear_projection
+            )
 
         self.time_embedding = TimestepEmbedding(widths[0], time_dim)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)

@@ -71,7 +71,8 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, n_blocks, groups, downsample=False, upsample=False):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS) for i in range(n_blocks))
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS) for i in range(n_blocks)
+        )
         self.downsamplers = nn.ModuleList([VAEDownsample(c_out)] if downsample else [])
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
 
@@ -88,7 +89,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups, downsample=i < len(widths) - 1)
-            for i, width in enumerate(widths))
+            for i, width in enumerate(widths)
+        )
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)  # mean and log variance
@@ -109,7 +111,8 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, upsample=i < len(widths) - 1)
-            for i, width in enumerate(widths))
+            for i, width in enumerate(widths)
+        )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 

@@ -11,7 +11,7 @@ def picture(seed=0, side=64):
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(40, 140, (6, 6), dtype=np.uint8))
     grey = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)).astype(int)
-    grey[:, side * 7 // 16:side * 9 // 16] += 90
+    grey[:, side * 7 // 16 : side * 9 // 16] += 90
     return grey.clip(0, 255).astype(np.uint8)
 
 
@@ -35,29 +35,98 @@ def folder(root, n=30, pictures_a_patient=1):
     rows = []
     for i in range(n):
         save(root / "images" / f"{i:03}.png", seed=i)
-        rows.append([f"images/{i:03}.png", f"p{i // pictures_a_patient}", 30 + i, "MF"[i % 2], "PA",
-                     ("Edema|Effusion", "Edema", "No Finding")[i % 3], f"a chest x-ray, number {i}"])
+        rows.append(
+            [
+                f"images/{i:03}.png",
+                f"p{i // pictures_a_patient}",
+                30 + i,
+                "MF"[i % 2],
+                "PA",
+                ("Edema|Effusion", "Edema", "No Finding")[i % 3],
+                f"a chest x-ray, number {i}",
+            ]
+        )
     write_csv(root / "metadata.csv", ["file_name", "patient_id", "age", "sex", "view", "finding", "text"], rows)
     return root
 
 
-PADCHEST = ["", "ImageID", "ImageDir", "StudyDate_DICOM", "PatientID", "PatientBirth", "PatientSex_DICOM",
-            "ViewPosition_DICOM", "Projection", "Pediatric", "Modality_DICOM", "Report", "MethodLabel", "Labels",
-            "Localizations"]
+PADCHEST = [
+    "",
+    "ImageID",
+    "ImageDir",
+    "StudyDate_DICOM",
+    "PatientID",
+    "PatientBirth",
+    "PatientSex_DICOM",
+    "ViewPosition_DICOM",
+    "Projection",
+    "Pediatric",
+    "Modality_DICOM",
+    "Report",
+    "MethodLabel",
+    "Labels",
+    "Localizations",
+]
 
 
 def padchest(root, images=True):
     """The example of the report, a lateral view, a child, and one of the files known to be broken."""
     broken = "216840111366964013829543166512013353113303615_02-092-190.png"
     rows = [
-        [0, "a_1.png", "0.0", "20140915", "7", "1967.0", "M", "POSTEROANTERIOR", "PA", "No", "DX", "sin hallazg .",
-         "Physician", "['calcified granuloma', ' calcified granuloma', '']", "['loc right upper lobe']"],
-        [1, "a_2.png", "0.0", "20140915", "7", "1967.0", "M", "LATERAL", "L", "No", "DX", "", "Physician",
-         "['normal']", "[]"],
-        [2, "b_1.png", "1.0", "20160422", "8", "2011.0", "F", "", "AP_horizontal", "PED", "CR", "", "RNN_model",
-         "['alveolar pattern', 'exclude']", "['loc  tracheal, loc  left']"],
+        [
+            0,
+            "a_1.png",
+            "0.0",
+            "20140915",
+            "7",
+            "1967.0",
+            "M",
+            "POSTEROANTERIOR",
+            "PA",
+            "No",
+            "DX",
+            "sin hallazg .",
+            "Physician",
+            "['calcified granuloma', ' calcified granuloma', '']",
+            "['loc right upper lobe']",
+        ],
+        [
+            1,
+            "a_2.png",
+            "0.0",
+            "20140915",
+            "7",
+            "1967.0",
+            "M",
+            "LATERAL",
+            "L",
+            "No",
+            "DX",
+            "",
+            "Physician",
+            "['normal']",
+            "[]",
+        ],
+        [
+            2,
+            "b_1.png",
+            "1.0",
+            "20160422",
+            "8",
+            "2011.0",
+            "F",
+            "",
+            "AP_horizontal",
+            "PED",
+            "CR",
+            "",
+            "RNN_model",
+            "['alveolar pattern', 'exclude']",
+            "['loc  tracheal, loc  left']",
+        ],
         [3, broken, "1.0", "20100101", "9", "1950.0", "M", "", "PA", "No", "CR", "", "RNN_model", "", ""],
-        [4, "c_1.png", "1.0", "20100101", "10", "nan", "None", "", "PA", "No", "CR", "", "RNN_model", "", ""]]
+        [4, "c_1.png", "1.0", "20100101", "10", "nan", "None", "", "PA", "No", "CR", "", "RNN_model", "", ""],
+    ]
     write_csv(root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", PADCHEST, rows)
     if images:
         for seed, name in enumerate(("0/a_1.png", "0/a_2.png", "1/b_1.png", "1/c_1.png")):
@@ -66,10 +135,12 @@ def padchest(root, images=True):
 
 
 def montgomery(root):
-    readings = {"0001_0": "Patient's Sex: F \r\nPatient's Age: 032Y\r\nnormal\r\n",
-                "0113_1": "Patient's Sex: F \nPatient's Age: 084Y\n\nmiliary nodules;\nright effusion\n",
-                "0117_1": "Patient's Sex: F \nPatient's Age: 085Y\nstable CXR since 6M (same pt as MCUCXR_0113_1)\n",
-                "0166_1": "Patient's Sex: O \nPatient's Age: 049Y\nNO REPORT (same pt as MCUCXR_0113_1)\n"}
+    readings = {
+        "0001_0": "Patient's Sex: F \r\nPatient's Age: 032Y\r\nnormal\r\n",
+        "0113_1": "Patient's Sex: F \nPatient's Age: 084Y\n\nmiliary nodules;\nright effusion\n",
+        "0117_1": "Patient's Sex: F \nPatient's Age: 085Y\nstable CXR since 6M (same pt as MCUCXR_0113_1)\n",
+        "0166_1": "Patient's Sex: O \nPatient's Age: 049Y\nNO REPORT (same pt as MCUCXR_0113_1)\n",
+    }
     for seed, (name, reading) in enumerate(readings.items()):
         save(root / "MontgomerySet" / "CXR_png" / f"MCUCXR_{name}.png", seed)
         save(root / "MontgomerySet" / "ManualMask" / "leftMask" / f"MCUCXR_{name}.png", seed)
@@ -80,13 +151,23 @@ def montgomery(root):
 
 
 def iu_kaggle(root):
-    write_csv(root / "indiana_reports.csv",
-              ["uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression"],
-              [[1, "normal", "normal", "Xray Chest PA and Lateral", "Cough.", "None.", "Lungs are\nclear.", "Normal."],
-               [2, "Cardiomegaly", "Cardiomegaly;Lung", "PA", "", "", "", "Cardiomegaly."]])
-    write_csv(root / "indiana_projections.csv", ["uid", "filename", "projection"],
-              [[1, "1_IM-0001-4001.dcm.png", "Frontal"], [1, "1_IM-0001-3001.dcm.png", "Lateral"],
-               [2, "2_IM-0652-1001.dcm.png", "Frontal"]])
+    write_csv(
+        root / "indiana_reports.csv",
+        ["uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression"],
+        [
+            [1, "normal", "normal", "Xray Chest PA and Lateral", "Cough.", "None.", "Lungs are\nclear.", "Normal."],
+            [2, "Cardiomegaly", "Cardiomegaly;Lung", "PA", "", "", "", "Cardiomegaly."],
+        ],
+    )
+    write_csv(
+        root / "indiana_projections.csv",
+        ["uid", "filename", "projection"],
+        [
+            [1, "1_IM-0001-4001.dcm.png", "Frontal"],
+            [1, "1_IM-0001-3001.dcm.png", "Lateral"],
+            [2, "2_IM-0652-1001.dcm.png", "Frontal"],
+        ],
+    )
     for seed, name in enumerate(("1_IM-0001-4001", "1_IM-0001-3001", "2_IM-0652-1001")):
         save(root / "images" / "images_normalized" / f"{name}.dcm.png", seed)
     return root
@@ -94,8 +175,11 @@ def iu_kaggle(root):
 
 def patch_gastric(root):
     slides = {"a" * 32: "Signet ring cell carcinoma", "b" * 32: "Papillary adenocarcinoma"}
-    write_csv(root / "captions.csv", ["id", "subtype", "text"],
-              [[slide, kind, f"Cells of {kind.lower()}."] for slide, kind in slides.items()])
+    write_csv(
+        root / "captions.csv",
+        ["id", "subtype", "text"],
+        [[slide, kind, f"Cells of {kind.lower()}."] for slide, kind in slides.items()],
+    )
     for slide in (*slides, "c" * 32):
         for k in range(2):
             save(root / "patches_captions" / f"{slide}_{k}f3.jpg", k)
@@ -103,17 +187,35 @@ def patch_gastric(root):
 
 
 def mimic(root):
-    write_csv(root / "mimic-cxr-2.0.0-metadata.csv",
-              ["dicom_id", "subject_id", "study_id", "ViewPosition", "Rows", "Columns"],
-              [["d1", 10000032, 50414267, "PA", 64, 64], ["d2", 10000032, 50414267, "LATERAL", 64, 64],
-               ["d3", 10000764, 57375967, "AP", 64, 64], ["d4", 10000764, 57375968, "", 64, 64]])
-    write_csv(root / "mimic-cxr-2.0.0-chexpert.csv", ["subject_id", "study_id", "Edema", "No Finding", "Pneumonia"],
-              [[10000032, 50414267, "", "1.0", ""], [10000764, 57375967, "1.0", "", "-1.0"]])
-    for seed, name in enumerate(("p10/p10000032/s50414267/d1.jpg", "p10/p10000032/s50414267/d2.jpg",
-                                 "p10/p10000764/s57375967/d3.jpg", "p10/p10000764/s57375968/d4.jpg")):
+    write_csv(
+        root / "mimic-cxr-2.0.0-metadata.csv",
+        ["dicom_id", "subject_id", "study_id", "ViewPosition", "Rows", "Columns"],
+        [
+            ["d1", 10000032, 50414267, "PA", 64, 64],
+            ["d2", 10000032, 50414267, "LATERAL", 64, 64],
+            ["d3", 10000764, 57375967, "AP", 64, 64],
+            ["d4", 10000764, 57375968, "", 64, 64],
+        ],
+    )
+    write_csv(
+        root / "mimic-cxr-2.0.0-chexpert.csv",
+        ["subject_id", "study_id", "Edema", "No Finding", "Pneumonia"],
+        [[10000032, 50414267, "", "1.0", ""], [10000764, 57375967, "1.0", "", "-1.0"]],
+    )
+    for seed, name in enumerate(
+        (
+            "p10/p10000032/s50414267/d1.jpg",
+            "p10/p10000032/s50414267/d2.jpg",
+            "p10/p10000764/s57375967/d3.jpg",
+            "p10/p10000764/s57375968/d4.jpg",
+        )
+    ):
         save(root / "files" / name, seed)
     report = root / "files" / "p10" / "p10000032" / "s50414267.txt"
-    report.write_text("            FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  ___F with cough\n\n"
-                      " FINDINGS: \n \n There is no focal consolidation.\n The heart is normal: no change.\n \n"
-                      " IMPRESSION: \n \n No acute process.\n", encoding="utf-8")
+    report.write_text(
+        "            FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  ___F with cough\n\n"
+        " FINDINGS: \n \n There is no focal consolidation.\n The heart is normal: no change.\n \n"
+        " IMPRESSION: \n \n No acute process.\n",
+        encoding="utf-8",
+    )
     return root

@@ -9,8 +9,8 @@ from minildm.adapters import adapter_layers
 from minildm.config import ModelConfig
 from minildm.data.cache import CachedLatents
 from minildm.data.records import Record
-from minildm.training.adapt import Pictures, adapt
 from minildm.training.config import TrainingConfig
+from minildm.training.finetune import Pictures, adapt
 from minildm.training.run import Run
 
 
@@ -24,16 +24,32 @@ def pictures(n=12, seed=0, side=8):
     """Moments as a VAE might give them: a common shape, and a little of each picture's own."""
     generator = torch.Generator().manual_seed(seed)
     common = 4 * torch.randn(4, side, side, generator=generator)
-    rows = {bytes([i]): torch.cat([common + torch.randn(4, side, side, generator=generator),
-                                   torch.full((4, side, side), -6.0)]) for i in range(n)}
+    rows = {
+        bytes([i]): torch.cat(
+            [common + torch.randn(4, side, side, generator=generator), torch.full((4, side, side), -6.0)]
+        )
+        for i in range(n)
+    }
     records = tuple(Record(f"{i:03}.png", f"p{i}") for i in range(n))
     prompts = tuple(f"chest x-ray, age {30 + i}" for i in range(n))
     return Pictures(records, prompts, CachedLatents(rows, records, list(rows)))
 
 
 def settings(**changes):
-    return TrainingConfig(**({"steps": 12, "batch_size": 4, "lr": 1e-3, "expand_interval": 4, "validation_pairs": 6,
-                              "validation_interval": 6, "save_interval": 5} | changes))
+    return TrainingConfig(
+        **(
+            {
+                "steps": 12,
+                "batch_size": 4,
+                "lr": 1e-3,
+                "expand_interval": 4,
+                "validation_pairs": 6,
+                "validation_interval": 6,
+                "save_interval": 5,
+            }
+            | changes
+        )
+    )
 
 
 def short_run(folder, resume=False, model=None, n=12, validation=4, workers=0, **changes):
@@ -42,8 +58,11 @@ def short_run(folder, resume=False, model=None, n=12, validation=4, workers=0, *
     run = Run(folder, {"seed": config.seed}, resume=resume)
     run.begin()
     data = pictures(n)
-    return model, adapt(model, data, pictures(validation, seed=1), config, run, folder.parent / "cache",
-                        workers=workers), run
+    return (
+        model,
+        adapt(model, data, pictures(validation, seed=1), config, run, folder.parent / "cache", workers=workers),
+        run,
+    )
 
 
 def factors(model):
@@ -67,9 +86,12 @@ def full_size_run(folder):
     from minildm.checkpoint import build_networks
     from minildm.config import VAEConfig
     from minildm.latent_diffusion import LatentDiffusion
+
     config = dataclasses.replace(ModelConfig(), vae=VAEConfig.tiny())
-    networks = {name: network.to(torch.bfloat16).to_empty(device="cpu").eval()
-                for name, network in build_networks(config).items()}
+    networks = {
+        name: network.to(torch.bfloat16).to_empty(device="cpu").eval()
+        for name, network in build_networks(config).items()
+    }
     generator = torch.Generator().manual_seed(0)
     for network in networks.values():
         for name, p in network.named_parameters():

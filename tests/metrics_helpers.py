@@ -16,16 +16,21 @@ SHARED_DATA = Path(os.environ.get("MINILDM_SHARED_DATA", Path(__file__).parents[
 def smooth_noise(n, side, seed):
     """(n, 3, side, side) in [0, 1]: noise of several scales, as unlike each other as pictures are."""
     generator = torch.Generator().manual_seed(seed)
-    layers = [F.interpolate(torch.randn(n, 3, s, s, generator=generator), (side, side), mode="bicubic") / s**0.5
-              for s in (2, 4, 8, 16, 32, 64)]
+    layers = [
+        F.interpolate(torch.randn(n, 3, s, s, generator=generator), (side, side), mode="bicubic") / s**0.5
+        for s in (2, 4, 8, 16, 32, 64)
+    ]
     return (0.5 + 0.3 * sum(layers)).clamp(0, 1)
 
 
 def reference_network():
     """pytorch-fid's patched Inception-v3 as one module, with torchvision's initial values."""
     from pytorch_fid import inception
-    with mock.patch.object(inception, "load_state_dict_from_url"), \
-            mock.patch.object(torch.nn.Module, "load_state_dict"):
+
+    with (
+        mock.patch.object(inception, "load_state_dict_from_url"),
+        mock.patch.object(torch.nn.Module, "load_state_dict"),
+    ):
         return inception.fid_inception_v3()
 
 
@@ -53,6 +58,7 @@ def random_weights(seed=0):
 def reference_inception(state):
     """pytorch-fid's InceptionV3 with ``state``: images in [0, 1] -> maps at 64, 192, 768 and 2048."""
     from pytorch_fid import inception
+
     with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
         return inception.InceptionV3([0, 1, 2, 3]).eval()
 
@@ -60,6 +66,7 @@ def reference_inception(state):
 def reference_fid(real, fake, state, dims, batch_size=1):
     """pytorch-fid's own path from two folders to a number."""
     from pytorch_fid import fid_score, inception
+
     with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
         return fid_score.calculate_fid_given_paths([str(real), str(fake)], batch_size, "cpu", dims, num_workers=0)
 
@@ -69,10 +76,12 @@ def reference_fid_in_span(real, fake, state, dims):
     features span. The distance is the same; the matrix square root is of (n + m) rather than 2048 dims: 20 s less, and
     less of its rounding."""
     from pytorch_fid import fid_score, inception
+
     with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
         network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[dims]])
-    a, b = (fid_score.get_activations(sorted(folder.iterdir()), network, 1, dims, num_workers=0)
-            for folder in (real, fake))
+    a, b = (
+        fid_score.get_activations(sorted(folder.iterdir()), network, 1, dims, num_workers=0) for folder in (real, fake)
+    )
     basis = np.linalg.qr(np.concatenate([a, b]).T)[0]  # (dims, n + m)
     a, b = a @ basis, b @ basis
     return fid_score.calculate_frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))

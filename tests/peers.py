@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minildm import checkpoint, single_file
+from minildm import checkpoint
 from minildm import config as settings
+from minildm.checkpoint import single_file
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.latent_diffusion import LatentDiffusion
 
@@ -21,32 +22,88 @@ PARITY = 1e-5  # relative, float32: what every network must reach
 # config.json as published with stable-diffusion-v1-5 and stable-diffusion-2-1 (only what shapes the networks).
 _CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 SD15_UNET = {
-    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
-    "down_block_types": [_CROSS, _CROSS, _CROSS, _PLAIN], "downsample_padding": 1, "flip_sin_to_cos": True,
-    "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
-    "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": [_CROSS, _CROSS, _CROSS, _PLAIN],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
 SD21_UNET = SD15_UNET | {
-    "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
-    "only_cross_attention": False, "num_class_embeds": None, "sample_size": 96, "upcast_attention": True,
-    "use_linear_projection": True}
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "only_cross_attention": False,
+    "num_class_embeds": None,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
 SD15_VAE = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2,
-    "norm_num_groups": 32, "out_channels": 3, "sample_size": 512, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 SD15_TEXT = {
-    "architectures": ["CLIPTextModel"], "attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
-    "hidden_act": "quick_gelu", "hidden_size": 768, "initializer_factor": 1.0, "initializer_range": 0.02,
-    "intermediate_size": 3072, "layer_norm_eps": 1e-05, "max_position_embeddings": 77, "model_type": "clip_text_model",
-    "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768,
-    "vocab_size": 49408}
-SD21_TEXT = SD15_TEXT | {"hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096,
-                         "num_attention_heads": 16, "num_hidden_layers": 23, "projection_dim": 512}
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "projection_dim": 768,
+    "vocab_size": 49408,
+}
+SD21_TEXT = SD15_TEXT | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
 SD15_SCHEDULER = {
-    "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-    "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
-    "trained_betas": None, "clip_sample": False}
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
 
 
 def assert_says(error, *parts):
@@ -61,14 +118,31 @@ def single_file_config(v2=False):
     """A small model whose sizes a single file can express: 8 heads everywhere, or heads of 64 channels."""
     if v2:
         return ModelConfig(
-            UNetConfig.tiny(widths=(32, 64, 128), attention=(True, True, False), n_heads=(1, 1, 2), layers_per_block=2,
-                            context_dim=128, linear_projection=True, latent_size=64),
+            UNetConfig.tiny(
+                widths=(32, 64, 128),
+                attention=(True, True, False),
+                n_heads=(1, 1, 2),
+                layers_per_block=2,
+                context_dim=128,
+                linear_projection=True,
+                latent_size=64,
+            ),
             VAEConfig.tiny(layers_per_block=2),
-            TextEncoderConfig(width=128, n_layers=3, n_heads=2, mlp_width=256, activation="gelu"), pad_token_id=0)
+            TextEncoderConfig(width=128, n_layers=3, n_heads=2, mlp_width=256, activation="gelu"),
+            pad_token_id=0,
+        )
     return ModelConfig(
-        UNetConfig.tiny(widths=(32, 64, 64), attention=(True, True, False), n_heads=(8, 8, 8), layers_per_block=2,
-                        context_dim=64, latent_size=64),
-        VAEConfig.tiny(layers_per_block=2), TextEncoderConfig(width=64, n_layers=3, n_heads=1, mlp_width=128))
+        UNetConfig.tiny(
+            widths=(32, 64, 64),
+            attention=(True, True, False),
+            n_heads=(8, 8, 8),
+            layers_per_block=2,
+            context_dim=64,
+            latent_size=64,
+        ),
+        VAEConfig.tiny(layers_per_block=2),
+        TextEncoderConfig(width=64, n_layers=3, n_heads=1, mlp_width=128),
+    )
 
 
 @functools.cache
@@ -103,8 +177,20 @@ def randomize(module, seed=0):
 def quieten(module, factor=0.03):
     """Scale what feeds the norms (first and residual-branch layers, embeddings), so that they see a standard deviation
     of about ``factor`` and a wrong eps shows: at 0.03, eps 1e-5 instead of 1e-6 changes a norm's output by 5e-3."""
-    loud = ("conv_in", "conv1", "conv2", "time_emb_proj", "proj_in", "proj_out", "to_out.0", "net.2", "out_proj", "fc2",
-            "token_embedding", "position_embedding")
+    loud = (
+        "conv_in",
+        "conv1",
+        "conv2",
+        "time_emb_proj",
+        "proj_in",
+        "proj_out",
+        "to_out.0",
+        "net.2",
+        "out_proj",
+        "fc2",
+        "token_embedding",
+        "position_embedding",
+    )
     for name, part in module.named_modules():
         if name.endswith(loud):
             for parameter in part.parameters(recurse=False):
@@ -129,27 +215,34 @@ def random_network(config, seed=0, quiet=False):
 
 def random_model(config, seed=0):
     """A LatentDiffusion of this config with random float32 weights, in eval mode."""
-    networks = {name: randomize(build(getattr(config, name)), seed + i).eval().requires_grad_(False)
-                for i, (name, build) in enumerate(checkpoint.NETWORKS.items())}
+    networks = {
+        name: randomize(build(getattr(config, name)), seed + i).eval().requires_grad_(False)
+        for i, (name, build) in enumerate(checkpoint.NETWORKS.items())
+    }
     return LatentDiffusion(config, **networks)
 
 
 def diffusers_unet(unet, document=None):
     """diffusers' network of the same config (or of a published one) around the very same tensors."""
     from diffusers import UNet2DConditionModel
+
     return _peer(lambda: UNet2DConditionModel.from_config(document or settings.unet_to_json(unet.config)), unet)
 
 
 def diffusers_vae(vae, document=None):
     from diffusers import AutoencoderKL
+
     return _peer(lambda: AutoencoderKL.from_config(document or settings.vae_to_json(vae.config)), vae)
 
 
 def transformers_text_encoder(text_encoder, document=None):
     from transformers import CLIPTextConfig, CLIPTextModel
+
     document = document or settings.text_encoder_to_json(text_encoder.config)
-    return _peer(lambda: CLIPTextModel(CLIPTextConfig(**{k: v for k, v in document.items() if k != "architectures"})),
-                 text_encoder)
+    return _peer(
+        lambda: CLIPTextModel(CLIPTextConfig(**{k: v for k, v in document.items() if k != "architectures"})),
+        text_encoder,
+    )
 
 
 def _peer(build, ours):
@@ -169,12 +262,20 @@ def _peer(build, ours):
 def diffusers_scheduler(sampler, prediction="epsilon", karras=False, **changes):
     """diffusers' scheduler of this name, derived from SD v1.5's published scheduler file."""
     import diffusers
+
     names = {"epsilon": "epsilon", "v": "v_prediction"}
     base = diffusers.PNDMScheduler.from_config(SD15_SCHEDULER | {"prediction_type": names[prediction]} | changes).config
-    kinds = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler, "plms": diffusers.PNDMScheduler,
-             "dpm++": diffusers.DPMSolverMultistepScheduler}
-    extra = {"ddim": {"clip_sample": False}, "ddpm": {"clip_sample": False},
-             "dpm++": {"use_karras_sigmas": karras, "timestep_spacing": "linspace"}}.get(sampler, {})
+    kinds = {
+        "ddim": diffusers.DDIMScheduler,
+        "ddpm": diffusers.DDPMScheduler,
+        "plms": diffusers.PNDMScheduler,
+        "dpm++": diffusers.DPMSolverMultistepScheduler,
+    }
+    extra = {
+        "ddim": {"clip_sample": False},
+        "ddpm": {"clip_sample": False},
+        "dpm++": {"use_karras_sigmas": karras, "timestep_spacing": "linspace"},
+    }.get(sampler, {})
     return kinds[sampler].from_config(base, **extra)
 
 
@@ -196,21 +297,30 @@ def single_file_state(model, extras=True):
         state |= {theirs: torch.cat([parts[i] for i in range(3)]) for theirs, parts in thirds.items()}
     if extras:
         text = model.config.text_encoder
-        state |= {"betas": model.schedule.betas, "alphas_cumprod": model.schedule.alphas_cumprod,
-                  "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(1),
-                  "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3)}
+        state |= {
+            "betas": model.schedule.betas,
+            "alphas_cumprod": model.schedule.alphas_cumprod,
+            "model_ema.decay": torch.tensor(0.9999),
+            "model_ema.num_updates": torch.tensor(1),
+            "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3),
+        }
         if text.activation == "gelu":
             last = f"cond_stage_model.model.transformer.resblocks.{text.n_layers}"
-            state |= {f"{last}.ln_1.weight": torch.ones(text.width), "cond_stage_model.model.logit_scale":
-                      torch.tensor(4.6), "cond_stage_model.model.text_projection": torch.zeros(text.width, 8)}
+            state |= {
+                f"{last}.ln_1.weight": torch.ones(text.width),
+                "cond_stage_model.model.logit_scale": torch.tensor(4.6),
+                "cond_stage_model.model.text_projection": torch.zeros(text.width, 8),
+            }
         else:
             state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     return state
 
 
 def write_single_file(model, path, dtype=torch.float32, extras=True):
-    state = {name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().clone()
-             for name, tensor in single_file_state(model, extras).items()}
+    state = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().clone()
+        for name, tensor in single_file_state(model, extras).items()
+    }
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
@@ -236,10 +346,11 @@ def write_tokenizer(folder):
     from pathlib import Path
 
     from minildm.tokenizer import _byte_pair_encoder
+
     folder.mkdir(parents=True, exist_ok=True)
     package = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0])
     packed = (package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    merges = gzip.decompress(packed).decode().split("\n")[1:49152 - 256 - 2 + 1]
+    merges = gzip.decompress(packed).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(token, token): i for token, i in _byte_pair_encoder().encoder.items()}
@@ -251,12 +362,18 @@ def diffusers_pipeline(folder):
     """diffusers' StableDiffusionPipeline with DDIM, from a folder that holds a tokenizer too."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     parts = {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
     pipe = StableDiffusionPipeline(
-        **parts, tokenizer=CLIPTokenizer(f"{folder}/tokenizer/vocab.json", f"{folder}/tokenizer/merges.txt",
-                                         model_max_length=77),
-        scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler"), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False)
+        **parts,
+        tokenizer=CLIPTokenizer(
+            f"{folder}/tokenizer/vocab.json", f"{folder}/tokenizer/merges.txt", model_max_length=77
+        ),
+        scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe

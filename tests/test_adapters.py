@@ -27,7 +27,8 @@ from minildm.adapters.lora import kaiming_rows
 from minildm.checkpoint import build_networks
 from minildm.config import ModelConfig, UNetConfig
 from minildm.errors import InputError
-from minildm.latent_diffusion import LatentDiffusion, split_multiplier
+from minildm.latent_diffusion import LatentDiffusion
+from minildm.loading import split_multiplier
 
 
 def small_model(v2=False):
@@ -65,9 +66,14 @@ def disturb(model, seed=3):
 
 
 # --- where -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("layers", "unet", "text"), [
-    ("all-linear", (184, 426_496), (72, 165_888)), ("paper", (134, 310_016), (72, 165_888)), ("attention", (128, None),
-                                                                                              (48, None))])
+@pytest.mark.parametrize(
+    ("layers", "unet", "text"),
+    [
+        ("all-linear", (184, 426_496), (72, 165_888)),
+        ("paper", (134, 310_016), (72, 165_888)),
+        ("attention", (128, None), (48, None)),
+    ],
+)
 def test_layer_sets_of_sd15_have_the_published_counts(layers, unet, text):
     model = LatentDiffusion(ModelConfig(), **build_networks(ModelConfig()))
     for network, (count, per_rank) in (("unet", unet), ("text_encoder", text)):
@@ -146,9 +152,16 @@ def test_percentages_count_what_is_in_use(model):
     assert percent == pytest.approx(100 * own / base)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ({"kind": "loha"}, "lora, selora"), ({"rank": 0}, r"\[1, "), ({"rank": 10_000}, r"\[1, "),
-    ({"layers": "all"}, "all-linear"), ({"targets": ("vae",)}, "text_encoder")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"kind": "loha"}, "lora, selora"),
+        ({"rank": 0}, r"\[1, "),
+        ({"rank": 10_000}, r"\[1, "),
+        ({"layers": "all"}, "all-linear"),
+        ({"targets": ("vae",)}, "text_encoder"),
+    ],
+)
 def test_wrong_settings_are_named(model, arguments, words):
     with pytest.raises(InputError, match=words):
         add_adapter(model, **{"kind": "lora", **arguments})
@@ -188,13 +201,18 @@ def assert_scores_close(ours, theirs, tolerance=1e-4):
         assert ours[path] == pytest.approx(theirs[path], rel=tolerance, abs=1e-30), path
 
 
-@pytest.mark.parametrize(("v2", "rank", "start"), [(False, 1, "at the start"), (False, 2, "in training"),
-                                                   (True, 11, "in training")])  # 11 rows: two blocks
+@pytest.mark.parametrize(
+    ("v2", "rank", "start"), [(False, 1, "at the start"), (False, 2, "in training"), (True, 11, "in training")]
+)  # 11 rows: two blocks
 def test_scores_equal_one_backward_a_sample(v2, rank, start):
     model = small_model(v2)
     generator = torch.Generator().manual_seed(1)
-    batch = (torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 4, 8, 8, generator=generator),
-             torch.tensor([10, 400, 900]), model.tokenize(["a chest x-ray", "male", "view PA"]))
+    batch = (
+        torch.randn(3, 4, 8, 8, generator=generator),
+        torch.randn(3, 4, 8, 8, generator=generator),
+        torch.tensor([10, 400, 900]),
+        model.tokenize(["a chest x-ray", "male", "view PA"]),
+    )
     add_adapter(model, "selora", rank=rank, alpha=3.0)
     if start == "in training":
         disturb(model)
@@ -290,6 +308,7 @@ def test_the_expected_ratio_at_the_start_is_2():
 
 def test_equal_information_in_every_row_gives_r_plus_1_over_r():
     from minildm.adapters.fisher import LayerProbe
+
     torch.manual_seed(0)
     rank, d_in = 4, 64
     A = kaiming_rows(rank, d_in, torch.Generator().manual_seed(0))
@@ -320,8 +339,10 @@ def test_growth_does_not_change_the_output_by_a_bit(model, batch):
     for rank in (2, 7, 8, 9, 20):  # within a block, to its end, into the next ones
         for layer in adapter_layers(model).values():
             layer.grow(kaiming_rows(rank - layer.rank, layer.base.in_features, generator).t())
-            assert [factor.shape for factor in layer.factors()] == [(rank, layer.base.in_features),
-                                                                    (layer.base.out_features, rank)]
+            assert [factor.shape for factor in layer.factors()] == [
+                (rank, layer.base.in_features),
+                (layer.base.out_features, rank),
+            ]
         assert torch.equal(losses(model, *batch), before)
 
 
@@ -337,8 +358,10 @@ def test_growth_keeps_old_rows_and_inserts_the_tested_one(model):
         assert torch.equal(grown_A, torch.cat([A, probe.expansion(path).t()]))
         assert torch.equal(grown_B, torch.cat([B, torch.zeros(len(B), 1)], dim=1))
         new = layer.grow(torch.ones(layer.base.in_features, 5))
-        assert [tuple(parameter.shape) for parameter in new] == [(8, layer.base.in_features),
-                                                                 (layer.base.out_features, 8)]
+        assert [tuple(parameter.shape) for parameter in new] == [
+            (8, layer.base.in_features),
+            (layer.base.out_features, 8),
+        ]
 
 
 def test_rows_that_are_not_in_use_stay_zero_under_adam(model, batch):
@@ -349,7 +372,7 @@ def test_rows_that_are_not_in_use_stay_zero_under_adam(model, batch):
         losses(model, *batch).mean().backward()
         optimizer.step()
     for layer in layers.values():
-        (A, B), = layer.blocks()
+        ((A, B),) = layer.blocks()
         assert A[3:].abs().max() == B[:, 3:].abs().max() == 0
         assert B[:, :3].abs().amax(0).min() > 0
 

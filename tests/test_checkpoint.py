@@ -14,8 +14,8 @@ from peers import PARITY, assert_says, relative_error, shared_model, single_file
 from safetensors.torch import load_file, save_file
 
 import minildm
-from minildm import checkpoint, single_file
-from minildm.checkpoint import TensorFile, build_networks, inspect, load_networks, save_folder
+from minildm import checkpoint
+from minildm.checkpoint import TensorFile, build_networks, inspect, load_networks, save_folder, single_file
 from minildm.config import (
     ModelConfig,
     ScheduleConfig,
@@ -75,8 +75,9 @@ def test_a_ckpt_loads_with_or_without_a_state_dict_around_it(v2, tmp_path):
     assert_same_weights(load(peers.write_single_file(model, tmp_path / "a.ckpt")), model)
     torch.save(peers.single_file_state(model) | {"global_step": 470000}, tmp_path / "b.pt")
     assert_same_weights(load(tmp_path / "b.pt"), model)
-    torch.save({"state_dict": peers.single_file_state(model)}, tmp_path / "c.ckpt",
-               _use_new_zipfile_serialization=False)  # the format of torch < 1.6
+    torch.save(
+        {"state_dict": peers.single_file_state(model)}, tmp_path / "c.ckpt", _use_new_zipfile_serialization=False
+    )  # the format of torch < 1.6
     assert_same_weights(load(tmp_path / "c.ckpt"), model)
 
 
@@ -108,8 +109,10 @@ def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
     assert_same_weights(loaded, shared_model())
 
 
-@pytest.mark.parametrize("v2, prediction, size", [(False, None, 512), (False, "v", 512), (True, None, 512),
-                                                  (True, "epsilon", 512), (True, "v", 768)])
+@pytest.mark.parametrize(
+    "v2, prediction, size",
+    [(False, None, 512), (False, "v", 512), (True, None, 512), (True, "epsilon", 512), (True, "v", 768)],
+)
 def test_a_single_file_predicts_epsilon_unless_the_user_says_v(v2, prediction, size, tmp_path):
     """Of the v2 files, those that predict v were trained at 768 px."""
     path = peers.write_single_file(shared_model(v2), tmp_path / "model.safetensors")
@@ -143,12 +146,24 @@ def test_v2_files_without_the_unused_last_layer_load_whole(tmp_path):
 SHAPES = {
     "one level": UNetConfig.tiny(widths=(64,), attention=(True,), n_heads=(8,), context_dim=64, latent_size=64),
     "attention only at the coarse level": UNetConfig.tiny(
-        widths=(32, 64), attention=(False, True), n_heads=(8, 8), context_dim=64, latent_size=64),
+        widths=(32, 64), attention=(False, True), n_heads=(8, 8), context_dim=64, latent_size=64
+    ),
     "attention at every level": UNetConfig.tiny(
-        widths=(32, 32, 64), attention=(True, True, True), n_heads=(8, 8, 8), layers_per_block=3, context_dim=64,
-        latent_size=64),
-    "four levels": UNetConfig.tiny(widths=(32, 64, 96, 96), attention=(True, True, True, False), n_heads=(8,) * 4,
-                                   layers_per_block=2, context_dim=64, latent_size=64),
+        widths=(32, 32, 64),
+        attention=(True, True, True),
+        n_heads=(8, 8, 8),
+        layers_per_block=3,
+        context_dim=64,
+        latent_size=64,
+    ),
+    "four levels": UNetConfig.tiny(
+        widths=(32, 64, 96, 96),
+        attention=(True, True, True, False),
+        n_heads=(8,) * 4,
+        layers_per_block=2,
+        context_dim=64,
+        latent_size=64,
+    ),
 }
 
 
@@ -167,17 +182,22 @@ def converted_by_diffusers(state, config):
     from diffusers.loaders import single_file_utils as converters
 
     from minildm.config import text_encoder_to_json, unet_to_json, vae_to_json
-    converted = {"unet": converters.convert_ldm_unet_checkpoint(dict(state), unet_to_json(config.unet)),
-                 "vae": converters.convert_ldm_vae_checkpoint(dict(state), vae_to_json(config.vae))}
+
+    converted = {
+        "unet": converters.convert_ldm_unet_checkpoint(dict(state), unet_to_json(config.unet)),
+        "vae": converters.convert_ldm_vae_checkpoint(dict(state), vae_to_json(config.vae)),
+    }
     if config.text_encoder.activation == "gelu":
         from transformers import CLIPTextConfig, CLIPTextModel
+
         document = text_encoder_to_json(config.text_encoder)
         with torch.device("meta"):
             peer = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in document.items() if k != "architectures"}))
         text = converters.convert_open_clip_checkpoint(peer, dict(state))
         unused = f".layers.{config.text_encoder.n_layers}."  # diffusers knows only SD 2's own 24th layer as unused
-        converted["text_encoder"] = {name: tensor for name, tensor in text.items()
-                                     if unused not in name and "text_projection" not in name}
+        converted["text_encoder"] = {
+            name: tensor for name, tensor in text.items() if unused not in name and "text_projection" not in name
+        }
     else:
         text = converters.convert_ldm_clip_checkpoint(dict(state))
         converted["text_encoder"] = {name: tensor for name, tensor in text.items() if "position_ids" not in name}
@@ -196,8 +216,13 @@ def test_diffusers_converts_our_single_file_to_our_tensors(v2):
 
 def full_size_config(v2):
     unet, text = (peers.SD21_UNET, peers.SD21_TEXT) if v2 else (peers.SD15_UNET, peers.SD15_TEXT)
-    return ModelConfig(unet_from_json(unet), vae_from_json(peers.SD15_VAE), text_encoder_from_json(text),
-                       ScheduleConfig(prediction="v" if v2 else "epsilon"), pad_token_id=0 if v2 else 49407)
+    return ModelConfig(
+        unet_from_json(unet),
+        vae_from_json(peers.SD15_VAE),
+        text_encoder_from_json(text),
+        ScheduleConfig(prediction="v" if v2 else "epsilon"),
+        pad_token_id=0 if v2 else 49407,
+    )
 
 
 @VERSIONS
@@ -218,23 +243,33 @@ def test_full_size_names_are_those_of_the_published_file():
     unet = {theirs: ours for ours, (theirs, _) in names["unet"].items()}
     for position, level in (("2.1", 0), ("5.2", 1), ("8.2", 2)):
         assert unet[f"model.diffusion_model.output_blocks.{position}.conv.weight"] == (
-            f"up_blocks.{level}.upsamplers.0.conv.weight")
+            f"up_blocks.{level}.upsamplers.0.conv.weight"
+        )
     # 686, 248 and 196: tensors of v1-5-pruned-emaonly.safetensors without its position_ids
     assert {network: len({theirs for theirs, _ in table.values()}) for network, table in names.items()} == {
-        "unet": 686, "vae": 248, "text_encoder": 196}
+        "unet": 686,
+        "vae": 248,
+        "text_encoder": 196,
+    }
 
 
 def test_a_text_tower_of_open_clip_itself_loads_and_agrees(tmp_path):
     """SD 2.x's text encoder by its makers: names, fused projections, and the output of the layer before the last."""
     import open_clip
+
     torch.manual_seed(0)
     tower = open_clip.CLIP(
-        embed_dim=24, text_cfg={"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 4},
-        vision_cfg={"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}).eval()
+        embed_dim=24,
+        text_cfg={"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 4},
+        vision_cfg={"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    ).eval()
     state = peers.single_file_state(shared_model(v2=True), extras=False)
     state = {name: tensor for name, tensor in state.items() if not name.startswith("cond_stage_model.")}
-    state |= {f"cond_stage_model.model.{name}": tensor for name, tensor in tower.state_dict().items()
-              if not name.startswith("visual.")}
+    state |= {
+        f"cond_stage_model.model.{name}": tensor
+        for name, tensor in tower.state_dict().items()
+        if not name.startswith("visual.")
+    }
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors")
     assert loaded.config.text_encoder == TextEncoderConfig(128, 3, 2, 512, "gelu")
@@ -305,8 +340,13 @@ def test_a_folder_with_the_vae_attention_as_convolutions_loads(tmp_path):
     model = shared_model()
     folder = peers.write_folder(model, tmp_path / "model")
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file({name: tensor[:, :, None, None].contiguous() if ".to_" in name and tensor.dim() == 2 else tensor
-               for name, tensor in load_file(path).items()}, path)
+    save_file(
+        {
+            name: tensor[:, :, None, None].contiguous() if ".to_" in name and tensor.dim() == 2 else tensor
+            for name, tensor in load_file(path).items()
+        },
+        path,
+    )
     assert_same_weights(load(folder), model)
 
 
@@ -366,14 +406,18 @@ def test_saving_keeps_the_model_as_it_is(tmp_path):
 def test_diffusers_and_transformers_read_a_saved_folder(v2, tmp_path):
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel
+
     model = peers.random_model(ModelConfig.tiny(v2=v2), seed=6)
     folder = peers.write_folder(model, tmp_path / "saved")
     for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
         theirs, report = kind.from_pretrained(folder / name, output_loading_info=True, local_files_only=True)
         assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
         ours = {key.removeprefix("text_model."): tensor for key, tensor in getattr(model, name).state_dict().items()}
-        theirs = {key.removeprefix("text_model."): tensor for key, tensor in theirs.state_dict().items()
-                  if not key.endswith("position_ids")}
+        theirs = {
+            key.removeprefix("text_model."): tensor
+            for key, tensor in theirs.state_dict().items()
+            if not key.endswith("position_ids")
+        }
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     scheduler = PNDMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
@@ -401,23 +445,40 @@ def refusal(path, error=InputError, **options):
 
 
 def test_a_base_that_is_not_there_is_named(tmp_path):
-    assert_says(refusal(tmp_path / "nothing.safetensors", FileNotFoundError), tmp_path / "nothing.safetensors",
-                ".safetensors file or a diffusers-layout folder")
+    assert_says(
+        refusal(tmp_path / "nothing.safetensors", FileNotFoundError),
+        tmp_path / "nothing.safetensors",
+        ".safetensors file or a diffusers-layout folder",
+    )
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"", "empty (0 bytes)"),
-    (b"x", "neither a safetensors file nor a torch checkpoint"),
-    (b"<!DOCTYPE html><html>404</html>", "neither a safetensors file nor a torch checkpoint"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265146304\n", "neither a safetensors file"),
-    (b"\x10\0\0\0\0\0\0\0{not json at all", "not a whole safetensors file"),
-    (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "not a whole safetensors file"),
-    (b"\x02\0\0\0\0\0\0\0{}", "something else"),
-    (b"PK\x03\x04 but no archive", "cannot be read as a torch checkpoint"),
-    (b"\x80\x02", "torch checkpoint"),
-    (b"\x80\x02garbage", "refuses"),
-], ids=["empty", "one byte", "web page", "git-lfs pointer", "broken header", "huge header", "no tensors", "broken zip",
-        "cut pickle", "broken pickle"])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "empty (0 bytes)"),
+        (b"x", "neither a safetensors file nor a torch checkpoint"),
+        (b"<!DOCTYPE html><html>404</html>", "neither a safetensors file nor a torch checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265146304\n", "neither a safetensors file"),
+        (b"\x10\0\0\0\0\0\0\0{not json at all", "not a whole safetensors file"),
+        (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "not a whole safetensors file"),
+        (b"\x02\0\0\0\0\0\0\0{}", "something else"),
+        (b"PK\x03\x04 but no archive", "cannot be read as a torch checkpoint"),
+        (b"\x80\x02", "torch checkpoint"),
+        (b"\x80\x02garbage", "refuses"),
+    ],
+    ids=[
+        "empty",
+        "one byte",
+        "web page",
+        "git-lfs pointer",
+        "broken header",
+        "huge header",
+        "no tensors",
+        "broken zip",
+        "cut pickle",
+        "broken pickle",
+    ],
+)
 def test_broken_files_are_refused_in_one_line(content, says, tmp_path):
     for name in ("broken.safetensors", "broken.ckpt"):
         (tmp_path / name).write_bytes(content)
@@ -429,7 +490,7 @@ def test_a_download_that_was_cut_short_is_refused(kept, tmp_path):
     for name, says in (("model.safetensors", "cut short"), ("model.ckpt", "cut short")):
         path = peers.write_single_file(shared_model(), tmp_path / name)
         data = path.read_bytes()
-        path.write_bytes(data[:max(int(kept * len(data)), 10)])
+        path.write_bytes(data[: max(int(kept * len(data)), 10)])
         assert_says(refusal(path), path, says, "get it again")
 
 
@@ -440,8 +501,13 @@ class Callback:
 def test_a_pickle_that_would_run_code_is_refused_with_the_reason(tmp_path, monkeypatch):
     state = peers.single_file_state(shared_model())
     torch.save({"state_dict": state, "callbacks": {"c": Callback()}}, tmp_path / "model.ckpt")
-    assert_says(refusal(tmp_path / "model.ckpt"), tmp_path / "model.ckpt", "would run code", "test_checkpoint.Callback",
-                "use the .safetensors file")
+    assert_says(
+        refusal(tmp_path / "model.ckpt"),
+        tmp_path / "model.ckpt",
+        "would run code",
+        "test_checkpoint.Callback",
+        "use the .safetensors file",
+    )
 
 
 class Bomb:
@@ -467,8 +533,15 @@ def other_models():
     unet = {name: tensor for name, tensor in sd.items() if name.startswith("model.diffusion_model.")}
     vae = {name: tensor for name, tensor in sd.items() if name.startswith("first_stage_model.")}
     return {
-        "SDXL": ({**unet, **vae, "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": t,
-                  "conditioner.embedders.1.model.ln_final.weight": t.clone()}, "SDXL"),
+        "SDXL": (
+            {
+                **unet,
+                **vae,
+                "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": t,
+                "conditioner.embedders.1.model.ln_final.weight": t.clone(),
+            },
+            "SDXL",
+        ),
         "LoRA of kohya": ({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": t}, "an adapter (LoRA)"),
         "LoRA of diffusers": ({"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": t}, "an adapter (LoRA)"),
         "LyCORIS": ({"lycoris_unet_mid_block_proj.hada_w1_a": t}, "an adapter (LoRA)"),
@@ -493,8 +566,10 @@ def test_other_models_are_recognised_and_refused(kind, tmp_path):
     assert_says(refusal(path), path, says, "not a Stable Diffusion v1.x / v2.x model; ")
 
 
-@pytest.mark.parametrize("channels, kind", [(9, "an inpainting model"), (8, "an instruct-pix2pix model"),
-                                            (5, "a depth-guided model"), (7, "an upscaler")])
+@pytest.mark.parametrize(
+    "channels, kind",
+    [(9, "an inpainting model"), (8, "an instruct-pix2pix model"), (5, "a depth-guided model"), (7, "an upscaler")],
+)
 def test_a_unet_with_other_inputs_is_refused_and_named(channels, kind, tmp_path):
     state = peers.single_file_state(shared_model())
     name = "model.diffusion_model.input_blocks.0.0.weight"
@@ -532,29 +607,44 @@ def test_any_missing_tensor_is_named(v2, tmp_path, monkeypatch):
 
 
 def test_every_missing_tensor_is_named_at_once(tmp_path):
-    gone = ["model.diffusion_model.middle_block.1.norm.bias", "first_stage_model.quant_conv.weight",
-            "cond_stage_model.transformer.text_model.final_layer_norm.bias"]
+    gone = [
+        "model.diffusion_model.middle_block.1.norm.bias",
+        "first_stage_model.quant_conv.weight",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+    ]
     assert_says(refusal(single_file_without(tmp_path, *gone)), "3 missing", *gone)
 
 
 def test_every_tensor_too_many_is_named(tmp_path):
-    more = {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(2), "first_stage_model.extra": torch.zeros(2),
-            "cond_stage_model.transformer.vision_model.x": torch.zeros(2), "controlnet.y": torch.zeros(2)}
+    more = {
+        "model.diffusion_model.label_emb.0.0.weight": torch.zeros(2),
+        "first_stage_model.extra": torch.zeros(2),
+        "cond_stage_model.transformer.vision_model.x": torch.zeros(2),
+        "controlnet.y": torch.zeros(2),
+    }
     assert_says(refusal(single_file_without(tmp_path, **more)), "4 not used by the model", *more)
 
 
 def test_missing_surplus_and_misshapen_tensors_are_told_together(tmp_path):
     gone, shape = "first_stage_model.post_quant_conv.bias", "model.diffusion_model.out.2.weight"
     path = single_file_without(tmp_path, gone, **{"model.surplus": torch.zeros(1), shape: torch.zeros(4, 32, 1, 1)})
-    assert_says(refusal(path), f"1 missing: {gone}", "1 not used by the model: model.surplus",
-                f"1 of another shape: {shape} (4, 32, 1, 1) (expected (4, 32, 3, 3))")
+    assert_says(
+        refusal(path),
+        f"1 missing: {gone}",
+        "1 not used by the model: model.surplus",
+        f"1 of another shape: {shape} (4, 32, 1, 1) (expected (4, 32, 3, 3))",
+    )
 
 
-@pytest.mark.parametrize("name, shape", [
-    ("model.diffusion_model.time_embed.0.weight", (32, 128)),  # transposed
-    ("cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight", (256, 128)),  # two thirds
-    ("first_stage_model.decoder.mid.attn_1.q.weight", (64, 64, 3, 3)),
-    ("cond_stage_model.model.positional_embedding", (80, 128))])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("model.diffusion_model.time_embed.0.weight", (32, 128)),  # transposed
+        ("cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight", (256, 128)),  # two thirds
+        ("first_stage_model.decoder.mid.attn_1.q.weight", (64, 64, 3, 3)),
+        ("cond_stage_model.model.positional_embedding", (80, 128)),
+    ],
+)
 def test_a_tensor_of_another_shape_is_named(name, shape, tmp_path):
     path = single_file_without(tmp_path, v2=True, **{name: torch.zeros(shape)})
     assert_says(refusal(path), "1 of another shape", name)
@@ -577,8 +667,15 @@ def test_a_folder_is_loaded_just_as_strictly(network, tmp_path):
     del state[gone]
     state[misshapen] = torch.zeros(3, 5, 7)
     save_file(state | {"surplus.weight": torch.zeros(2)}, path)
-    assert_says(refusal(folder), folder, "1 missing", gone, "1 not used by the model", "surplus.weight",
-                f"{misshapen} (3, 5, 7) (expected ")
+    assert_says(
+        refusal(folder),
+        folder,
+        "1 missing",
+        gone,
+        "1 not used by the model",
+        "surplus.weight",
+        f"{misshapen} (3, 5, 7) (expected ",
+    )
 
 
 @pytest.mark.parametrize("missing", ["unet", "vae", "text_encoder"])
@@ -588,8 +685,9 @@ def test_a_folder_without_a_network_says_which(missing, tmp_path):
     assert_says(refusal(folder), folder, f"no {missing}/", "expected unet/, vae/, text_encoder/ and scheduler/")
 
 
-@pytest.mark.parametrize("missing", ["unet/config.json", "vae/config.json", "text_encoder/config.json",
-                                     "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    "missing", ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"]
+)
 def test_a_folder_without_a_config_says_which(missing, tmp_path):
     folder = peers.write_folder(shared_model(), tmp_path / "model")
     (folder / missing).unlink()
@@ -602,10 +700,14 @@ def test_a_folder_without_weights_says_which_were_expected(tmp_path):
     assert_says(refusal(folder, FileNotFoundError), folder / "vae", "diffusion_pytorch_model.safetensors", ".bin")
 
 
-@pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json", "text_encoder/config.json",
-                                  "scheduler/scheduler_config.json"])
-@pytest.mark.parametrize("content, says", [("", "not valid JSON"), ('{"a": ', "not valid JSON"), ("[1, 2]", "list")],
-                         ids=["empty", "cut", "no object"])
+@pytest.mark.parametrize(
+    "file", ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"]
+)
+@pytest.mark.parametrize(
+    "content, says",
+    [("", "not valid JSON"), ('{"a": ', "not valid JSON"), ("[1, 2]", "list")],
+    ids=["empty", "cut", "no object"],
+)
 def test_a_broken_config_is_named(file, content, says, tmp_path):
     folder = peers.write_folder(shared_model(), tmp_path / "model")
     (folder / file).write_text(content)
@@ -618,27 +720,30 @@ def test_a_config_that_is_no_text_is_named(tmp_path):
     assert_says(refusal(folder), folder / "unet" / "config.json", "not valid JSON")
 
 
-@pytest.mark.parametrize("file, changes, says", [
-    ("unet", {"act_fn": "mish"}, "act_fn is 'mish'"),
-    ("unet", {"block_out_channels": None}, "unet/config.json holds a value of the wrong kind"),
-    ("unet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
-    ("unet", {"attention_head_dim": 7}, "7 heads"),
-    ("unet", {"attention_head_dim": 0}, "unet/config.json holds a value of the wrong kind"),
-    ("unet", {"attention_head_dim": [8, 8]}, "lengths"),
-    ("unet", {"cross_attention_dim": 1280}, "belong to different models"),
-    ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time'"),  # SDXL
-    ("unet", {"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block"),  # SDXL
-    ("unet", {"norm_num_groups": 5}, "norm_groups = 5 does not divide"),
-    ("vae", {"block_out_channels": [32, 64]}, "4 levels"),
-    ("vae", {"latent_channels": 16}, "belong to different models"),  # SD 3
-    ("vae", {"shift_factor": 0.06}, "shift_factor"),
-    ("text_encoder", {"hidden_act": "relu"}, "relu"),
-    ("text_encoder", {"max_position_embeddings": 248}, "248 positions"),
-    ("text_encoder", {"num_attention_heads": 7}, "7 heads"),
-    ("scheduler", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
-    ("scheduler", {"prediction_type": "sample"}, "prediction_type 'sample'"),
-    ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-])
+@pytest.mark.parametrize(
+    "file, changes, says",
+    [
+        ("unet", {"act_fn": "mish"}, "act_fn is 'mish'"),
+        ("unet", {"block_out_channels": None}, "unet/config.json holds a value of the wrong kind"),
+        ("unet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
+        ("unet", {"attention_head_dim": 7}, "7 heads"),
+        ("unet", {"attention_head_dim": 0}, "unet/config.json holds a value of the wrong kind"),
+        ("unet", {"attention_head_dim": [8, 8]}, "lengths"),
+        ("unet", {"cross_attention_dim": 1280}, "belong to different models"),
+        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time'"),  # SDXL
+        ("unet", {"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block"),  # SDXL
+        ("unet", {"norm_num_groups": 5}, "norm_groups = 5 does not divide"),
+        ("vae", {"block_out_channels": [32, 64]}, "4 levels"),
+        ("vae", {"latent_channels": 16}, "belong to different models"),  # SD 3
+        ("vae", {"shift_factor": 0.06}, "shift_factor"),
+        ("text_encoder", {"hidden_act": "relu"}, "relu"),
+        ("text_encoder", {"max_position_embeddings": 248}, "248 positions"),
+        ("text_encoder", {"num_attention_heads": 7}, "7 heads"),
+        ("scheduler", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
+        ("scheduler", {"prediction_type": "sample"}, "prediction_type 'sample'"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+    ],
+)
 def test_a_config_of_another_network_is_refused(file, changes, says, tmp_path):
     folder = peers.write_folder(shared_model(), tmp_path / "model")
     name = "scheduler_config.json" if file == "scheduler" else "config.json"
@@ -700,19 +805,25 @@ def half_gigabyte(tmp_path_factory):
     """A v1-shaped model of 107 M parameters, {file: path}."""
     config = ModelConfig(
         UNetConfig(widths=(192, 384, 512), attention=(True, True, False), n_heads=(8, 8, 8), context_dim=64),
-        VAEConfig(widths=(64, 64, 128, 128)), TextEncoderConfig(width=64, n_layers=4, n_heads=1, mlp_width=256))
+        VAEConfig(widths=(64, 64, 128, 128)),
+        TextEncoderConfig(width=64, n_layers=4, n_heads=1, mlp_width=256),
+    )
     folder = tmp_path_factory.mktemp("half-gigabyte")
     model = peers.random_model(config)
-    yield {"fp32": peers.write_single_file(model, folder / "fp32.safetensors"),
-           "fp16": peers.write_single_file(model, folder / "fp16.safetensors", torch.float16),
-           "ckpt": peers.write_single_file(model, folder / "fp32.ckpt")}
+    yield {
+        "fp32": peers.write_single_file(model, folder / "fp32.safetensors"),
+        "fp16": peers.write_single_file(model, folder / "fp16.safetensors", torch.float16),
+        "ckpt": peers.write_single_file(model, folder / "fp32.ckpt"),
+    }
     for path in folder.iterdir():
         path.unlink()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process' memory from Linux' /proc")
-@pytest.mark.parametrize("file, wanted", [("fp32", "float32"), ("fp32", "bfloat16"), ("fp16", "float32"),
-                                          ("fp16", "float16"), ("ckpt", "float32")])
+@pytest.mark.parametrize(
+    "file, wanted",
+    [("fp32", "float32"), ("fp32", "bfloat16"), ("fp16", "float32"), ("fp16", "float16"), ("ckpt", "float32")],
+)
 def test_loading_takes_little_more_memory_than_the_weights(half_gigabyte, file, wanted):
     assert 0.9 < peak_over_weights(half_gigabyte[file], wanted) <= 1.15
 
@@ -725,9 +836,9 @@ def fill_cheaply(model, seed=0):
     for name, parameter in model.named_parameters():
         noise = torch.empty(parameter.numel(), dtype=torch.float16)
         for at in range(0, len(noise), len(pool)):
-            part = noise[at:at + len(pool)]
+            part = noise[at : at + len(pool)]
             start = (start + 1_000_003) % len(pool)
-            part.copy_(pool.roll(-start)[:len(part)])
+            part.copy_(pool.roll(-start)[: len(part)])
         noise = noise.view(parameter.shape)
         if "norm" in name and name.endswith("weight"):
             value = 1 + 0.1 * noise
@@ -746,8 +857,10 @@ def sd15(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd15")
     config = full_size_config(v2=False)
     model = fill_cheaply(minildm.LatentDiffusion(config, **build_networks(config)))
-    paths = (peers.write_single_file(model, folder / "v1-5.safetensors", torch.float16),
-             peers.write_folder(model, folder / "v1-5", torch.float16))
+    paths = (
+        peers.write_single_file(model, folder / "v1-5.safetensors", torch.float16),
+        peers.write_folder(model, folder / "v1-5", torch.float16),
+    )
     del model
     yield paths
     for path in sorted(folder.rglob("*"), reverse=True):
@@ -781,14 +894,17 @@ def test_full_size_sd15_loads_from_both_layouts_and_agrees_with_diffusers(sd15):
         latents = torch.randn(2, 4, 16, 16, generator=generator)
         peer = peers.diffusers_unet(model.unet, peers.SD15_UNET)
         timesteps = torch.tensor([981, 1])
-        assert relative_error(model.unet(latents, timesteps, context),
-                              peer(latents, timesteps, context).sample) <= PARITY
+        assert (
+            relative_error(model.unet(latents, timesteps, context), peer(latents, timesteps, context).sample) <= PARITY
+        )
 
         peer = peers.diffusers_vae(model.vae, peers.SD15_VAE)
         images = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
         assert relative_error(model.vae.encode(images).mean, peer.encode(images).latent_dist.mean) <= PARITY
-        assert relative_error(model.vae.decode(latents[:1, :, :8, :8]),
-                              peer.decode(latents[:1, :, :8, :8]).sample) <= PARITY
+        assert (
+            relative_error(model.vae.decode(latents[:1, :, :8, :8]), peer.decode(latents[:1, :, :8, :8]).sample)
+            <= PARITY
+        )
 
 
 @pytest.mark.slow

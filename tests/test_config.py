@@ -11,10 +11,12 @@ from minildm import config as settings
 from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
 
-READERS = {"unet": (settings.unet_from_json, settings.unet_to_json),
-           "vae": (settings.vae_from_json, settings.vae_to_json),
-           "text_encoder": (settings.text_encoder_from_json, settings.text_encoder_to_json),
-           "schedule": (settings.schedule_from_json, settings.schedule_to_json)}
+READERS = {
+    "unet": (settings.unet_from_json, settings.unet_to_json),
+    "vae": (settings.vae_from_json, settings.vae_to_json),
+    "text_encoder": (settings.text_encoder_from_json, settings.text_encoder_to_json),
+    "schedule": (settings.schedule_from_json, settings.schedule_to_json),
+}
 
 
 def test_the_defaults_are_sd_15_as_published():
@@ -35,8 +37,9 @@ def test_sd_21_is_read_as_published():
 
 
 @pytest.mark.parametrize("network", READERS)
-@pytest.mark.parametrize("config", [ModelConfig(), ModelConfig.tiny(), ModelConfig.tiny(v2=True)],
-                         ids=["SD 1.5", "tiny", "tiny v2"])
+@pytest.mark.parametrize(
+    "config", [ModelConfig(), ModelConfig.tiny(), ModelConfig.tiny(v2=True)], ids=["SD 1.5", "tiny", "tiny v2"]
+)
 def test_a_config_survives_its_json(network, config):
     read, write = READERS[network]
     part = getattr(config, network)
@@ -48,11 +51,16 @@ def test_the_number_of_heads_may_have_its_right_name():
     del document["attention_head_dim"]
     assert settings.unet_from_json(document | {"num_attention_heads": 2}).n_heads == (2, 2)
     assert settings.unet_from_json(document | {"num_attention_heads": None, "attention_head_dim": [4, 8]}).n_heads == (
-        4, 8)
+        4,
+        8,
+    )
 
 
-@pytest.mark.parametrize("fixed, network", [(settings._UNET_FIXED, "unet"), (settings._VAE_FIXED, "vae"),
-                                            (settings._SCHEDULE_FIXED, "schedule")], ids=["unet", "vae", "schedule"])
+@pytest.mark.parametrize(
+    "fixed, network",
+    [(settings._UNET_FIXED, "unet"), (settings._VAE_FIXED, "vae"), (settings._SCHEDULE_FIXED, "schedule")],
+    ids=["unet", "vae", "schedule"],
+)
 def test_every_other_value_of_what_sd_fixes_is_refused_by_name(fixed, network):
     read, write = READERS[network]
     document = write(getattr(ModelConfig(), network))
@@ -63,19 +71,27 @@ def test_every_other_value_of_what_sd_fixes_is_refused_by_name(fixed, network):
         assert_says(caught, key, "'something else'", repr(allowed[0]))
 
 
-@pytest.mark.parametrize("build, says", [
-    (lambda: UNetConfig(widths=(32, 64)), "lengths"),
-    (lambda: UNetConfig.tiny(widths=(30, 64)), "norm_groups = 32 does not divide the width 30"),
-    (lambda: UNetConfig.tiny(n_heads=(5, 4)), "32 channels cannot be split into 5 heads"),
-    (lambda: VAEConfig(widths=(32, 32, 32)), "must have 4 levels"),
-    (lambda: VAEConfig.tiny(norm_groups=24), "norm_groups = 24 does not divide the width 32"),
-    (lambda: TextEncoderConfig.tiny(activation="silu"), "must be quick_gelu or gelu, got 'silu'"),
-    (lambda: TextEncoderConfig.tiny(n_heads=5), "width 32 cannot be split into 5 heads"),
-    (lambda: ScheduleConfig(prediction="x0"), "'epsilon' or 'v', got 'x0'"),
-    (lambda: ModelConfig(UNetConfig.tiny(), VAEConfig.tiny(), TextEncoderConfig.tiny(width=64)), "different models"),
-    (lambda: ModelConfig(UNetConfig.tiny(), VAEConfig.tiny(latent_channels=8), TextEncoderConfig.tiny()),
-     "4 latent channels, the VAE 8"),
-])
+@pytest.mark.parametrize(
+    "build, says",
+    [
+        (lambda: UNetConfig(widths=(32, 64)), "lengths"),
+        (lambda: UNetConfig.tiny(widths=(30, 64)), "norm_groups = 32 does not divide the width 30"),
+        (lambda: UNetConfig.tiny(n_heads=(5, 4)), "32 channels cannot be split into 5 heads"),
+        (lambda: VAEConfig(widths=(32, 32, 32)), "must have 4 levels"),
+        (lambda: VAEConfig.tiny(norm_groups=24), "norm_groups = 24 does not divide the width 32"),
+        (lambda: TextEncoderConfig.tiny(activation="silu"), "must be quick_gelu or gelu, got 'silu'"),
+        (lambda: TextEncoderConfig.tiny(n_heads=5), "width 32 cannot be split into 5 heads"),
+        (lambda: ScheduleConfig(prediction="x0"), "'epsilon' or 'v', got 'x0'"),
+        (
+            lambda: ModelConfig(UNetConfig.tiny(), VAEConfig.tiny(), TextEncoderConfig.tiny(width=64)),
+            "different models",
+        ),
+        (
+            lambda: ModelConfig(UNetConfig.tiny(), VAEConfig.tiny(latent_channels=8), TextEncoderConfig.tiny()),
+            "4 latent channels, the VAE 8",
+        ),
+    ],
+)
 def test_settings_that_make_no_network_are_refused(build, says):
     with pytest.raises(InputError) as caught:
         build()

@@ -15,7 +15,7 @@ from peers import randomize
 
 from minildm.config import TextEncoderConfig, VAEConfig
 from minildm.data import cache
-from minildm.data.cache import CachedLatents, Rows, context_cache, fingerprint, latent_cache
+from minildm.data.cache import CachedLatents, Rows, context_cache, latent_cache, weights_fingerprint
 from minildm.data.loader import TrainingPairs, training_batches
 from minildm.data.reading import Transform, read, to_tensor
 from minildm.data.records import Record, open_data_set
@@ -56,6 +56,7 @@ def direct(vae, record, transform=TRANSFORM):
 def forbid(monkeypatch, name):
     def fail(*arguments, **keywords):
         raise AssertionError(f"{name} was called")
+
     monkeypatch.setattr(cache, name, fail)
 
 
@@ -106,25 +107,34 @@ def test_files_too_young_to_be_trusted_are_read_again(vae, data_set, tmp_path, m
 
 def test_another_transform_or_vae_has_another_cache(vae, data_set, tmp_path):
     other_vae = randomize(VAE(VAEConfig.tiny()), seed=2).eval()
-    assert fingerprint(vae) != fingerprint(other_vae)
-    for transform, network in ((TRANSFORM, vae), (TRANSFORM, other_vae), (Transform(64, "pad"), vae),
-                               (Transform(32), vae)):
+    assert weights_fingerprint(vae) != weights_fingerprint(other_vae)
+    for transform, network in (
+        (TRANSFORM, vae),
+        (TRANSFORM, other_vae),
+        (Transform(64, "pad"), vae),
+        (Transform(32), vae),
+    ):
         latents = latent_cache(data_set.records, transform, network, tmp_path / "cache")
-        torch.testing.assert_close(latents.moments(0)[0], direct(network, data_set.records[0], transform)[0],
-                                   rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            latents.moments(0)[0], direct(network, data_set.records[0], transform)[0], rtol=1e-3, atol=1e-4
+        )
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_file(vae):
     same = VAE(VAEConfig.tiny())
     same.load_state_dict(vae.state_dict())
-    assert fingerprint(same) == fingerprint(vae) != fingerprint(VAE(VAEConfig.tiny()).to(torch.bfloat16))
+    assert (
+        weights_fingerprint(same)
+        == weights_fingerprint(vae)
+        != weights_fingerprint(VAE(VAEConfig.tiny()).to(torch.bfloat16))
+    )
 
 
 def test_equal_files_share_a_row_and_drawn_pictures_need_no_file(vae, tmp_path):
     paths = [made_data.save(tmp_path / f"{name}.png", seed=0) for name in "ab"]
     records = [Record(path.name, "p", path=path) for path in paths]
-    records.append(Record("drawn", "d", draw=lambda size: made_data.picture(3, size)))
+    records.append(Record("drawn", "d", render=lambda size: made_data.picture(3, size)))
     latents = latent_cache(records, TRANSFORM, vae, tmp_path / "cache")
     assert latents.keys[0] == latents.keys[1] != latents.keys[2]
     assert sum(len(shard) for shard in latents.rows.shards.values()) == 2
@@ -190,7 +200,7 @@ from minildm.data.reading import Transform
 from minildm.data.records import open_data_set
 from minildm.vae import VAE
 torch.set_num_threads(1)
-cache.BLOCK, cache.SETTLED = 4, 0.0
+cache.SHARD_ROWS, cache.SETTLED = 4, 0.0
 vae = randomize(VAE(VAEConfig.tiny()), seed=1).eval()
 encode, count = vae.encode, 0
 def slow_encode(images):
@@ -209,8 +219,13 @@ print(count, len(latents), len(latents.rows.place))
 
 
 def build(*paths):
-    return subprocess.Popen([sys.executable, "-c", BUILD, *map(str, paths)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parent.parent)
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, *map(str, paths)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent,
+    )
 
 
 def test_two_builders_at_once_share_the_work_and_an_interrupted_one_loses_a_block_at_most(vae, tmp_path):

@@ -52,8 +52,11 @@ def test_everything_that_is_wrong_is_found_at_once(tmp_path, capsys):
     assert flagged["images/020.png"][0].startswith("low contrast")
     assert report["captions"]["cut"] == 1 and report["captions"]["deidentification_marks"] == 1
     assert report["captions"]["longest_loses"].startswith("finding number")
-    sides = {name: split for a, split_a, b, split_b in report["splits"]["leaks"]
-             for name, split in ((a, split_a), (b, split_b))}
+    sides = {
+        name: split
+        for a, split_a, b, split_b in report["splits"]["leaks"]
+        for name, split in ((a, split_a), (b, split_b))
+    }
     assert all(name in ("images/010.png", "images/011.png", "images/012.png", "images/013.png") for name in sides)
     printed = capsys.readouterr().out
     assert "would fail: 2 pictures cannot be decoded" in printed and "1 (2.5%) are longer than 77" in printed
@@ -90,7 +93,8 @@ def test_the_commands_run_and_a_mistake_is_one_line(tmp_path):
     shown = command("prompts", f"padchest:{made_data.padchest(tmp_path)}", "-n", "1")
     assert shown.returncode == 0 and shown.stdout == (
         "a_1.png\tchest x-ray, age 47 male, view PA, projection PA, modality DX, diagnosis calcified granuloma, "
-        "loc right upper lobe\n")
+        "loc right upper lobe\n"
+    )
     failed = command("check", "padchst:/nowhere")
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.count("\n") == 1 and failed.stderr.startswith("error: unknown data set 'padchst'")

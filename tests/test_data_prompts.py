@@ -11,8 +11,15 @@ from minildm.data.prompts import TEMPLATES, check_template, prompts_for, render
 from minildm.data.records import open_data_set
 from minildm.errors import InputError
 
-FIELDS = {"age": "47", "sex": "male", "view": "PA", "projection": "PA", "modality": "DX",
-          "diagnosis": "calcified granuloma", "loc": "right upper lobe"}
+FIELDS = {
+    "age": "47",
+    "sex": "male",
+    "view": "PA",
+    "projection": "PA",
+    "modality": "DX",
+    "diagnosis": "calcified granuloma",
+    "loc": "right upper lobe",
+}
 
 
 def without(*names):
@@ -23,8 +30,10 @@ def test_the_reports_prompts_character_by_character():
     assert render("plain", FIELDS) == "chest x-ray"
     assert render("person", FIELDS) == "chest x-ray, age 47 male"
     assert render("view", FIELDS) == "chest x-ray, age 47 male, view PA, projection PA, modality DX"
-    assert render("full", FIELDS) == ("chest x-ray, age 47 male, view PA, projection PA, modality DX, "
-                                      "diagnosis calcified granuloma, loc right upper lobe")
+    assert render("full", FIELDS) == (
+        "chest x-ray, age 47 male, view PA, projection PA, modality DX, "
+        "diagnosis calcified granuloma, loc right upper lobe"
+    )
 
 
 def test_the_selora_papers_prompts_character_by_character():
@@ -40,25 +49,36 @@ def test_padchest_rows_give_the_reports_longest_prompt(tmp_path):
         "loc right upper lobe",
         "chest x-ray, age 5 female, projection AP horizontal, modality CR, diagnosis alveolar pattern, "
         "loc tracheal, left",
-        "chest x-ray, projection PA, modality CR"]
+        "chest x-ray, projection PA, modality CR",
+    ]
 
 
-@pytest.mark.parametrize("missing, prompt", [
-    (("age",), "chest x-ray, male, view PA"), (("sex",), "chest x-ray, age 47, view PA"),
-    (("view",), "chest x-ray, age 47 male"), (("age", "sex"), "chest x-ray, view PA"),
-    (("age", "sex", "view"), "chest x-ray")])
+@pytest.mark.parametrize(
+    "missing, prompt",
+    [
+        (("age",), "chest x-ray, male, view PA"),
+        (("sex",), "chest x-ray, age 47, view PA"),
+        (("view",), "chest x-ray, age 47 male"),
+        (("age", "sex"), "chest x-ray, view PA"),
+        (("age", "sex", "view"), "chest x-ray"),
+    ],
+)
 def test_a_missing_field_leaves_no_hole(missing, prompt):
     assert render("chest x-ray, age {age} {sex}, view {view}", without(*missing)) == prompt
 
 
-@pytest.mark.parametrize("template, missing, prompt", [
-    ("{age}-year-old {sex} patient; {view} view", (), "47-year-old male patient; PA view"),
-    ("{age}-year-old {sex} patient; {view} view", ("age",), "male patient; PA view"),
-    ("{age}-year-old {sex} patient; {view} view", ("sex", "view"), "47-year-old patient"),
-    ("{sex}, {view}, {loc}", ("sex",), "PA, right upper lobe"),
-    ("{sex}, {view}, {loc}", ("view",), "male, right upper lobe"),
-    (" age:{age}, gender:{Sex}", ("age",), " gender:Male"),
-    ("a film, {sex}, of a chest", ("sex",), "a film, of a chest")])
+@pytest.mark.parametrize(
+    "template, missing, prompt",
+    [
+        ("{age}-year-old {sex} patient; {view} view", (), "47-year-old male patient; PA view"),
+        ("{age}-year-old {sex} patient; {view} view", ("age",), "male patient; PA view"),
+        ("{age}-year-old {sex} patient; {view} view", ("sex", "view"), "47-year-old patient"),
+        ("{sex}, {view}, {loc}", ("sex",), "PA, right upper lobe"),
+        ("{sex}, {view}, {loc}", ("view",), "male, right upper lobe"),
+        (" age:{age}, gender:{Sex}", ("age",), " gender:Male"),
+        ("a film, {sex}, of a chest", ("sex",), "a film, of a chest"),
+    ],
+)
 def test_templates_of_other_shapes_leave_no_hole_either(template, missing, prompt):
     assert render(template, without(*missing)) == prompt
 

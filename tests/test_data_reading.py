@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_data import picture
 from PIL import Image, ImageOps
 
-from minildm.data.reading import Picture, Transform, decode, file_bytes, fit, read, to_8_bit, to_tensor
+from minildm.data.reading import DecodedImage, Transform, decode, file_bytes, fit, read, to_8_bit, to_tensor
 from minildm.data.records import Record
 from minildm.errors import InputError
 
@@ -84,8 +84,9 @@ def test_percentiles_ignore_a_few_extreme_pixels():
 
 def test_a_white_is_zero_tiff_is_inverted():
     values = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
-    black, white = (decode(packed(Image.fromarray(values), "TIFF", tiffinfo={262: photometric}), "values")
-                    for photometric in (1, 0))
+    black, white = (
+        decode(packed(Image.fromarray(values), "TIFF", tiffinfo={262: photometric}), "values") for photometric in (1, 0)
+    )
     np.testing.assert_array_equal(white.pixels, 255 - black.pixels)
     assert white.greys.endswith("inverted")
 
@@ -117,18 +118,28 @@ def test_exif_orientation_is_applied(orientation):
 
 
 @settings(max_examples=60, deadline=None)
-@given(stored=st.integers(8, 16), signed=st.booleans(), slope=st.sampled_from([1, 2, 0.5]),
-       intercept=st.sampled_from([0, -1024, 100]), window=st.sampled_from([None, (0.3, 0.5), (0.5, 1.0)]),
-       function=st.sampled_from(["LINEAR", "LINEAR_EXACT", "SIGMOID"]), seed=st.integers(0, 1000))
-def test_dicom_greys_follow_the_window_and_monochrome1_is_the_negative(stored, signed, slope, intercept, window,
-                                                                      function, seed):
-    low, high = (-2**(stored - 1), 2**(stored - 1)) if signed else (0, 2**stored)
+@given(
+    stored=st.integers(8, 16),
+    signed=st.booleans(),
+    slope=st.sampled_from([1, 2, 0.5]),
+    intercept=st.sampled_from([0, -1024, 100]),
+    window=st.sampled_from([None, (0.3, 0.5), (0.5, 1.0)]),
+    function=st.sampled_from(["LINEAR", "LINEAR_EXACT", "SIGMOID"]),
+    seed=st.integers(0, 1000),
+)
+def test_dicom_greys_follow_the_window_and_monochrome1_is_the_negative(
+    stored, signed, slope, intercept, window, function, seed
+):
+    low, high = (-(2 ** (stored - 1)), 2 ** (stored - 1)) if signed else (0, 2**stored)
     values = np.random.default_rng(seed).integers(low, high, (16, 16)).astype(np.int16 if signed else np.uint16)
     elements = {"RescaleSlope": slope, "RescaleIntercept": intercept}
     if window is not None:
         center, width = low + window[0] * 2**stored, window[1] * 2**stored
-        elements |= {"WindowCenter": round(center * slope + intercept, 3), "WindowWidth": round(width * slope, 3),
-                     "VOILUTFunction": function}
+        elements |= {
+            "WindowCenter": round(center * slope + intercept, 3),
+            "WindowWidth": round(width * slope, 3),
+            "VOILUTFunction": function,
+        }
     pictures = [decode(dicom(values, stored, kind, **elements), "x.dcm") for kind in ("MONOCHROME2", "MONOCHROME1")]
     np.testing.assert_array_equal(pictures[1].pixels, 255 - pictures[0].pixels)
     order = np.argsort(values, axis=None, kind="stable")
@@ -136,9 +147,10 @@ def test_dicom_greys_follow_the_window_and_monochrome1_is_the_negative(stored, s
     if window is not None:
         expected = pydicom.pixels.apply_windowing(
             pydicom.pixels.apply_modality_lut(values, pydicom.dcmread(io.BytesIO(dicom(values, stored, **elements)))),
-            pydicom.dcmread(io.BytesIO(dicom(values, stored, **elements))))
+            pydicom.dcmread(io.BytesIO(dicom(values, stored, **elements))),
+        )
         span = (2**stored - 1) * slope  # pydicom answers in the range of the stored values
-        floor = (low * slope + intercept)
+        floor = low * slope + intercept
         np.testing.assert_allclose(pictures[0].pixels, (expected - floor) / span * 255, atol=1)
 
 
@@ -165,8 +177,10 @@ def test_real_dicom_pairs_agree(shared_data):
 
     normal = pixels("dicom/siim_cxr_monochrome2_jpeg.dcm")
     np.testing.assert_array_equal(pixels("dicom/siim_cxr_fake_monochrome1_jpeg.dcm"), 255 - normal)
-    ours, made_by_hand = pixels("dicom/RG1_cr_chest_monochrome1_15bit_512_uncompressed.dcm"), pixels(
-        "cxr/originals/RG1_cr_chest_16bit.png")
+    ours, made_by_hand = (
+        pixels("dicom/RG1_cr_chest_monochrome1_15bit_512_uncompressed.dcm"),
+        pixels("cxr/originals/RG1_cr_chest_16bit.png"),
+    )
     assert np.abs(ours - made_by_hand).max() <= 2  # windowed and inverted by another program
     assert pixels("dicom/RG1_cr_chest_monochrome1_15bit_jpeg2000.dcm").shape == (1955, 1841)
     assert np.ptp(pixels("dicom/CT_small_monochrome2_16bit_signed.dcm")) == 255
@@ -182,13 +196,14 @@ def test_every_real_original_is_read_whole(shared_data):
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["PNG", "PNG16", "JPEG", "TIFF", "DICOM"]), st.floats(0, 1), st.integers(0, 255), st.booleans())
 def test_broken_bytes_give_one_line_that_names_the_file(kind, place, byte, cut):
-    data = {"PNG16": lambda: packed(Image.fromarray(picture().astype(np.uint16) * 200)),
-            "DICOM": lambda: dicom(picture().astype(np.uint16), 12)}.get(
-                kind, lambda: packed(Image.fromarray(picture()), kind))()
+    data = {
+        "PNG16": lambda: packed(Image.fromarray(picture().astype(np.uint16) * 200)),
+        "DICOM": lambda: dicom(picture().astype(np.uint16), 12),
+    }.get(kind, lambda: packed(Image.fromarray(picture()), kind))()
     position = int(place * (len(data) - 1))
-    data = data[:position] if cut else data[:position] + bytes([byte]) + data[position + 1:]
+    data = data[:position] if cut else data[:position] + bytes([byte]) + data[position + 1 :]
     try:
-        assert isinstance(decode(data, "broken.dcm" if kind == "DICOM" else "broken.png"), Picture)
+        assert isinstance(decode(data, "broken.dcm" if kind == "DICOM" else "broken.png"), DecodedImage)
     except InputError as error:
         assert str(error).startswith("broken.") and "\n" not in str(error)
 
@@ -197,7 +212,7 @@ def test_broken_bytes_give_one_line_that_names_the_file(kind, place, byte, cut):
 def test_a_truncated_file_is_an_error_not_a_half_black_picture(kind):
     data = packed(Image.fromarray(picture(side=256)), kind)
     with pytest.raises(InputError, match=r"half.img: cannot be decoded"):
-        decode(data[:len(data) * 6 // 10], "half.img")
+        decode(data[: len(data) * 6 // 10], "half.img")
 
 
 def test_empty_absent_oversized_and_manifold_files_are_errors(tmp_path):
@@ -221,8 +236,13 @@ def test_empty_absent_oversized_and_manifold_files_are_errors(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([8, 64, 224]), st.sampled_from(["crop", "pad"]),
-       st.booleans())
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from([8, 64, 224]),
+    st.sampled_from(["crop", "pad"]),
+    st.booleans(),
+)
 def test_any_shape_becomes_the_square(height, width, size, how, colour):
     pixels = np.full((height, width, 3) if colour else (height, width), 200, np.uint8)
     square = fit(pixels, Transform(size, how))

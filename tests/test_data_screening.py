@@ -18,17 +18,26 @@ def bordered():
     return pixels
 
 
-@pytest.mark.parametrize("pixels, phrase", [
-    (picture(side=256) // 8 + 100, "low contrast"), (np.where(picture() > 90, 255, picture()), "saturated"),
-    (bordered(), "empty borders"), (picture(side=128)[:60], "unusual shape"), (255 - picture(), "greys look inverted")])
+@pytest.mark.parametrize(
+    "pixels, phrase",
+    [
+        (picture(side=256) // 8 + 100, "low contrast"),
+        (np.where(picture() > 90, 255, picture()), "saturated"),
+        (bordered(), "empty borders"),
+        (picture(side=128)[:60], "unusual shape"),
+        (255 - picture(), "greys look inverted"),
+    ],
+)
 def test_what_is_wrong_is_named(pixels, phrase):
     assert any(reason.startswith(phrase) for reason in reasons(pixels.astype(np.uint8)))
     assert not reasons(picture(side=128))
 
 
 def test_near_duplicates_are_found_and_others_are_not():
-    made = [np.asarray(Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 9), np.uint8)).resize((200, 200)))
-            for i in range(300)]
+    made = [
+        np.asarray(Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 9), np.uint8)).resize((200, 200)))
+        for i in range(300)
+    ]
     buffer = io.BytesIO()
     Image.fromarray(made[7]).resize((150, 150)).point(lambda value: value * 0.9 + 10).save(buffer, "JPEG", quality=60)
     made.append(np.asarray(Image.open(buffer)))
@@ -36,8 +45,10 @@ def test_near_duplicates_are_found_and_others_are_not():
 
 
 def duplicates(pictures):
-    return near_duplicates(np.stack([perceptual_hash(pixels) for pixels in pictures]),
-                           np.stack([small_grey(pixels) for pixels in pictures]))
+    return near_duplicates(
+        np.stack([perceptual_hash(pixels) for pixels in pictures]),
+        np.stack([small_grey(pixels) for pixels in pictures]),
+    )
 
 
 def test_near_hashes_equal_the_comparison_of_all_pairs():

@@ -8,8 +8,9 @@ import shutil
 import made_data
 import pytest
 
-from minildm.data import iu_xray, montgomery, padchest, records
+from minildm.data import records
 from minildm.data.records import open_data_set
+from minildm.data.sets import iu_xray, montgomery, padchest
 from minildm.errors import InputError
 
 
@@ -22,17 +23,38 @@ def test_padchest_rows_become_records(tmp_path):
     data_set = open_data_set(f"padchest:{made_data.padchest(tmp_path)}")
     assert [record.name for record in data_set.records] == ["a_1.png", "b_1.png", "c_1.png"]
     assert fields_of(data_set, "a_1.png") == {
-        "age": "47", "sex": "male", "view": "PA", "projection": "PA", "modality": "DX",
-        "diagnosis": "calcified granuloma", "loc": "right upper lobe", "report": "sin hallazg .",
-        "labelled_by": "physician", "pediatric": "no"}
+        "age": "47",
+        "sex": "male",
+        "view": "PA",
+        "projection": "PA",
+        "modality": "DX",
+        "diagnosis": "calcified granuloma",
+        "loc": "right upper lobe",
+        "report": "sin hallazg .",
+        "labelled_by": "physician",
+        "pediatric": "no",
+    }
     assert fields_of(data_set, "b_1.png") == {
-        "age": "5", "sex": "female", "projection": "AP horizontal", "modality": "CR", "diagnosis": "alveolar pattern",
-        "loc": "tracheal, left", "labelled_by": "model", "pediatric": "yes"}
-    assert fields_of(data_set, "c_1.png") == {"projection": "PA", "modality": "CR", "labelled_by": "model",
-                                              "pediatric": "no"}  # what is missing is not there
+        "age": "5",
+        "sex": "female",
+        "projection": "AP horizontal",
+        "modality": "CR",
+        "diagnosis": "alveolar pattern",
+        "loc": "tracheal, left",
+        "labelled_by": "model",
+        "pediatric": "yes",
+    }
+    assert fields_of(data_set, "c_1.png") == {
+        "projection": "PA",
+        "modality": "CR",
+        "labelled_by": "model",
+        "pediatric": "no",
+    }  # what is missing is not there
     assert data_set.records[0].path == tmp_path / "0" / "a_1.png" and data_set.records[0].patient == "7"
-    assert data_set.notes == ("1 of 5 left out: known to be broken in the distribution",
-                              "1 of 4 left out: lateral views (--views all keeps them)")
+    assert data_set.notes == (
+        "1 of 5 left out: known to be broken in the distribution",
+        "1 of 4 left out: lateral views (--views all keeps them)",
+    )
 
 
 def test_padchest_views_children_and_ages_are_options(tmp_path):
@@ -79,8 +101,12 @@ def test_padchest_lists_are_read_whatever_their_form():
 # --- Montgomery -------------------------------------------------------------------------------------------------------
 def test_montgomery_readings_become_records(tmp_path):
     data_set = open_data_set(f"montgomery:{made_data.montgomery(tmp_path)}")
-    assert fields_of(data_set, "MCUCXR_0001_0.png") == {"age": "32", "sex": "female", "findings": "normal",
-                                                        "diagnosis": "normal"}
+    assert fields_of(data_set, "MCUCXR_0001_0.png") == {
+        "age": "32",
+        "sex": "female",
+        "findings": "normal",
+        "diagnosis": "normal",
+    }
     assert fields_of(data_set, "MCUCXR_0113_1.png")["findings"] == "miliary nodules; right effusion"
     assert fields_of(data_set, "MCUCXR_0166_1.png") == {"age": "49", "diagnosis": "tuberculosis"}  # O; NO REPORT
     assert [record.patient for record in data_set.records] == ["0001", "0113", "0113", "0113"]
@@ -103,8 +129,12 @@ def test_real_montgomery_readings_are_understood(shared_data):
 def test_iu_xray_kaggle_tables_become_records(tmp_path):
     data_set = open_data_set(f"iu-xray:{made_data.iu_kaggle(tmp_path)}")
     assert [record.name for record in data_set.records] == ["1_IM-0001-4001.dcm.png"]
-    assert data_set.records[0].fields == {"findings": "Lungs are clear.", "impression": "Normal.",
-                                          "indication": "Cough.", "diagnosis": "normal"}
+    assert data_set.records[0].fields == {
+        "findings": "Lungs are clear.",
+        "impression": "Normal.",
+        "indication": "Cough.",
+        "diagnosis": "normal",
+    }
     assert "1 of 3 left out: no findings in the report" in data_set.notes
 
 
@@ -126,10 +156,15 @@ def test_real_iu_xray_xml_reports_are_understood(shared_data, tmp_path):
     found, _ = iu_xray.records(tmp_path)  # views from the table, texts from the XML
     views = collections.Counter(record.frontal for record in found)
     assert views == {True: 164, False: 150, None: views[None]} and views[None] <= 3
-    kaggle = {row["uid"]: row.get("findings") for _, row in records.read_table(
-        shared_data / "iu_xray" / "indiana_reports.csv", ())}
-    same = [record.fields["findings"] == " ".join(kaggle[record.patient].split()) for record in found
-            if kaggle.get(record.patient)]
+    kaggle = {
+        row["uid"]: row.get("findings")
+        for _, row in records.read_table(shared_data / "iu_xray" / "indiana_reports.csv", ())
+    }
+    same = [
+        record.fields["findings"] == " ".join(kaggle[record.patient].split())
+        for record in found
+        if kaggle.get(record.patient)
+    ]
     assert len(same) > 300 and sum(same) / len(same) > 0.95
 
 
@@ -143,8 +178,10 @@ def test_xml_without_projections_cannot_be_trained_frontal_only(shared_data, tmp
 def test_patch_gastric_patches_belong_to_their_slide(tmp_path):
     data_set = open_data_set(f"patch-gastric:{made_data.patch_gastric(tmp_path)}")
     assert [record.patient[0] for record in data_set.records] == ["a", "a", "b", "b"]
-    assert data_set.records[0].fields == {"subtype": "Signet ring cell carcinoma",
-                                          "text": "Cells of signet ring cell carcinoma."}
+    assert data_set.records[0].fields == {
+        "subtype": "Signet ring cell carcinoma",
+        "text": "Cells of signet ring cell carcinoma.",
+    }
     assert data_set.notes == ("2 of 6 left out: no caption for their slide in captions.csv",)
 
 
@@ -161,9 +198,14 @@ def test_mimic_cxr_joins_metadata_labels_and_reports(tmp_path):
     data_set = open_data_set(f"mimic-cxr:{made_data.mimic(tmp_path)}")
     first, second = data_set.records
     assert first.name == "p10/p10000032/s50414267/d1.jpg" and first.patient == "10000032"
-    assert first.fields == {"view": "PA", "projection": "PA", "diagnosis": "No Finding",
-                            "findings": "There is no focal consolidation. The heart is normal: no change.",
-                            "impression": "No acute process.", "indication": "___F with cough"}
+    assert first.fields == {
+        "view": "PA",
+        "projection": "PA",
+        "diagnosis": "No Finding",
+        "findings": "There is no focal consolidation. The heart is normal: no change.",
+        "impression": "No acute process.",
+        "indication": "___F with cough",
+    }
     assert second.fields == {"view": "AP", "projection": "AP", "diagnosis": "Edema"}
 
 
@@ -172,8 +214,13 @@ def test_a_folder_with_metadata_csv_is_read(tmp_path):
     data_set = open_data_set(f"folder:{made_data.folder(tmp_path, 4)}")
     assert data_set.prompt == "{text}" and not data_set.notes
     assert data_set.records[1].patient == "p1" and data_set.records[1].fields == {
-        "age": "31", "sex": "female", "view": "PA", "finding": "Edema", "diagnosis": "Edema",
-        "text": "a chest x-ray, number 1"}
+        "age": "31",
+        "sex": "female",
+        "view": "PA",
+        "finding": "Edema",
+        "diagnosis": "Edema",
+        "text": "a chest x-ray, number 1",
+    }
 
 
 def test_captions_that_are_not_used_are_spoken_of(tmp_path):
@@ -226,7 +273,7 @@ def test_an_unknown_data_set_lists_the_known_ones():
         open_data_set("padchest")
 
 
-@pytest.mark.parametrize("name", [name for name in records.DATA_SETS if name not in records.DRAWN])
+@pytest.mark.parametrize("name", [name for name in records.DATA_SETS if name not in records.BUILT_IN])
 def test_a_path_that_is_not_the_data_set_says_what_was_looked_for_and_what_is_there(tmp_path, name):
     (tmp_path / "notes.doc").touch()
     with pytest.raises(InputError, match=r"does not hold .*(csv|txt).*; it holds notes.doc"):

@@ -38,8 +38,10 @@ def test_no_patient_is_in_two_splits_and_the_shares_are_met(pictures_of, preset,
 def test_a_split_depends_on_seed_and_patients_not_on_the_order_of_records():
     made = records([1, 2, 3] * 30)
     shuffled = random.Random(0).sample(made, len(made))
-    ours, theirs = ({name: {rows[i].name for i in members} for name, members in split_by_patient(rows, seed=3).items()}
-                    for rows in (made, shuffled))
+    ours, theirs = (
+        {name: {rows[i].name for i in members} for name, members in split_by_patient(rows, seed=3).items()}
+        for rows in (made, shuffled)
+    )
     assert ours == theirs
     assert split_by_patient(made, seed=3) != split_by_patient(made, seed=4)
 
@@ -51,7 +53,9 @@ def test_the_papers_ratios_give_the_papers_test_sets():
 
 def test_two_hundredths_of_a_large_set_validate_and_one_picture_of_a_small_one():
     assert {name: len(part) for name, part in split_by_patient(records([1] * 40_000), "98/2").items()} == {
-        "train": 39_200, "validation": 800}
+        "train": 39_200,
+        "validation": 800,
+    }
     assert len(split_by_patient(records([1] * 40), "98/2")["validation"]) == 1
     with pytest.raises(InputError, match="the validation split is empty: 20 pictures"):
         split_by_patient(records([1] * 20), "98/2")
@@ -78,7 +82,7 @@ def test_a_resumed_run_continues_the_very_batches(n, batch_size, first):
     whole = list(StepBatches(n, batch_size, 5, 0, 40))
     assert list(StepBatches(n, batch_size, 5, first, 40)) == whole[first:]
     seen = [i for batch in whole for i in batch]
-    assert all(sorted(seen[k:k + n]) == list(range(n)) for k in range(0, len(seen) - n, n))  # whole epochs, in turn
+    assert all(sorted(seen[k : k + n]) == list(range(n)) for k in range(0, len(seen) - n, n))  # whole epochs, in turn
 
 
 def test_workers_change_nothing(tmp_path):

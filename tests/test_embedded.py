@@ -13,11 +13,12 @@ from test_sample_command import sample_py
 
 import minildm
 import train
-from minildm.data import phantom, procedural, ruler
 from minildm.data.reading import to_tensor
 from minildm.errors import InputError
-from minildm.latent_diffusion import EMBEDDED, EMBEDDED_ADAPTER, find_base, is_embedded, usual_guidance
+from minildm.latent_diffusion import usual_guidance
+from minildm.loading import EMBEDDED, EMBEDDED_ADAPTER, find_base, is_embedded
 from minildm.metrics.adherence import prompt_adherence
+from minildm.teaching import phantom, procedural, ruler
 from minildm.training.config import PRESETS
 
 
@@ -31,8 +32,11 @@ def test_the_files_are_small_and_those_of_the_card():
     assert sum(path.stat().st_size for path in files) <= 30e6
     card = (EMBEDDED / "README.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `(\S+\.safetensors)` \| [\d,]+ \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
-    there = {path.relative_to(EMBEDDED).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files
-             if path.suffix == ".safetensors"}
+    there = {
+        path.relative_to(EMBEDDED).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.suffix == ".safetensors"
+    }
     assert listed == there and len(there) == 4  # three networks and the adapter
 
 
@@ -63,7 +67,7 @@ def test_the_bare_base_draws_two_shapes_as_a_prompt_asks(model):
 def test_the_autoencoder_gives_pictures_back(model):
     seeds = [(7, i) for i in range(16)]
     films = phantom.render_batch([phantom.labels(seed) for seed in seeds], seeds, 128)
-    for pictures, least in ((procedural.pictures(seeds, 128)[0], 28), (np.stack([films] * 3, -1), 26)):
+    for pictures, least in ((procedural.render_batch(seeds, 128)[0], 28), (np.stack([films] * 3, -1), 26)):
         images = to_tensor(pictures)
         back = model.vae.decode(model.vae.encode(images).mean).clamp(-1, 1)
         assert (10 * torch.log10(4 / (back - images).square().mean((1, 2, 3)))).mean() >= least
@@ -72,8 +76,11 @@ def test_the_autoencoder_gives_pictures_back(model):
 def test_with_its_adapter_it_draws_the_chest_that_is_asked_for(tmp_path):
     model = minildm.load(EMBEDDED, [str(EMBEDDED_ADAPTER)], device="cpu")
     wanted = [{"view": view, "sex": sex} for view in ("PA", "AP") for sex in ("male", "female") for _ in range(4)]
-    prompts = [f"chest x-ray, age 60 {one['sex']}, view {one['view']}, projection {one['view']}, "
-               f"modality {'DX' if one['view'] == 'PA' else 'CR'}, diagnosis normal" for one in wanted]
+    prompts = [
+        f"chest x-ray, age 60 {one['sex']}, view {one['view']}, projection {one['view']}, "
+        f"modality {'DX' if one['view'] == 'PA' else 'CR'}, diagnosis normal"
+        for one in wanted
+    ]
     paths = [tmp_path / f"{i}.png" for i in range(len(prompts))]
     images = model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(model.config))
     for image, path in zip(images, paths):
@@ -84,8 +91,23 @@ def test_with_its_adapter_it_draws_the_chest_that_is_asked_for(tmp_path):
 
 # --- the commands ----------------------------------------------------------------------------------------------------
 def first_line(capsys, out, *arguments):
-    assert sample_py.main(["chest x-ray, age 47 male", "--base", str(EMBEDDED), "--steps", "2", "--device", "cpu",
-                           "--out", str(out), *arguments]) == 0
+    assert (
+        sample_py.main(
+            [
+                "chest x-ray, age 47 male",
+                "--base",
+                str(EMBEDDED),
+                "--steps",
+                "2",
+                "--device",
+                "cpu",
+                "--out",
+                str(out),
+                *arguments,
+            ]
+        )
+        == 0
+    )
     path = max(out.glob("*.png"))
     return capsys.readouterr().out.splitlines()[0], sample_py.read_parameters(path)
 

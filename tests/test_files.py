@@ -75,14 +75,17 @@ def test_a_hash_is_sha256_whatever_the_chunks(tmp_path):
     assert sha256(tmp_path / "file") == sha256(tmp_path / "file", chunk_bytes=1000) == hashlib.sha256(data).hexdigest()
 
 
-@pytest.mark.parametrize("error, code, says", [
-    (InputError("rank must be in [1, 4], got 9"), 2, "error: rank must be in [1, 4], got 9\n"),
-    (FileNotFoundError("no such base model: x"), 2, "error: no such base model: x\n"),
-    (PermissionError("cannot write"), 2, "error: cannot write\n"),
-    (NotADirectoryError("is a file"), 2, "error: is a file\n"),
-    (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
-    (InputError("two\nlines"), 2, "error: two lines\n"),
-])
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (InputError("rank must be in [1, 4], got 9"), 2, "error: rank must be in [1, 4], got 9\n"),
+        (FileNotFoundError("no such base model: x"), 2, "error: no such base model: x\n"),
+        (PermissionError("cannot write"), 2, "error: cannot write\n"),
+        (NotADirectoryError("is a file"), 2, "error: is a file\n"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+        (InputError("two\nlines"), 2, "error: two lines\n"),
+    ],
+)
 def test_a_users_mistake_is_one_line_and_an_exit_code(error, code, says, capsys):
     def main():
         raise error

@@ -16,12 +16,19 @@ from PIL import Image
 import minildm
 from minildm.config import ModelConfig
 from minildm.errors import InputError
-from minildm.latent_diffusion import find_base, to_pil
+from minildm.latent_diffusion import to_pil
+from minildm.loading import find_base
 from minildm.schedule import NoiseSchedule
 
 PROMPTS = ["chest x-ray, age 47 male", "a cat", ""]
-SAMPLERS = {"ddim": {}, "ddim, eta 0.7": {"eta": 0.7}, "ddpm": {}, "plms": {}, "dpm++": {},
-            "dpm++, karras": {"karras": True}}
+SAMPLERS = {
+    "ddim": {},
+    "ddim, eta 0.7": {"eta": 0.7},
+    "ddpm": {},
+    "plms": {},
+    "dpm++": {},
+    "dpm++, karras": {"karras": True},
+}
 KINDS = pytest.mark.parametrize("kind", SAMPLERS)
 
 
@@ -31,8 +38,9 @@ def model():
 
 
 def sample(model, prompts, kind="ddim", **options):
-    return model.sample(prompts, sampler=kind.partition(",")[0], **({"steps": 4, "output": "latent"} | SAMPLERS[kind]
-                                                                     | options))
+    return model.sample(
+        prompts, sampler=kind.partition(",")[0], **({"steps": 4, "output": "latent"} | SAMPLERS[kind] | options)
+    )
 
 
 # --- whole pictures against diffusers' pipeline ----------------------------------------------------------------------
@@ -49,10 +57,28 @@ def test_pictures_match_diffusers_pipeline(kind, v2, tmp_path):
     pipe.scheduler = peers.diffusers_scheduler(sampler, "v" if v2 else "epsilon", "karras" in kind)
     latents = torch.randn(2, 4, 8, 10, generator=torch.Generator().manual_seed(0))
     prompts, negative = PROMPTS[:2], "blurry, text"
-    theirs = pipe(prompts, negative_prompt=[negative] * 2, num_inference_steps=8, guidance_scale=5.0, height=64,
-                  width=80, latents=latents, output_type="pt").images
-    ours = sample(model, prompts, kind, negative_prompt=negative, steps=8, guidance=5.0, height=64, width=80,
-                  latents=latents, output="tensor")
+    theirs = pipe(
+        prompts,
+        negative_prompt=[negative] * 2,
+        num_inference_steps=8,
+        guidance_scale=5.0,
+        height=64,
+        width=80,
+        latents=latents,
+        output_type="pt",
+    ).images
+    ours = sample(
+        model,
+        prompts,
+        kind,
+        negative_prompt=negative,
+        steps=8,
+        guidance=5.0,
+        height=64,
+        width=80,
+        latents=latents,
+        output="tensor",
+    )
     assert relative_error((ours + 1) / 2, theirs) <= 1e-4
     assert theirs.std() > 0.1  # not saturated by clamping: there is something to compare
     inside = (theirs > 0) & (theirs < 1)
@@ -64,7 +90,7 @@ def test_pictures_match_diffusers_pipeline(kind, v2, tmp_path):
 def test_picture_i_of_seed_s_is_the_picture_of_seed_s_plus_i(kind, model):
     together = sample(model, PROMPTS, kind, seed=40)
     for i, prompt in enumerate(PROMPTS):
-        assert relative_error(together[i:i + 1], sample(model, [prompt], kind, seed=40 + i)) <= 1e-4
+        assert relative_error(together[i : i + 1], sample(model, [prompt], kind, seed=40 + i)) <= 1e-4
     assert relative_error(together[1:], sample(model, PROMPTS[1:], kind, seed=41)) <= 1e-4
 
 
@@ -122,7 +148,7 @@ def test_the_three_kinds_of_output_are_one_picture(model):
 
 def test_pixels_are_rounded_and_clamped_to_eight_bits():
     values = torch.tensor([-5.0, -1.0, -0.999, 0.0, 0.5, 1.0, 3.0])
-    picture, = to_pil(values.expand(1, 3, 1, 7))
+    (picture,) = to_pil(values.expand(1, 3, 1, 7))
     assert np.asarray(picture)[0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]  # 0.1275, 127.5, 191.25
 
 
@@ -130,8 +156,12 @@ def test_pixels_are_rounded_and_clamped_to_eight_bits():
 def test_any_multiple_of_eight_is_a_size(height, width):
     """With four levels, 224 px are latents of 28, 14, 7 and 4."""
     config = ModelConfig.tiny()
-    config = replace(config, unet=peers.UNetConfig.tiny(widths=(32,) * 4, attention=(False, False, True, False),
-                                                        n_heads=(4,) * 4, latent_size=6))
+    config = replace(
+        config,
+        unet=peers.UNetConfig.tiny(
+            widths=(32,) * 4, attention=(False, False, True, False), n_heads=(4,) * 4, latent_size=6
+        ),
+    )
     model = peers.random_model(config, seed=3)
     images = model.sample(["a"], steps=1, height=height, width=width, output="tensor")
     assert images.shape == (1, 3, height or 48, width or 48)
@@ -202,31 +232,34 @@ def test_a_prompt_that_is_cut_is_told_through_sample(model):
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options, says", [
-    ({"prompts": []}, ["no prompts", "give at least one"]),
-    ({"steps": 0}, ["steps must be in [1, 1000], got 0"]),
-    ({"steps": -1}, ["steps must be in [1, 1000], got -1"]),
-    ({"steps": 1001}, ["steps must be in [1, 1000], got 1001"]),
-    ({"guidance": -0.1}, ["guidance must be a number >= 0", "-0.1"]),
-    ({"guidance": math.nan}, ["guidance must be a number >= 0", "nan"]),
-    ({"guidance": math.inf}, ["guidance must be a number >= 0", "inf"]),
-    ({"sampler": "euler"}, ["unknown sampler 'euler'", "ddim, ddpm, plms, dpm++"]),
-    ({"eta": -0.1}, ["eta must be in [0, 1], got -0.1"]),
-    ({"eta": 1.5}, ["eta must be in [0, 1], got 1.5"]),
-    ({"eta": math.nan}, ["eta must be in [0, 1], got nan"]),
-    ({"eta": 0.5, "sampler": "plms"}, ["eta is an option of the ddim sampler", "plms"]),
-    ({"karras": True}, ["karras", "dpm++", "ddim"]),
-    ({"height": 500}, ["height must be a positive multiple of 8, got 500; try 496"]),
-    ({"width": 30}, ["width must be a positive multiple of 8, got 30; try 32"]),
-    ({"height": 0}, ["height must be a positive multiple of 8, got 0; try 8"]),
-    ({"width": -64}, ["width must be a positive multiple of 8, got -64"]),
-    ({"seed": -1}, ["seed must be in [0, 2^63), got -1"]),
-    ({"seed": 2**63}, ["seed must be in [0, 2^63), got 9223372036854775808"]),
-    ({"output": "numpy"}, ["output must be pil, tensor or latent, got 'numpy'"]),
-    ({"negative_prompt": ["x", "y"]}, ["2 negative prompts for 1 prompts", "give one, or one for each"]),
-    ({"latents": torch.zeros(1, 4, 8, 9)}, ["latents must be (1, 4, 8, 8)", "(1, 4, 8, 9)"]),
-    ({"latents": torch.zeros(2, 4, 8, 8)}, ["latents must be (1, 4, 8, 8) for 1 pictures", "(2, 4, 8, 8)"]),
-])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"prompts": []}, ["no prompts", "give at least one"]),
+        ({"steps": 0}, ["steps must be in [1, 1000], got 0"]),
+        ({"steps": -1}, ["steps must be in [1, 1000], got -1"]),
+        ({"steps": 1001}, ["steps must be in [1, 1000], got 1001"]),
+        ({"guidance": -0.1}, ["guidance must be a number >= 0", "-0.1"]),
+        ({"guidance": math.nan}, ["guidance must be a number >= 0", "nan"]),
+        ({"guidance": math.inf}, ["guidance must be a number >= 0", "inf"]),
+        ({"sampler": "euler"}, ["unknown sampler 'euler'", "ddim, ddpm, plms, dpm++"]),
+        ({"eta": -0.1}, ["eta must be in [0, 1], got -0.1"]),
+        ({"eta": 1.5}, ["eta must be in [0, 1], got 1.5"]),
+        ({"eta": math.nan}, ["eta must be in [0, 1], got nan"]),
+        ({"eta": 0.5, "sampler": "plms"}, ["eta is an option of the ddim sampler", "plms"]),
+        ({"karras": True}, ["karras", "dpm++", "ddim"]),
+        ({"height": 500}, ["height must be a positive multiple of 8, got 500; try 496"]),
+        ({"width": 30}, ["width must be a positive multiple of 8, got 30; try 32"]),
+        ({"height": 0}, ["height must be a positive multiple of 8, got 0; try 8"]),
+        ({"width": -64}, ["width must be a positive multiple of 8, got -64"]),
+        ({"seed": -1}, ["seed must be in [0, 2^63), got -1"]),
+        ({"seed": 2**63}, ["seed must be in [0, 2^63), got 9223372036854775808"]),
+        ({"output": "numpy"}, ["output must be pil, tensor or latent, got 'numpy'"]),
+        ({"negative_prompt": ["x", "y"]}, ["2 negative prompts for 1 prompts", "give one, or one for each"]),
+        ({"latents": torch.zeros(1, 4, 8, 9)}, ["latents must be (1, 4, 8, 8)", "(1, 4, 8, 9)"]),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, ["latents must be (1, 4, 8, 8) for 1 pictures", "(2, 4, 8, 8)"]),
+    ],
+)
 def test_bad_input_is_refused_before_any_work(options, says, model, monkeypatch):
     batches = count_batches(model, monkeypatch)
     with pytest.raises(InputError) as caught:
@@ -356,6 +389,7 @@ def test_the_schedule_is_the_configs(tmp_path):
 
 def test_the_base_hash_is_that_of_the_file(tmp_path):
     import hashlib
+
     path = peers.write_single_file(shared_model(), tmp_path / "model.safetensors")
     loaded = minildm.load(path, device="cpu")
     assert loaded.base_hash == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -384,7 +418,7 @@ def test_the_one_published_model_in_weights_comes_before_the_embedded_one(tmp_pa
 def test_to_pil_gives_rows_of_pixels_in_order():
     image = torch.full((1, 3, 2, 3), -1.0)
     image[0, 0, 0, 2] = 1.0  # red, first row, last column
-    picture, = to_pil(image)
+    (picture,) = to_pil(image)
     assert isinstance(picture, Image.Image) and picture.size == (3, 2)
     assert picture.getpixel((2, 0)) == (255, 0, 0) and picture.getpixel((0, 1)) == (0, 0, 0)
     assert re.fullmatch("RGB", picture.mode)

@@ -31,6 +31,7 @@ def noise(*shape, seed=0):
 @pytest.mark.parametrize("dim", [2, 32, 320])
 def test_timestep_embedding_matches_diffusers(dim):
     from diffusers.models.embeddings import get_timestep_embedding
+
     timesteps = torch.tensor([0, 1, 17, 500, 999])
     theirs = get_timestep_embedding(timesteps, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
     torch.testing.assert_close(timestep_embedding(timesteps, dim), theirs, rtol=0, atol=0)
@@ -75,8 +76,10 @@ def test_causal_attention_by_products_is_causal_attention(tokens):
     given = [noise(2, 3, tokens, 20, seed=tokens + i).requires_grad_(True) for i in range(3)]
     exact = F.scaled_dot_product_attention(*(x.double() for x in given), is_causal=True)
     assert relative_error(attend_by_products(*given, causal=True), exact) <= PARITY
-    ours, theirs = (torch.autograd.grad(out.double().square().sum(), given)
-                    for out in (attend_by_products(*given, causal=True), exact))
+    ours, theirs = (
+        torch.autograd.grad(out.double().square().sum(), given)
+        for out in (attend_by_products(*given, causal=True), exact)
+    )
     assert max(map(relative_error, ours, theirs)) <= PARITY
     half = [x.detach().bfloat16().transpose(1, 2).flatten(2) for x in given]  # (B, L, 60)
     assert relative_error(attend(*half, n_heads=3, causal=True).unflatten(-1, (3, 20)).transpose(1, 2), exact) <= 0.02
@@ -118,6 +121,7 @@ def test_attention_without_context_looks_at_itself():
 
 def test_geglu_matches_diffusers():
     from diffusers.models.activations import GEGLU as DiffusersGEGLU
+
     ours, theirs = GEGLU(16, 24), DiffusersGEGLU(16, 24)
     theirs.load_state_dict(ours.state_dict())
     x = noise(2, 5, 16)
@@ -127,8 +131,9 @@ def test_geglu_matches_diffusers():
 def test_a_linear_projection_is_the_convolution_with_the_same_numbers():
     conv = peers.randomize(SpatialTransformer(32, 4, 24, 8, linear_projection=False))
     linear = SpatialTransformer(32, 4, 24, 8, linear_projection=True)
-    linear.load_state_dict({name: tensor.flatten(1) if tensor.dim() == 4 else tensor
-                            for name, tensor in conv.state_dict().items()})
+    linear.load_state_dict(
+        {name: tensor.flatten(1) if tensor.dim() == 4 else tensor for name, tensor in conv.state_dict().items()}
+    )
     x, context = noise(2, 32, 5, 7), noise(2, 77, 24)
     assert relative_error(linear(x, context), conv(x, context)) <= PARITY
 

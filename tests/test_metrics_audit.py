@@ -12,6 +12,7 @@ from PIL import Image, ImageChops, ImageEnhance
 
 from minildm.__main__ import main
 from minildm.errors import InputError
+from minildm.images import save_png
 from minildm.metrics.adherence import prompt_adherence
 from minildm.metrics.audit import (
     _coarse_similarity,
@@ -22,11 +23,15 @@ from minildm.metrics.audit import (
     pixel_distances,
     share_test,
 )
-from minildm.metrics.features import Extractor, as_tensor, list_pictures
-from minildm.pictures import save_png
+from minildm.metrics.extractors import Extractor, as_tensor, list_images
 
-COPIES = ((0.03, -0.02, 1.15, 40), (0.05, 0.02, 0.85, 60), (-0.04, 0.04, 1.2, 75), (0.06, 0, 0.9, 50),
-          (0, -0.05, 1.1, 30))  # shift right, shift down, brightness, JPEG quality
+COPIES = (
+    (0.03, -0.02, 1.15, 40),
+    (0.05, 0.02, 0.85, 60),
+    (-0.04, 0.04, 1.2, 75),
+    (0.06, 0, 0.9, 50),
+    (0, -0.05, 1.1, 30),
+)  # shift right, shift down, brightness, JPEG quality
 
 
 def near_copy(image, dx, dy, brightness, quality):
@@ -39,6 +44,7 @@ def near_copy(image, dx, dy, brightness, quality):
 
 def grid_extractor():
     """A cheap encoder: 8 x 8 grey levels."""
+
     def prepare(image):
         return as_tensor(image.resize((16, 16))).float() / 255
 
@@ -49,7 +55,7 @@ def save(folder, images):
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(folder / f"{folder.name}_{i:03d}.png")
-    return list_pictures(folder)
+    return list_images(folder)
 
 
 def plant(folder, images, train):
@@ -68,7 +74,7 @@ def chest_like(n, seed):
 
 
 def phantoms(n, seed):
-    phantom = pytest.importorskip("minildm.data.phantom")
+    phantom = pytest.importorskip("minildm.teaching.phantom")
     seeds = [(seed, i) for i in range(n)]
     return [Image.fromarray(x) for x in phantom.render_batch([phantom.labels(s) for s in seeds], seeds, 96)]
 
@@ -128,8 +134,13 @@ def test_shift_brightness_contrast_and_mirroring_do_not_hide_a_copy():
     image = chest_like(1, seed=5)[0]
     other = [detail(as_tensor(x.convert("RGB"))) for x in chest_like(30, seed=6)]
     train = torch.stack([*other, detail(as_tensor(image.convert("RGB")))])
-    for changed in (image, ImageChops.offset(image, 4, -3), image.point(lambda v: 0.7 * v + 40),
-                    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image.resize((61, 61))):
+    for changed in (
+        image,
+        ImageChops.offset(image, 4, -3),
+        image.point(lambda v: 0.7 * v + 40),
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        image.resize((61, 61)),
+    ):
         distances = pixel_distances(detail(as_tensor(changed.convert("RGB")))[None], train)[0]
         assert distances.argmin() == 30 and distances[30] < 0.25 * distances[:30].min()
     coarse = _coarse_similarity(torch.randn(2, 32, 32), torch.randn(70, 32, 32))
@@ -149,8 +160,10 @@ def test_held_out_twins_of_training_pictures_are_reported_and_do_not_hide_copies
     train, holdout, generated = chest_like(60, 1), chest_like(40, 2), chest_like(20, 3)
     generated[4] = near_copy(train[9], *COPIES[0])
     holdout[7] = near_copy(train[9], *COPIES[3])
-    pixels = audit(*(save(tmp_path / name, images) for name, images in
-                     (("fake", generated), ("train", train), ("hold", holdout))), grid_extractor())[0]
+    pixels = audit(
+        *(save(tmp_path / name, images) for name, images in (("fake", generated), ("train", train), ("hold", holdout))),
+        grid_extractor(),
+    )[0]
     assert list(pixels.leaked) == [7] and list(np.flatnonzero(pixels.near_copy)) == [4]
     assert pixels.nearest_holdout[4] != 7
 
@@ -162,10 +175,24 @@ def test_command_lists_and_shows_the_copies(tmp_path, capsys):
     (run / "config.json").write_text("{}")
     save(tmp_path / "train", train)
     save(tmp_path / "hold", chest_like(24, 3))
-    torch.jit.trace(torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten()),
-                    torch.rand(2, 3, 224, 224)).save(str(tmp_path / "grid.pt"))
-    assert main(["audit", str(run), "--train", str(tmp_path / "train"), "--holdout", str(tmp_path / "hold"),
-                 "--features", str(tmp_path / "grid.pt")]) == 0
+    torch.jit.trace(torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten()), torch.rand(2, 3, 224, 224)).save(
+        str(tmp_path / "grid.pt")
+    )
+    assert (
+        main(
+            [
+                "audit",
+                str(run),
+                "--train",
+                str(tmp_path / "train"),
+                "--holdout",
+                str(tmp_path / "hold"),
+                "--features",
+                str(tmp_path / "grid.pt"),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "near-copy: samples_007.png of train_005.png (pixels" in said and "8 generated, 24 training" in said
     result = json.loads((run / "audit" / "audit.json").read_text())
@@ -180,7 +207,7 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     save(tmp_path / "few", chest_like(3, 2))
     with pytest.raises(InputError, match="both"):
         main(["audit", str(tmp_path / "few"), "--train", str(tmp_path / "train"), "--holdout", str(tmp_path / "train")])
-    lists = [list_pictures(tmp_path / name) for name in ("few", "train", "few")]
+    lists = [list_images(tmp_path / name) for name in ("few", "train", "few")]
     with pytest.raises(InputError, match="at least 10"):
         audit(*lists, grid_extractor())
 
@@ -209,9 +236,11 @@ def test_data_sets_can_be_audited_and_a_runs_sheets_cannot(tmp_path, monkeypatch
     """Records are no paths; a training run's samples/ are sheets of several pictures."""
     monkeypatch.chdir(tmp_path)
     generated = save(tmp_path / "fake", chest_like(4, 1))
-    data = [list_pictures(f"folder:{save(tmp_path / name, chest_like(12, seed))[0].parent}")
-            for name, seed in (("train", 2), ("hold", 3))]
-    by_path = [list_pictures(tmp_path / name) for name in ("train", "hold")]
+    data = [
+        list_images(f"folder:{save(tmp_path / name, chest_like(12, seed))[0].parent}")
+        for name, seed in (("train", 2), ("hold", 3))
+    ]
+    by_path = [list_images(tmp_path / name) for name in ("train", "hold")]
     for ours, theirs in zip(audit(generated, *data, grid_extractor()), audit(generated, *by_path, grid_extractor())):
         assert list(ours.nearest_train) == list(theirs.nearest_train) and len(ours.score) == 4
 
@@ -220,6 +249,6 @@ def test_data_sets_can_be_audited_and_a_runs_sheets_cannot(tmp_path, monkeypatch
     (run / "config.json").write_text("{}")
     save_png(chest_like(1, 4)[0], run / "samples" / "step-000010.png", "contact sheet of step 10")
     with pytest.raises(InputError, match="contact sheets of a training run"):
-        list_pictures(run)
+        list_images(run)
     save_png(chest_like(1, 5)[0], run / "samples" / "a.png", "chest x-ray\nSteps: 2")
-    assert [path.name for path in list_pictures(run)] == ["a.png"]
+    assert [path.name for path in list_images(run)] == ["a.png"]

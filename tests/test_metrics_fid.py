@@ -15,7 +15,7 @@ from minildm.__main__ import main
 from minildm.config import ModelConfig
 from minildm.errors import InputError
 from minildm.metrics import fid
-from minildm.metrics.features import Extractor, as_tensor, collect, list_pictures, open_extractor, open_rgb
+from minildm.metrics.extractors import Extractor, as_tensor, collect, list_images, open_extractor, open_rgb
 from minildm.metrics.fid_score import measure, table
 
 
@@ -40,6 +40,7 @@ def folders(tmp_path_factory):
 
 def toy_extractor():
     """A cheap encoder for what does not depend on the network: the picture on a 4 x 4 grid."""
+
     def network(images):
         return {16: torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 4).flatten(1)}
 
@@ -68,15 +69,17 @@ def test_fid_of_folders_matches_pytorch_fid_with_more_pictures_than_dims(state, 
 def test_result_does_not_depend_on_the_batch_size(folders):
     extractor = toy_extractor()
     one, three, all_at_once = (
-        [collect(list_pictures(folder), extractor, batch_size=size) for folder in folders] for size in (1, 3, 50))
+        [collect(list_images(folder), extractor, batch_size=size) for folder in folders] for size in (1, 3, 50)
+    )
     for other in (three, all_at_once):
         assert other[0].statistics[16].distance(other[1].statistics[16]) == pytest.approx(
-            one[0].statistics[16].distance(one[1].statistics[16]), rel=1e-6)
+            one[0].statistics[16].distance(one[1].statistics[16]), rel=1e-6
+        )
 
 
 def test_kept_features_are_a_uniform_sample_and_bounded(folders):
-    everything = collect(list_pictures(folders[1]), toy_extractor(), keep=100)
-    some = collect(list_pictures(folders[1]), toy_extractor(), keep=4, batch_size=2, seed=5)
+    everything = collect(list_images(folders[1]), toy_extractor(), keep=100)
+    some = collect(list_images(folders[1]), toy_extractor(), keep=4, batch_size=2, seed=5)
     assert everything.complete and not some.complete
     assert everything.rows[16].shape == (9, 16) and some.rows[16].shape == (4, 16)
     assert all(any(np.allclose(row, other) for other in everything.rows[16]) for row in some.rows[16])
@@ -84,14 +87,30 @@ def test_kept_features_are_a_uniform_sample_and_bounded(folders):
 
 
 def test_pictures_are_read_as_pillow_reads_them(folders):
-    for path in list_pictures(folders[0]):
+    for path in list_images(folders[0]):
         with Image.open(path) as image:
             np.testing.assert_array_equal(np.asarray(open_rgb(path)), np.asarray(image.convert("RGB")))
 
 
 def test_command_prints_labels_floor_and_warnings_and_writes_a_manifest(folders, tmp_path, capsys):
-    assert main(["fid", *map(str, folders), "--features", "random", "--dims", "192", "64", "--out",
-                 str(tmp_path / "fid.json"), "--replicates", "5"]) == 0
+    assert (
+        main(
+            [
+                "fid",
+                *map(str, folders),
+                "--features",
+                "random",
+                "--dims",
+                "192",
+                "64",
+                "--out",
+                str(tmp_path / "fid.json"),
+                "--replicates",
+                "5",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "FD-random: 8 real against 9 fake" in said and "n = 8 <= 64 dims" in said and "FD-random is not FID" in said
     assert "floor" in said and "KID" in said and "coverage" in said and "CMMD" not in said
@@ -103,13 +122,29 @@ def test_command_prints_labels_floor_and_warnings_and_writes_a_manifest(folders,
 
 def test_the_manifest_of_a_data_set_is_written_here(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["fid", str(folders[0]), f"folder:{folders[1]}", "--features", "random", "--dims", "64",
-                 "--replicates", "2"]) == 0
+    assert (
+        main(
+            [
+                "fid",
+                str(folders[0]),
+                f"folder:{folders[1]}",
+                "--features",
+                "random",
+                "--dims",
+                "64",
+                "--replicates",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "fid.json").read_text())["n_fake"] == 9
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--replicates", "0"), ("--batch-size", "0"), ("--seed", "-1"),
-                                             ("--seed", "1e3"), ("--keep", "1")])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--replicates", "0"), ("--batch-size", "0"), ("--seed", "-1"), ("--seed", "1e3"), ("--keep", "1")],
+)
 def test_numbers_out_of_range_end_with_2_before_any_work(folders, flag, value, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["fid", *map(str, folders), "--features", "random", flag, value])
@@ -137,7 +172,7 @@ def test_saved_statistics_replace_a_folder(folders, weights, tmp_path, capsys):
 
 def test_table_says_what_is_missing_for_statistics_without_n(folders):
     extractor = toy_extractor()
-    real, fake = (collect(list_pictures(folder), extractor) for folder in folders)
+    real, fake = (collect(list_images(folder), extractor) for folder in folders)
     real.n, real.rows = None, {}
     lines = "\n".join(table(measure(real, fake, extractor)))
     assert "unknown n" in lines and "do not say their n" in lines
@@ -151,7 +186,7 @@ def test_torchscript_encoders_are_features_too(folders, tmp_path):
     torch.jit.trace(Encoder(), torch.rand(2, 3, 224, 224)).save(str(tmp_path / "chest.pt"))
     extractor = open_extractor(str(tmp_path / "chest.pt"))
     assert extractor.label == "FD-chest" and extractor.dims == (3,)
-    assert collect(list_pictures(folders[0]), extractor).rows[3].shape == (8, 3)
+    assert collect(list_images(folders[0]), extractor).rows[3].shape == (8, 3)
 
     class Maps(torch.nn.Module):
         def forward(self, x):
@@ -175,11 +210,18 @@ def test_bad_folders_are_told_in_one_line(folders, tmp_path):
     (write_pictures(broken, 3, seed=0) / "001.png").write_bytes(b"\x89PNG but no more")
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(deep / "a.png")
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(deep / "b.png")
-    calls = [(empty, "is empty"), (texts, "no picture"), (one, "at least 2"), (broken, "001.png cannot be decoded"),
-             (deep, "more than 8 bits"), (texts / "notes.txt", "is a file"), (tmp_path / "absent", "does not exist")]
+    calls = [
+        (empty, "is empty"),
+        (texts, "no picture"),
+        (one, "at least 2"),
+        (broken, "001.png cannot be decoded"),
+        (deep, "more than 8 bits"),
+        (texts / "notes.txt", "is a file"),
+        (tmp_path / "absent", "does not exist"),
+    ]
     for folder, told in calls:
         with pytest.raises((InputError, FileNotFoundError)) as error:
-            collect(list_pictures(folder), toy_extractor())
+            collect(list_images(folder), toy_extractor())
         assert told in str(error.value) and "\n" not in str(error.value)
 
 
@@ -188,7 +230,7 @@ def test_data_sets_are_read_as_training_reads_them(tmp_path):
     records = pytest.importorskip("minildm.data.records")
     folder = write_pictures(tmp_path / "set", 3, seed=0, kinds=("L",))
     Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(folder / "deep.png")
-    pictures = list_pictures(f"folder:{folder}")
+    pictures = list_images(f"folder:{folder}")
     assert isinstance(pictures[0], records.Record) and collect(pictures, toy_extractor()).n == 4
     assert open_rgb(next(p for p in pictures if "deep" in p.name)).size == (512, 512)
 
@@ -202,11 +244,12 @@ def test_features_that_are_not_finite_name_the_picture(folders):
         return {16: features}
 
     with pytest.raises(InputError, match=r"002\.png gives NaN"):
-        collect(list_pictures(folders[0]), Extractor("FD-nan", (16,), extractor.prepare, network), batch_size=8)
+        collect(list_images(folders[0]), Extractor("FD-nan", (16,), extractor.prepare, network), batch_size=8)
 
 
 def test_command_answers_a_mistake_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
     from minildm.errors import exit_cleanly
+
     with pytest.raises(SystemExit) as stop:
         exit_cleanly(main, ["fid", str(tmp_path / "no"), str(tmp_path / "where"), "--features", "random"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

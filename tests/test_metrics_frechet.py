@@ -85,7 +85,7 @@ def test_streamed_statistics_equal_those_of_all_at_once(n):
     for size in (1, 7, 400):
         statistics = Statistics(48)
         for start in range(0, n, size):
-            statistics.add(a[start:start + size])
+            statistics.add(a[start : start + size])
         assert statistics.n == n
         np.testing.assert_allclose(statistics.mean, a.mean(0), rtol=1e-14)
         np.testing.assert_allclose(statistics.covariance, np.cov(a, rowvar=False), rtol=1e-8, atol=1e-11)

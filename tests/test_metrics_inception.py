@@ -52,7 +52,8 @@ def test_names_and_shapes_are_those_of_the_published_file():
         pytest.skip(f"no sample data at {path}")
     tensors = json.loads(path.read_text())["tensors"]
     assert {name: list(value.shape) for name, value in InceptionV3().state_dict().items()} == {
-        name: entry["shape"] for name, entry in tensors.items()}
+        name: entry["shape"] for name, entry in tensors.items()
+    }
 
 
 def test_features_match_pytorch_fid_at_all_depths(state, network, reference):
@@ -113,10 +114,17 @@ def test_random_networks_are_reproducible_and_keep_pictures_apart():
         assert features[dim].std(dim=0).mean() > 0.005 * features[dim].mean()
 
 
-@pytest.mark.parametrize("images, told", [
-    (torch.rand(1, 2, 8, 8), "(B, 3, H, W)"), (torch.rand(1, 4, 8, 8), "(B, 3, H, W)"), (torch.rand(3, 8, 8), "(B, 3"),
-    (torch.rand(1, 3, 8, 8) - 1, "[0, 1]"), (torch.full((1, 3, 8, 8), torch.nan), "[0, 1]"),
-    (torch.ones(1, 3, 8, 8, dtype=torch.int64), "uint8")])
+@pytest.mark.parametrize(
+    "images, told",
+    [
+        (torch.rand(1, 2, 8, 8), "(B, 3, H, W)"),
+        (torch.rand(1, 4, 8, 8), "(B, 3, H, W)"),
+        (torch.rand(3, 8, 8), "(B, 3"),
+        (torch.rand(1, 3, 8, 8) - 1, "[0, 1]"),
+        (torch.full((1, 3, 8, 8), torch.nan), "[0, 1]"),
+        (torch.ones(1, 3, 8, 8, dtype=torch.int64), "uint8"),
+    ],
+)
 def test_wrong_images_are_refused(network, images, told):
     with pytest.raises(InputError) as error:
         network.features(images)

@@ -19,7 +19,7 @@ import minildm
 from minildm import latent_diffusion
 from minildm.config import ModelConfig
 from minildm.errors import InputError
-from minildm.pictures import SYNTHETIC
+from minildm.images import SYNTHETIC
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--steps", "2", "--guidance", "1"]
@@ -67,11 +67,31 @@ def read_as_the_web_ui(text):
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
 def test_pictures_are_those_of_the_library(base, tmp_path):
-    paths = draw(base, tmp_path, "chest x-ray, age 47 male", "-n", 3, "--seed", 5, "--steps", 3, "--guidance", 2,
-                 "--negative", "blurry", "--height", 40, "--width", 64, "--batch-size", 2)
+    paths = draw(
+        base,
+        tmp_path,
+        "chest x-ray, age 47 male",
+        "-n",
+        3,
+        "--seed",
+        5,
+        "--steps",
+        3,
+        "--guidance",
+        2,
+        "--negative",
+        "blurry",
+        "--height",
+        40,
+        "--width",
+        64,
+        "--batch-size",
+        2,
+    )
     assert [path.name for path in paths] == ["00000-seed5.png", "00001-seed6.png", "00002-seed7.png"]
-    expected = minildm.load(base, device="cpu").sample(["chest x-ray, age 47 male"] * 3, "blurry", steps=3, guidance=2,
-                                                       seed=5, height=40, width=64)
+    expected = minildm.load(base, device="cpu").sample(
+        ["chest x-ray, age 47 male"] * 3, "blurry", steps=3, guidance=2, seed=5, height=40, width=64
+    )
     for path, picture in zip(paths, expected):
         with Image.open(path) as image:
             assert image.size == (64, 40)
@@ -79,42 +99,67 @@ def test_pictures_are_those_of_the_library(base, tmp_path):
             assert np.abs(difference).max() <= 1  # another batch size may round a pixel the other way
 
 
-@pytest.mark.parametrize("arguments, name, extra", [
-    (["--sampler", "ddim", "--eta", "0.5"], "DDIM", {"Eta": "0.5"}), (["--sampler", "ddpm"], "DDPM", {}),
-    (["--sampler", "plms"], "PLMS", {}), (["--sampler", "dpm++"], "DPM++ 2M", {}),
-    (["--sampler", "dpm++", "--karras"], "DPM++ 2M Karras", {})])
+@pytest.mark.parametrize(
+    "arguments, name, extra",
+    [
+        (["--sampler", "ddim", "--eta", "0.5"], "DDIM", {"Eta": "0.5"}),
+        (["--sampler", "ddpm"], "DDPM", {}),
+        (["--sampler", "plms"], "PLMS", {}),
+        (["--sampler", "dpm++"], "DPM++ 2M", {}),
+        (["--sampler", "dpm++", "--karras"], "DPM++ 2M Karras", {}),
+    ],
+)
 def test_every_sampler_draws_and_signs(arguments, name, extra, base, tmp_path):
-    path, = draw(base, tmp_path, "a", "--steps", 3, *arguments)
+    (path,) = draw(base, tmp_path, "a", "--steps", 3, *arguments)
     values = read_as_the_web_ui(Image.open(path).info["parameters"])[2]
     assert values["Sampler"] == name and values["Steps"] == "3"
     assert {key: values.get(key) for key in extra} == extra and ("Eta" in values) == ("Eta" in extra)
 
 
 def test_a_png_says_how_it_was_made_and_that_it_is_synthetic(base, tmp_path):
-    path, = draw(base, tmp_path, "chest x-ray: PA, upright", "--steps", 2, "--guidance", 1.5,
-                 "--negative", "text, marks", "--seed", 11)
+    (path,) = draw(
+        base,
+        tmp_path,
+        "chest x-ray: PA, upright",
+        "--steps",
+        2,
+        "--guidance",
+        1.5,
+        "--negative",
+        "text, marks",
+        "--seed",
+        11,
+    )
     with Image.open(path) as image:
         assert image.info["Description"] == SYNTHETIC and "not for clinical use" in SYNTHETIC
         text = image.info["parameters"]
     prompt, negative, values = read_as_the_web_ui(text)
     assert prompt == "chest x-ray: PA, upright" and negative == "text, marks"
     assert values | {"Version": ""} == {
-        "Steps": "2", "Sampler": "DDIM", "CFG scale": "1.5", "Seed": "11", "Size": "64x64",
+        "Steps": "2",
+        "Sampler": "DDIM",
+        "CFG scale": "1.5",
+        "Seed": "11",
+        "Size": "64x64",
         "Model hash": sha256((base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:10],
-        "Model": "tiny-sd", "Prediction": "epsilon", "Precision": "float32", "Version": ""}
+        "Model": "tiny-sd",
+        "Prediction": "epsilon",
+        "Precision": "float32",
+        "Version": "",
+    }
     assert text.splitlines()[1] == "Negative prompt: text, marks"
 
 
 def test_prompts_of_any_script_survive_in_the_png(base, tmp_path):
     prompt = "épanchement — 胸部X線 🫁"
-    path, = draw(base, tmp_path, prompt, *QUICK)
+    (path,) = draw(base, tmp_path, prompt, *QUICK)
     assert read_as_the_web_ui(Image.open(path).info["parameters"])[0] == prompt
 
 
 def test_values_with_commas_are_quoted(base, tmp_path):
     named = tmp_path / "a, b: c"
     named.symlink_to(base)
-    path, = draw(named, tmp_path / "out", "x", *QUICK)
+    (path,) = draw(named, tmp_path / "out", "x", *QUICK)
     text = Image.open(path).info["parameters"]
     assert 'Model: "a, b: c"' in text
     assert read_as_the_web_ui(text)[2]["Model"] == "a, b: c"
@@ -128,7 +173,7 @@ def test_pictures_of_a_second_call_are_numbered_on(base, tmp_path):
 
 def test_a_contact_sheet_shows_the_pictures_in_order_beside_the_others(base, tmp_path):
     paths = draw(base, tmp_path, "a", *QUICK, "-n", 3)
-    sheet, = (tmp_path / "sheets").glob("*.png")
+    (sheet,) = (tmp_path / "sheets").glob("*.png")
     with Image.open(sheet) as image:
         assert image.size == (2 * 64 + 4, 2 * 64 + 4)
         for path, corner in zip(paths, ((0, 0), (68, 0), (0, 68))):
@@ -225,28 +270,38 @@ def test_pictures_made_otherwise_are_not_taken_for_done(base, tmp_path):
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("arguments, says", [
-    ([], ["one prompt", "--prompts FILE"]),
-    (["a", "--prompts", "x.txt"], ["one prompt", "--prompts FILE"]),
-    (["a", "-n", 0], ["-n must be at least 1, got 0"]),
-    (["a", "--batch-size", 0], ["--batch-size must be at least 1, got 0"]),
-    (["a", "--steps", 0], ["steps must be in [1, 1000], got 0"]),
-    (["a", "--steps", 1001], ["steps must be in [1, 1000], got 1001"]),
-    (["a", "--guidance", "nan"], ["guidance", "nan"]),
-    (["a", "--guidance", -1], ["guidance", "-1"]),
-    (["a", "--height", 100], ["height must be a positive multiple of 8, got 100; try 96"]),
-    (["a", "--width", 0], ["width must be a positive multiple of 8, got 0"]),
-    (["a", "--eta", 0.5, "--sampler", "plms"], ["eta", "ddim"]),
-    (["a", "--seed", 2**64], ["seed", str(2**64)]),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], ["one prompt", "--prompts FILE"]),
+        (["a", "--prompts", "x.txt"], ["one prompt", "--prompts FILE"]),
+        (["a", "-n", 0], ["-n must be at least 1, got 0"]),
+        (["a", "--batch-size", 0], ["--batch-size must be at least 1, got 0"]),
+        (["a", "--steps", 0], ["steps must be in [1, 1000], got 0"]),
+        (["a", "--steps", 1001], ["steps must be in [1, 1000], got 1001"]),
+        (["a", "--guidance", "nan"], ["guidance", "nan"]),
+        (["a", "--guidance", -1], ["guidance", "-1"]),
+        (["a", "--height", 100], ["height must be a positive multiple of 8, got 100; try 96"]),
+        (["a", "--width", 0], ["width must be a positive multiple of 8, got 0"]),
+        (["a", "--eta", 0.5, "--sampler", "plms"], ["eta", "ddim"]),
+        (["a", "--seed", 2**64], ["seed", str(2**64)]),
+    ],
+)
 def test_bad_flags_are_refused_in_one_line(arguments, says, base, tmp_path):
     assert_says(refused(base, tmp_path / "out", *arguments), *says)
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-@pytest.mark.parametrize("content, suffix, says", [
-    ("", "txt", "holds no prompt"), ("\n \n", "txt", "holds no prompt"), ("", "csv", "no column 'prompt or text'"),
-    ("id,caption\n1,x\n", "csv", "its columns: id, caption"), ("prompt\n", "csv", "holds no prompt")])
+@pytest.mark.parametrize(
+    "content, suffix, says",
+    [
+        ("", "txt", "holds no prompt"),
+        ("\n \n", "txt", "holds no prompt"),
+        ("", "csv", "no column 'prompt or text'"),
+        ("id,caption\n1,x\n", "csv", "its columns: id, caption"),
+        ("prompt\n", "csv", "holds no prompt"),
+    ],
+)
 def test_a_useless_file_of_prompts_is_refused(content, suffix, says, base, tmp_path):
     path = tmp_path / f"prompts.{suffix}"
     path.write_text(content)

@@ -33,8 +33,9 @@ def run_ours(sampler, denoise, latents, schedule, steps, seed=11, **options):
         timesteps.append(t)
         return denoise(x, t)
 
-    path = SAMPLERS[sampler](watched, latents, schedule, steps,
-                             lambda: torch.randn(latents.shape, generator=generator), **options)
+    path = SAMPLERS[sampler](
+        watched, latents, schedule, steps, lambda: torch.randn(latents.shape, generator=generator), **options
+    )
     return list(path), timesteps
 
 
@@ -58,20 +59,34 @@ def assert_same_trajectory(ours, theirs):
         assert relative_error(our, their) <= TRAJECTORY
 
 
-CASES = {"ddim": {}, "ddim, eta 0.7": {"eta": 0.7}, "ddim, eta 1": {"eta": 1.0}, "ddpm": {}, "plms": {}, "dpm++": {},
-         "dpm++, karras": {"karras": True}}
+CASES = {
+    "ddim": {},
+    "ddim, eta 0.7": {"eta": 0.7},
+    "ddim, eta 1": {"eta": 1.0},
+    "ddpm": {},
+    "plms": {},
+    "dpm++": {},
+    "dpm++, karras": {"karras": True},
+}
 KINDS = pytest.mark.parametrize("kind", CASES)
 
 
 @PREDICTIONS
-@pytest.mark.parametrize("kind, steps", [
-    (kind, steps) for kind in CASES for steps in (1, 2, 3, 4, 5, 20, 37, 50, 300, 600, 999)
-    if not ("karras" in kind and steps == 1)])  # which is 0 / 0 in diffusers
+@pytest.mark.parametrize(
+    "kind, steps",
+    [
+        (kind, steps)
+        for kind in CASES
+        for steps in (1, 2, 3, 4, 5, 20, 37, 50, 300, 600, 999)
+        if not ("karras" in kind and steps == 1)
+    ],
+)  # which is 0 / 0 in diffusers
 def test_trajectories_match_diffusers(kind, steps, prediction):
     latents, sampler = noise(2, 4, 3, 5), kind.partition(",")[0]
     assert_same_trajectory(
         run_ours(sampler, cheap_denoiser, latents, NoiseSchedule(prediction), steps, **CASES[kind]),
-        run_diffusers(sampler, cheap_denoiser, latents, prediction, steps, **CASES[kind]))
+        run_diffusers(sampler, cheap_denoiser, latents, prediction, steps, **CASES[kind]),
+    )
 
 
 @PREDICTIONS
@@ -80,14 +95,16 @@ def test_a_thousand_steps_match_diffusers(kind, prediction):
     latents, sampler = noise(2, 4, 3, 5), kind.partition(",")[0]
     assert_same_trajectory(
         run_ours(sampler, cheap_denoiser, latents, NoiseSchedule(prediction), 1000, **CASES[kind]),
-        run_diffusers(sampler, cheap_denoiser, latents, prediction, 1000, **CASES[kind]))
+        run_diffusers(sampler, cheap_denoiser, latents, prediction, 1000, **CASES[kind]),
+    )
 
 
 @KINDS
 @pytest.mark.parametrize("steps", [1, 500, 501, 999, 1000])
 def test_every_number_of_steps_gives_finite_latents(kind, steps):
-    path, timesteps = run_ours(kind.partition(",")[0], cheap_denoiser, noise(1, 4, 2, 2), NoiseSchedule(), steps,
-                               **CASES[kind])
+    path, timesteps = run_ours(
+        kind.partition(",")[0], cheap_denoiser, noise(1, 4, 2, 2), NoiseSchedule(), steps, **CASES[kind]
+    )
     assert len(path) == len(timesteps) == steps + (kind == "plms" and steps > 1)
     assert all(latents.isfinite().all() for latents in path)
     assert all(0 <= t < 1000 for t in timesteps)
@@ -110,21 +127,29 @@ def test_guided_trajectories_of_a_unet_match_diffusers(kind, prediction):
         denoise = guide(unet, torch.cat([uncond, cond]), 7.5)
         assert_same_trajectory(
             run_ours(sampler, denoise, latents, NoiseSchedule(prediction), 12, **CASES[kind]),
-            run_diffusers(sampler, their_denoiser, latents, prediction, 12, **CASES[kind]))
+            run_diffusers(sampler, their_denoiser, latents, prediction, 12, **CASES[kind]),
+        )
 
 
 # --- golden: what SD v1.5's scheduler file means ---------------------------------------------------------------------
-@pytest.mark.parametrize("sampler, steps, timesteps", [
-    ("ddim", 50, list(range(981, 0, -20))),
-    ("ddim", 4, [751, 501, 251, 1]),
-    ("ddim", 1, [1]),
-    ("ddpm", 50, list(range(981, 0, -20))),
-    ("ddpm", 1000, list(range(999, -1, -1))),
-    ("plms", 4, [751, 501, 501, 251, 1]),
-    ("plms", 1, [1]),
-    ("dpm++", 20, [999, 949, 899, 849, 799, 749, 699, 649, 599, 549, 500, 450, 400, 350, 300, 250, 200, 150, 100, 50]),
-    ("dpm++", 1, [999]),
-])
+@pytest.mark.parametrize(
+    "sampler, steps, timesteps",
+    [
+        ("ddim", 50, list(range(981, 0, -20))),
+        ("ddim", 4, [751, 501, 251, 1]),
+        ("ddim", 1, [1]),
+        ("ddpm", 50, list(range(981, 0, -20))),
+        ("ddpm", 1000, list(range(999, -1, -1))),
+        ("plms", 4, [751, 501, 501, 251, 1]),
+        ("plms", 1, [1]),
+        (
+            "dpm++",
+            20,
+            [999, 949, 899, 849, 799, 749, 699, 649, 599, 549, 500, 450, 400, 350, 300, 250, 200, 150, 100, 50],
+        ),
+        ("dpm++", 1, [999]),
+    ],
+)
 def test_timesteps_are_the_published_ones(sampler, steps, timesteps):
     assert run_ours(sampler, cheap_denoiser, noise(1, 4, 1, 1), NoiseSchedule(), steps)[1] == timesteps
 
@@ -173,9 +198,18 @@ def test_the_network_is_fed_in_its_own_precision_and_answers_in_float32():
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind, steps, draws", [
-    ("ddim", 20, 0), ("ddim, eta 0.7", 20, 20), ("ddim, eta 0.7", 1000, 999), ("ddpm", 20, 20), ("ddpm", 1000, 999),
-    ("plms", 20, 0), ("dpm++", 20, 0)])
+@pytest.mark.parametrize(
+    "kind, steps, draws",
+    [
+        ("ddim", 20, 0),
+        ("ddim, eta 0.7", 20, 20),
+        ("ddim, eta 0.7", 1000, 999),
+        ("ddpm", 20, 20),
+        ("ddpm", 1000, 999),
+        ("plms", 20, 0),
+        ("dpm++", 20, 0),
+    ],
+)
 def test_noise_is_drawn_once_a_stochastic_step_while_t_is_positive(kind, steps, draws):
     drawn = []
 
@@ -183,8 +217,11 @@ def test_noise_is_drawn_once_a_stochastic_step_while_t_is_positive(kind, steps, 
         drawn.append(1)
         return torch.zeros(1, 4, 1, 1)
 
-    list(SAMPLERS[kind.partition(",")[0]](cheap_denoiser, noise(1, 4, 1, 1), NoiseSchedule(), steps, draw_noise,
-                                          **CASES[kind]))
+    list(
+        SAMPLERS[kind.partition(",")[0]](
+            cheap_denoiser, noise(1, 4, 1, 1), NoiseSchedule(), steps, draw_noise, **CASES[kind]
+        )
+    )
     assert len(drawn) == draws
 
 
@@ -243,17 +280,25 @@ def ode_error(sampler, steps, c, prediction="epsilon", **options):
     standard deviation stays the same (Song et al. 2021, arXiv:2011.13456, Eq. 13). DPM-Solver++'s jump from its last
     timestep to z_0 is a guess of the mean, not a step along the ODE, and is left out."""
     schedule = NoiseSchedule(prediction)
-    path, timesteps = run_ours(sampler, gaussian_denoiser(schedule, c), torch.ones(1, 1, 1, 1, dtype=torch.float64),
-                               schedule, steps, **options)
+    path, timesteps = run_ours(
+        sampler, gaussian_denoiser(schedule, c), torch.ones(1, 1, 1, 1, dtype=torch.float64), schedule, steps, **options
+    )
     got, end = (path[-2], timesteps[-1]) if sampler == "dpm++" else (path[-1], 0)
     exact = math.sqrt(variance_at(schedule.alpha_bar[end], c) / variance_at(schedule.alpha_bar[timesteps[0]], c))
     return abs(got.item() / exact - 1)
 
 
 @pytest.mark.parametrize("c", [0.25, 1.0, 4.0])
-@pytest.mark.parametrize("sampler, steps, prediction, tolerance", [
-    ("ddim", 1000, "epsilon", 4e-3), ("ddim", 1000, "v", 4e-3), ("plms", 50, "epsilon", 4e-3),
-    ("dpm++", 50, "epsilon", 4e-3), ("dpm++", 50, "v", 4e-3)])
+@pytest.mark.parametrize(
+    "sampler, steps, prediction, tolerance",
+    [
+        ("ddim", 1000, "epsilon", 4e-3),
+        ("ddim", 1000, "v", 4e-3),
+        ("plms", 50, "epsilon", 4e-3),
+        ("dpm++", 50, "epsilon", 4e-3),
+        ("dpm++", 50, "v", 4e-3),
+    ],
+)
 def test_deterministic_samplers_solve_the_ode(sampler, steps, prediction, tolerance, c):
     assert ode_error(sampler, steps, c, prediction) <= tolerance
 

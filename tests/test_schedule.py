@@ -91,9 +91,11 @@ def test_a_perfect_prediction_gives_back_latents_and_noise(prediction, t):
 
 def test_snr_matches_diffusers_and_its_definition():
     from diffusers.training_utils import compute_snr
+
     schedule = NoiseSchedule()
-    torch.testing.assert_close(schedule.snr(EVERY), compute_snr(peers.diffusers_scheduler("ddpm"), EVERY),
-                               rtol=1e-3, atol=0)  # theirs squares a float32 quotient of square roots
+    torch.testing.assert_close(
+        schedule.snr(EVERY), compute_snr(peers.diffusers_scheduler("ddpm"), EVERY), rtol=1e-3, atol=0
+    )  # theirs squares a float32 quotient of square roots
     alpha_bar = torch.tensor(schedule.alpha_bar)
     torch.testing.assert_close(schedule.snr(EVERY), (alpha_bar / (1 - alpha_bar)).float(), rtol=1e-4, atol=0)
 
@@ -116,6 +118,7 @@ def test_min_snr_weighs_the_error_of_the_clean_latents(prediction, gamma):
 def test_min_snr_weights_match_diffusers_training_scripts(prediction):
     """The formula of diffusers' examples/text_to_image/train_text_to_image.py."""
     from diffusers.training_utils import compute_snr
+
     snr = compute_snr(peers.diffusers_scheduler("ddpm"), EVERY)
     weights = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0]
     weights = weights / (snr if prediction == "epsilon" else snr + 1)
@@ -138,7 +141,8 @@ def test_posterior_variance_is_that_of_ddpm_eq_7():
     assert ours[0] == 0
     theirs = peers.diffusers_scheduler("ddpm")
     assert torch.stack([theirs._get_variance(t) for t in range(1, 1000)]).numpy() == pytest.approx(
-        ours[1:].numpy(), rel=1e-3)
+        ours[1:].numpy(), rel=1e-3
+    )
 
 
 FUNCTIONS = {

@@ -12,9 +12,12 @@ from torch import nn
 from minildm.config import TextEncoderConfig, text_encoder_from_json
 from minildm.text_encoder import TextEncoder
 
-LAYOUTS = {"v1-shaped": TextEncoderConfig.tiny(), "v2-shaped": TextEncoderConfig.tiny(activation="gelu"),
-           "one head": TextEncoderConfig.tiny(width=48, n_heads=1, n_layers=1, vocabulary=49408),
-           "deep": TextEncoderConfig.tiny(n_layers=12, mlp_width=96)}
+LAYOUTS = {
+    "v1-shaped": TextEncoderConfig.tiny(),
+    "v2-shaped": TextEncoderConfig.tiny(activation="gelu"),
+    "one head": TextEncoderConfig.tiny(width=48, n_heads=1, n_layers=1, vocabulary=49408),
+    "deep": TextEncoderConfig.tiny(n_layers=12, mlp_width=96),
+}
 
 
 def token_ids(batch=2, seed=0):
@@ -39,8 +42,7 @@ def test_text_encoder_matches_transformers(name, quiet):
 
 def attend_both_ways(monkeypatch, _):
     right = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda *args, is_causal, **options: right(*args, **options))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, is_causal, **options: right(*args, **options))
 
 
 def other_activation(monkeypatch, text_encoder):
@@ -52,9 +54,12 @@ def no_final_norm(monkeypatch, text_encoder):
     text_encoder.text_model.final_layer_norm = nn.Identity()
 
 
-MISTAKES = {"eps 1e-6": lambda _, text_encoder: peers.set_eps(text_encoder, 1e-6, nn.LayerNorm),
-            "no causal mask": attend_both_ways, "gelu for quick_gelu": other_activation,
-            "no final norm": no_final_norm}
+MISTAKES = {
+    "eps 1e-6": lambda _, text_encoder: peers.set_eps(text_encoder, 1e-6, nn.LayerNorm),
+    "no causal mask": attend_both_ways,
+    "gelu for quick_gelu": other_activation,
+    "no final norm": no_final_norm,
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -95,13 +100,16 @@ def test_half_precision_rounds_no_worse_than_transformers(dtype):
     assert ours <= 10 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("document, size", [(peers.SD15_TEXT, 123_060_480), (peers.SD21_TEXT, 340_387_840)],
-                         ids=["v1.5", "v2.1"])
+@pytest.mark.parametrize(
+    "document, size", [(peers.SD15_TEXT, 123_060_480), (peers.SD21_TEXT, 340_387_840)], ids=["v1.5", "v2.1"]
+)
 def test_full_size_parameters_are_those_of_transformers(document, size):
     from transformers import CLIPTextConfig, CLIPTextModel
+
     with torch.device("meta"):
         ours = TextEncoder(text_encoder_from_json(document))
         theirs = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in document.items() if k != "architectures"}))
-    assert ({name.removeprefix("text_model."): tensor.shape for name, tensor in ours.state_dict().items()}
-            == {name.removeprefix("text_model."): tensor.shape for name, tensor in theirs.state_dict().items()})
+    assert {name.removeprefix("text_model."): tensor.shape for name, tensor in ours.state_dict().items()} == {
+        name.removeprefix("text_model."): tensor.shape for name, tensor in theirs.state_dict().items()
+    }
     assert sum(parameter.numel() for parameter in ours.parameters()) == size

@@ -19,35 +19,87 @@ from hypothesis import strategies as st
 from minildm.tokenizer import BEGIN, END, Tokenizer
 
 AWKWARD = [
-    "", " ", "\t\n\r ", "a", "A", "chest x-ray", "chest x-ray, age 47 male, view PA, projection PA, modality DX, "
-    "diagnosis calcified granuloma, loc right upper lobe", "CHEST X-RAY", "  chest   x-ray\n\nPA\t", "x" * 60,
-    "1234567890", "3.5mm", "T1/T2", "90%", "[XXXX] XXXX", "it's the patient's",
+    "",
+    " ",
+    "\t\n\r ",
+    "a",
+    "A",
+    "chest x-ray",
+    "chest x-ray, age 47 male, view PA, projection PA, modality DX, "
+    "diagnosis calcified granuloma, loc right upper lobe",
+    "CHEST X-RAY",
+    "  chest   x-ray\n\nPA\t",
+    "x" * 60,
+    "1234567890",
+    "3.5mm",
+    "T1/T2",
+    "90%",
+    "[XXXX] XXXX",
+    "it's the patient's",
     "don't, won't, I'll, we've, he'd, I'm, they're",
-    "e-mail: a.b@c.de", "a_b__c", "#hash @at $5 \\back /slash", "!!!??...", "(parenthesis) {brace} <angle>", "-",
+    "e-mail: a.b@c.de",
+    "a_b__c",
+    "#hash @at $5 \\back /slash",
+    "!!!??...",
+    "(parenthesis) {brace} <angle>",
+    "-",
     "---",
-    "naïve façade Ångström", "épanchement pleural", "Lungenödem", "胸部X線写真", "рентген грудной клетки",
-    "صورة أشعة", "צילום חזה", "छाती का एक्स-रे", "흉부 엑스레이", "😀🫁", "👩‍⚕️", "αβγ ΔΩ µm", "10⁵ H₂O ½", "№ § ¶ † ‡",
-    "a | b", "&", "a&b", "tab\there", "\u00a0nbsp\u00a0", "zero\u200bwidth", "e\u0301 combining",
-    "İstanbul", "ẞ STRASSE", "\U0001f9ec\U0001f9a0", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "naïve façade Ångström",
+    "épanchement pleural",
+    "Lungenödem",
+    "胸部X線写真",
+    "рентген грудной клетки",
+    "صورة أشعة",
+    "צילום חזה",
+    "छाती का एक्स-रे",
+    "흉부 엑스레이",
+    "😀🫁",
+    "👩‍⚕️",
+    "αβγ ΔΩ µm",
+    "10⁵ H₂O ½",
+    "№ § ¶ † ‡",
+    "a | b",
+    "&",
+    "a&b",
+    "tab\there",
+    "\u00a0nbsp\u00a0",
+    "zero\u200bwidth",
+    "e\u0301 combining",
+    "İstanbul",
+    "ẞ STRASSE",
+    "\U0001f9ec\U0001f9a0",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 ]
 # What open_clip's cleaning repairs, or reads otherwise, and transformers' does not.
-REPAIRED = {"curly quotes": "the patient\u2019s \u201cright\u201d lung", "ligature": "in\ufb01ltrate",
-            "entity": "lung &amp; heart &lt;left&gt;", "literal end of text": "a <|endoftext|> b",
-            "literal start of text": "a <|startoftext|> b", "control character": "null\x00",
-            "byte order mark": "\ufeffchest", "capital sigma that ends a word": "ΣΑΣ"}
+REPAIRED = {
+    "curly quotes": "the patient\u2019s \u201cright\u201d lung",
+    "ligature": "in\ufb01ltrate",
+    "entity": "lung &amp; heart &lt;left&gt;",
+    "literal end of text": "a <|endoftext|> b",
+    "literal start of text": "a <|startoftext|> b",
+    "control character": "null\x00",
+    "byte order mark": "\ufeffchest",
+    "capital sigma that ends a word": "ΣΑΣ",
+}
 
 
 @functools.cache
 def transformers_tokenizer():
     """CLIPTokenizer from a vocabulary made here out of open_clip's list of merges, as CLIP's own was."""
     from transformers import CLIPTokenizer
+
     package = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0])
     lines = gzip.decompress((package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
-    merges = lines[1:49152 - 256 - 2 + 1]
+    merges = lines[1 : 49152 - 256 - 2 + 1]
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    names = [*symbols, *(symbol + "</w>" for symbol in symbols), *(merge.replace(" ", "") for merge in merges),
-             "<|startoftext|>", "<|endoftext|>"]
+    names = [
+        *symbols,
+        *(symbol + "</w>" for symbol in symbols),
+        *(merge.replace(" ", "") for merge in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     vocabulary = {name: i for i, name in enumerate(names)}
     assert len(vocabulary) == 49408
     with tempfile.TemporaryDirectory() as folder:
@@ -66,6 +118,7 @@ def by_transformers(prompts, pad_token_id=END):
 @functools.cache
 def open_clip_tokenize():
     import open_clip
+
     return open_clip.tokenize
 
 
@@ -94,8 +147,11 @@ def test_any_text_has_open_clips_token_ids(prompt):
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
-@given(st.text(alphabet=[chr(c) for c in range(32, 127) if chr(c) not in "<|>&"] + list("äöüßéèçñµ°²αβ中文ж\n\t"),
-               max_size=200))
+@given(
+    st.text(
+        alphabet=[chr(c) for c in range(32, 127) if chr(c) not in "<|>&"] + list("äöüßéèçñµ°²αβ中文ж\n\t"), max_size=200
+    )
+)
 def test_ordinary_text_has_transformers_token_ids(prompt):
     assert ours([prompt]).tolist() == by_transformers([prompt]).tolist()
 
@@ -106,9 +162,15 @@ def test_what_open_clip_repairs_is_where_transformers_differs(kind):
     assert ours([prompt]).tolist() != by_transformers([prompt]).tolist()
 
 
-@pytest.mark.parametrize("repaired, plain", [
-    ("the patient\u2019s \u201cright\u201d lung", "the patient's \"right\" lung"), ("in\ufb01ltrate", "infiltrate"),
-    ("lung &amp; heart &lt;left&gt;", "lung & heart <left>"), ("CHEST   X-ray\n", "chest x-ray")])
+@pytest.mark.parametrize(
+    "repaired, plain",
+    [
+        ("the patient\u2019s \u201cright\u201d lung", 'the patient\'s "right" lung'),
+        ("in\ufb01ltrate", "infiltrate"),
+        ("lung &amp; heart &lt;left&gt;", "lung & heart <left>"),
+        ("CHEST   X-ray\n", "chest x-ray"),
+    ],
+)
 def test_cleaning_makes_the_same_prompt_of_both(repaired, plain):
     assert torch.equal(ours([repaired]), ours([plain]))
 
@@ -155,8 +217,10 @@ def test_the_warning_names_the_very_words_that_are_lost():
 
 def test_importing_the_tokenizer_does_not_import_open_clip():
     """`import open_clip` costs 3 s and needs torchvision."""
-    code = ("import sys; from minildm.tokenizer import Tokenizer; Tokenizer()(['chest x-ray']); "
-            "print([name for name in ('open_clip', 'torchvision', 'transformers', 'timm') if name in sys.modules])")
+    code = (
+        "import sys; from minildm.tokenizer import Tokenizer; Tokenizer()(['chest x-ray']); "
+        "print([name for name in ('open_clip', 'torchvision', 'transformers', 'timm') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from minildm.adapters import adapter_layers, add_adapter, merge_file
 from minildm.errors import InputError
-from minildm.training import adapt as adapt_module
+from minildm.training import finetune as adapt_module
 from minildm.training import loop
-from minildm.training.adapt import rank_map, summary
+from minildm.training.finetune import rank_map, summary
 from minildm.training.loop import measured
 from minildm.training.run import Run
 
@@ -67,8 +67,9 @@ def test_growth_is_capped(tmp_path, changes):
 
 def test_no_layer_grows_beyond_its_width(tmp_path):
     model, _, _ = short_run(tmp_path / "run", steps=4, rank=30, expand_interval=1, expand_threshold=1.0, validation=0)
-    ranks = [(layer.rank, min(layer.base.in_features, layer.base.out_features))
-             for layer in adapter_layers(model).values()]
+    ranks = [
+        (layer.rank, min(layer.base.in_features, layer.base.out_features)) for layer in adapter_layers(model).values()
+    ]
     assert all(rank == min(34, width) for rank, width in ranks)
     assert {width for _, width in ranks} > {32}
 
@@ -99,6 +100,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, monkeypatch):
             if state.step in steps:
                 signal.raise_signal(signal.SIGINT)
             return ordinary(state, *arguments)
+
         monkeypatch.setattr(loop, "train_step", step_with_signal)
 
     for resume, at in ((False, 3), (True, 8)):
@@ -112,7 +114,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, monkeypatch):
     assert run.adapter.read_bytes() == parts.adapter.read_bytes()
     for a, b in zip(run.entries(), parts.entries(), strict=True):
         assert {k: v for k, v in a.items() if k not in ("seconds", "memory_mb")} == {
-            k: v for k, v in b.items() if k not in ("seconds", "memory_mb")}
+            k: v for k, v in b.items() if k not in ("seconds", "memory_mb")
+        }
     if kind == "selora":
         assert max(layer.rank for layer in adapter_layers(model).values()) > 8
 
@@ -208,11 +211,22 @@ def test_no_pictures_is_an_error(tmp_path):
         short_run(tmp_path / "run", n=0)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"expand_threshold": 0.9}, "lambda"), ({"rank": 0}, "--rank must be at least 1"), ({"micro_batch": 3}, "divide"),
-    ({"lr": float("nan")}, "--lr"), ({"batch_size": 0}, "--batch-size"), ({"epochs": 0}, "--epochs"),
-    ({"adapter": "loha"}, "selora"), ({"caption_dropout": 1.5}, "caption-dropout"), ({"layers": "all"}, "all-linear"),
-    ({"expand_criterion": "x"}, "expected"), ({"warmup": -1}, "--warmup")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"expand_threshold": 0.9}, "lambda"),
+        ({"rank": 0}, "--rank must be at least 1"),
+        ({"micro_batch": 3}, "divide"),
+        ({"lr": float("nan")}, "--lr"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"epochs": 0}, "--epochs"),
+        ({"adapter": "loha"}, "selora"),
+        ({"caption_dropout": 1.5}, "caption-dropout"),
+        ({"layers": "all"}, "all-linear"),
+        ({"expand_criterion": "x"}, "expected"),
+        ({"warmup": -1}, "--warmup"),
+    ],
+)
 def test_settings_out_of_range_are_named(changes, words):
     with pytest.raises(InputError, match=words) as error:
         settings(**changes)
@@ -267,7 +281,10 @@ def test_sample_sheets_come_at_their_steps_and_change_nothing(tmp_path):
     model, _, _ = short_run(tmp_path / "a", steps=6)
     other, _, run = short_run(tmp_path / "b", steps=6, sample_interval=4, samples=2)
     assert sorted(path.name for path in (run.folder / "samples").iterdir()) == [
-        "step-000000.png", "step-000004.png", "step-000006.png"]
+        "step-000000.png",
+        "step-000004.png",
+        "step-000006.png",
+    ]
     assert same_bits(model, other)
 
 
@@ -284,8 +301,9 @@ def test_the_loop_trains_any_parameters(tmp_path):
     def losses(batch, numbers):
         return (network(batch["x"]) - batch["x"] @ truth.t()).square().mean(1)
 
-    state = loop.train(network, losses, batches, 400, settings(lr=3e-2), run,
-                       keep=lambda path: torch.save(network.state_dict(), path))
+    state = loop.train(
+        network, losses, batches, 400, settings(lr=3e-2), run, keep=lambda path: torch.save(network.state_dict(), path)
+    )
     assert state.step == 400
     torch.testing.assert_close(network.weight.data, truth, rtol=0, atol=1e-2)
     assert run.adapter.exists()

@@ -36,12 +36,25 @@ def place(tmp_path_factory):
 
 
 def flags(place, **changes):
-    values = {"base": place / "base", "data": f"folder:{place / 'data'}", "cache": place / "cache", "batch_size": 4,
-              "steps": 12, "expand_interval": 4, "save_interval": 4, "validation_pairs": 4, "validation_interval": 6,
-              "split": "70/10/20", "device": "cpu", "seed": 1} | changes
-    return [part for name, value in values.items()
-            for part in ((f"--{name.replace('_', '-')}",) if value is True else
-                         (f"--{name.replace('_', '-')}", str(value)))]
+    values = {
+        "base": place / "base",
+        "data": f"folder:{place / 'data'}",
+        "cache": place / "cache",
+        "batch_size": 4,
+        "steps": 12,
+        "expand_interval": 4,
+        "save_interval": 4,
+        "validation_pairs": 4,
+        "validation_interval": 6,
+        "split": "70/10/20",
+        "device": "cpu",
+        "seed": 1,
+    } | changes
+    return [
+        part
+        for name, value in values.items()
+        for part in ((f"--{name.replace('_', '-')}",) if value is True else (f"--{name.replace('_', '-')}", str(value)))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +78,41 @@ def assert_same_run(run, other):
     logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run, other)]
     for a, b in zip(*logs, strict=True):
         assert {k: v for k, v in a.items() if k not in ("seconds", "memory_mb")} == {
-            k: v for k, v in b.items() if k not in ("seconds", "memory_mb")}
+            k: v for k, v in b.items() if k not in ("seconds", "memory_mb")
+        }
 
 
 def test_a_run_says_what_it_made_and_what_to_type_next(place, capsys):
     train.main([*flags(place, steps=4), "--out", str(place / "said"), "--sample-interval", "4", "--samples", "2"])
     said = capsys.readouterr().out
-    for words in ("14 train, 2 validation, 4 test pictures", "memory: about", "selora on 62 layers", "% of",
-                  "validation loss:", "before", "peak memory", "adapter.safetensors", "next: python sample.py"):
+    for words in (
+        "14 train, 2 validation, 4 test pictures",
+        "memory: about",
+        "selora on 62 layers",
+        "% of",
+        "validation loss:",
+        "before",
+        "peak memory",
+        "adapter.safetensors",
+        "next: python sample.py",
+    ):
         assert words in said, words
     made = {path.relative_to(place / "said").as_posix() for path in (place / "said").rglob("*") if path.is_file()}
-    assert made == {"config.json", "log.jsonl", "adapter.safetensors", "last/state.pt", "samples/step-000000.png",
-                    "samples/step-000004.png"}
+    assert made == {
+        "config.json",
+        "log.jsonl",
+        "adapter.safetensors",
+        "last/state.pt",
+        "samples/step-000000.png",
+        "samples/step-000004.png",
+    }
     splits = json.loads((place / "said" / "config.json").read_text())["found"]["splits"]
     assert {name: len(names) for name, names in splits.items()} == {"train": 14, "validation": 2, "test": 4}
     import sample
+
     command = said.splitlines()[-1].partition("sample.py ")[2]
     import shlex
+
     arguments = [*shlex.split(command), "--steps", "1", "--out", str(place / "samples"), "--device", "cpu"]
     assert sample.main(arguments) == 0
     assert len(list((place / "samples").glob("*.png"))) == 4
@@ -93,8 +124,9 @@ def kill_and_resume(place, out, kills, seed):
     for attempt in range(kills + 1):
         arguments = ["--resume", str(out)] if (out / "config.json").exists() else [*flags(place), "--out", str(out)]
         touched = log.stat().st_mtime_ns if log.exists() else 0
-        process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         if attempt < kills:
             while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == touched):
                 time.sleep(0.002)  # until training goes on
@@ -121,6 +153,7 @@ def test_kill_9_twenty_times_changes_nothing(place, whole):
 
 def test_ctrl_c_ends_tidily_and_resume_finishes(place, whole, capsys, monkeypatch):
     from minildm.training import loop
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     ordinary = loop.train_step
 
@@ -141,9 +174,15 @@ def test_ctrl_c_ends_tidily_and_resume_finishes(place, whole, capsys, monkeypatc
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("given", "words"), [
-    (["--lr", "0.5"], ("lr = 0.0001, not 0.5",)), (["--adapter", "lora"], ("adapter = 'selora', not 'lora'",)),
-    (["--seed", "2"], ("seed = 1, not 2",)), (["--min-age", "40"], ("min_age = None, not 40",))])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--lr", "0.5"], ("lr = 0.0001, not 0.5",)),
+        (["--adapter", "lora"], ("adapter = 'selora', not 'lora'",)),
+        (["--seed", "2"], ("seed = 1, not 2",)),
+        (["--min-age", "40"], ("min_age = None, not 40",)),
+    ],
+)
 def test_resuming_with_other_settings_names_the_difference(whole, given, words):
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(whole), *given])
@@ -179,10 +218,13 @@ def test_a_folder_that_holds_another_run_is_refused(place, whole):
 
 
 def test_a_run_that_another_process_writes_is_refused_until_that_one_ends(tmp_path):
-    writer = ("import sys; from minildm.training.run import Run; run = Run(sys.argv[1], {}); run.begin(); "
-              "print('begun', flush=True); input()")
-    with subprocess.Popen([sys.executable, "-c", writer, str(tmp_path / "run")], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as other:
+    writer = (
+        "import sys; from minildm.training.run import Run; run = Run(sys.argv[1], {}); run.begin(); "
+        "print('begun', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", writer, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "begun\n"
         with pytest.raises(InputError, match="another process is writing"):
             Run(tmp_path / "run", {}).begin()
@@ -211,6 +253,7 @@ def test_an_adapter_for_another_base_is_refused(place, tmp_path):
     from peers import random_model
 
     from minildm.config import ModelConfig, UNetConfig
+
     other = random_model(dataclasses.replace(ModelConfig.tiny(), unet=UNetConfig.tiny(widths=(32, 96), n_heads=(4, 4))))
     add_adapter(other, "lora", rank=2)
     save_adapter(other, tmp_path / "a.safetensors")
@@ -224,10 +267,17 @@ def test_an_adapter_can_be_trained_on_top_of_another(place, whole, tmp_path):
     assert train.main([*flags(place, steps=2), "--on-top-of", f"{whole}:0.5", "--out", str(tmp_path / "run")]) == 0
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"data": "folder:/nowhere"}, ("/nowhere",)), ({"expand_threshold": 0.5}, ("lambda", "at least 1")),
-    ({"rank": 0}, ("--rank",)), ({"rank": 999}, ("rank must be in [1, 32]", "999")),
-    ({"min_age": 200}, ("no usable picture",)), ({"micro_batch": 3}, ("--micro-batch", "divide"))])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": "folder:/nowhere"}, ("/nowhere",)),
+        ({"expand_threshold": 0.5}, ("lambda", "at least 1")),
+        ({"rank": 0}, ("--rank",)),
+        ({"rank": 999}, ("rank must be in [1, 32]", "999")),
+        ({"min_age": 200}, ("no usable picture",)),
+        ({"micro_batch": 3}, ("--micro-batch", "divide")),
+    ],
+)
 def test_bad_flags_give_one_line_and_no_run(place, tmp_path, changes, words):
     with pytest.raises((InputError, FileNotFoundError)) as error:
         train.main([*flags(place, **changes), "--out", str(tmp_path / "run")])
@@ -271,8 +321,13 @@ def test_a_run_needs_a_folder_it_can_write_to(tmp_path):
 
 
 def test_real_radiographs_train(place, shared_data, tmp_path, capsys):
-    arguments = [*flags(place, data=f"folder:{shared_data / 'cxr'}", steps=4), "--prompt-template", "chest x-ray",
-                 "--out", str(tmp_path / "run")]
+    arguments = [
+        *flags(place, data=f"folder:{shared_data / 'cxr'}", steps=4),
+        "--prompt-template",
+        "chest x-ray",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert train.main(arguments) == 0
     assert "validation loss" in capsys.readouterr().out
 
@@ -280,7 +335,12 @@ def test_real_radiographs_train(place, shared_data, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_full_size_model_trains_in_8_gb_on_a_cpu(tmp_path):
     code = f"from made_runs import full_size_run; full_size_run({str(tmp_path / 'run')!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.splitlines()[-1]) < 8

@@ -19,17 +19,21 @@ LAYOUTS = {
     "v2-shaped": UNetConfig.tiny(n_heads=(1, 2), linear_projection=True),
     "four levels as in SD 1.5": UNetConfig(widths=(32, 32, 64, 64), n_heads=(8, 8, 8, 8), context_dim=48),
     "attention at the coarse levels only": UNetConfig(
-        widths=(32, 96, 64), attention=(False, True, True), n_heads=(1, 3, 2), layers_per_block=1, context_dim=40),
+        widths=(32, 96, 64), attention=(False, True, True), n_heads=(1, 3, 2), layers_per_block=1, context_dim=40
+    ),
     "narrowing, three blocks a level": UNetConfig(
-        widths=(72, 24), attention=(True, True), n_heads=(3, 2), layers_per_block=3, context_dim=16, norm_groups=12),
+        widths=(72, 24), attention=(True, True), n_heads=(3, 2), layers_per_block=3, context_dim=16, norm_groups=12
+    ),
     "one level": UNetConfig(widths=(64,), attention=(True,), n_heads=(8,), layers_per_block=1, context_dim=24),
 }
 
 
 def inputs(config, batch=2, h=8, w=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, config.latent_channels, h, w, generator=generator),
-            torch.randn(batch, 77, config.context_dim, generator=generator))
+    return (
+        torch.randn(batch, config.latent_channels, h, w, generator=generator),
+        torch.randn(batch, 77, config.context_dim, generator=generator),
+    )
 
 
 def errors(ours, theirs, latents, timesteps, context):
@@ -66,8 +70,8 @@ def test_every_image_of_a_batch_has_its_own_timestep():
     with torch.no_grad():
         together = unet(latents, timesteps, context)
         for i in range(4):
-            alone = unet(latents[i:i + 1], timesteps[i:i + 1], context[i:i + 1])
-            assert relative_error(alone, together[i:i + 1]) <= PARITY
+            alone = unet(latents[i : i + 1], timesteps[i : i + 1], context[i : i + 1])
+            assert relative_error(alone, together[i : i + 1]) <= PARITY
 
 
 @pytest.mark.parametrize("timesteps", [7, torch.tensor(7), torch.tensor([7])], ids=["int", "scalar", "(1,)"])
@@ -179,12 +183,14 @@ def test_gradients_reach_every_parameter_and_match_diffusers():
         assert relative_error(parameter.grad, theirs[name].grad) <= 1e-4, name
 
 
-@pytest.mark.parametrize("document, size", [(peers.SD15_UNET, 859_520_964), (peers.SD21_UNET, 865_910_724)],
-                         ids=["v1.5", "v2.1"])
+@pytest.mark.parametrize(
+    "document, size", [(peers.SD15_UNET, 859_520_964), (peers.SD21_UNET, 865_910_724)], ids=["v1.5", "v2.1"]
+)
 def test_full_size_parameters_are_those_of_diffusers(document, size):
     from diffusers import UNet2DConditionModel
 
     from minildm.config import unet_from_json
+
     with torch.device("meta"):
         ours, theirs = UNet(unet_from_json(document)), UNet2DConditionModel.from_config(document)
     assert shapes(ours) == shapes(theirs)

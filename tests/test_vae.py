@@ -11,8 +11,11 @@ from peers import PARITY, relative_error
 from minildm.config import VAEConfig, vae_from_json
 from minildm.vae import VAE, Gaussian
 
-LAYOUTS = {"tiny": VAEConfig.tiny(), "as deep as SD's": VAEConfig(widths=(32, 64, 96, 96)),
-           "uneven": VAEConfig.tiny(widths=(24, 48, 24, 72), norm_groups=12, latent_channels=3)}
+LAYOUTS = {
+    "tiny": VAEConfig.tiny(),
+    "as deep as SD's": VAEConfig(widths=(32, 64, 96, 96)),
+    "uneven": VAEConfig.tiny(widths=(24, 48, 24, 72), norm_groups=12, latent_channels=3),
+}
 SIZES = [(64, 64), (32, 88), (8, 8), (56, 24)]
 
 
@@ -70,8 +73,9 @@ def test_the_tolerance_catches(mistake):
         for part in (vae.encoder, vae.decoder):
             part.mid_block.attentions[0].to_out[0].weight.data *= 30
     peer = peers.diffusers_vae(vae)
-    error, given = (encoder_error, noise(1, 3, 32, 32)) if mistake in ENCODER_MISTAKES else (
-        decoder_error, noise(1, 4, 4, 4))
+    error, given = (
+        (encoder_error, noise(1, 3, 32, 32)) if mistake in ENCODER_MISTAKES else (decoder_error, noise(1, 4, 4, 4))
+    )
     assert error(vae, peer, given) <= PARITY
     wrong = copy.deepcopy(vae)
     (ENCODER_MISTAKES | DECODER_MISTAKES)[mistake](wrong)
@@ -151,8 +155,10 @@ def test_vae_leaves_its_inputs_alone():
 
 def test_full_size_parameters_are_those_of_diffusers():
     from diffusers import AutoencoderKL
+
     with torch.device("meta"):
         ours, theirs = VAE(vae_from_json(peers.SD15_VAE)), AutoencoderKL.from_config(peers.SD15_VAE)
-    assert ({name: tensor.shape for name, tensor in ours.state_dict().items()}
-            == {name: tensor.shape for name, tensor in theirs.state_dict().items()})
+    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == {
+        name: tensor.shape for name, tensor in theirs.state_dict().items()
+    }
     assert sum(parameter.numel() for parameter in ours.parameters()) == 83_653_863

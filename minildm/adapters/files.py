@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minildm.adapters.base import KINDS, adapter_layers
+from minildm.adapters.inject import KINDS, adapter_layers
 from minildm.errors import InputError
 from minildm.files import sha256, written_beside
 
@@ -35,10 +35,17 @@ def save_adapter(model, path, format="native", settings=None):
     for name, layer in layers.items():
         for factor, tensor in zip("AB", layer.factors()):
             tensors[f"{name}.lora_{factor}"] = tensor.cpu().contiguous()
-    (kind, scale), = {(type(layer), layer.scale) for layer in layers.values()}
+    ((kind, scale),) = {(type(layer), layer.scale) for layer in layers.values()}
     kind = next(name for name, layer_type in KINDS.items() if layer_type is kind)
-    about = {"format": FORMAT, "kind": kind, "scale": scale, "ranks": {name: la.rank for name, la in layers.items()},
-             "base": model.base_hash if model.files else None, "on_top_of": model.merged, "settings": settings or {}}
+    about = {
+        "format": FORMAT,
+        "kind": kind,
+        "scale": scale,
+        "ranks": {name: la.rank for name, la in layers.items()},
+        "base": model.base_hash if model.files else None,
+        "on_top_of": model.merged,
+        "settings": settings or {},
+    }
     with written_beside(path) as beside:
         save_file(tensors, beside, metadata={"minildm": json.dumps(about)})
 
@@ -61,11 +68,15 @@ def merge_file(model, path, multiplier=1.0):
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error})") from None
     if not isinstance(about, dict):
-        raise InputError(f"{path} is not an adapter in minildm's format (no such metadata); its tensors: "
-                         f"{', '.join(sorted(tensors)[:2])}, ...")
+        raise InputError(
+            f"{path} is not an adapter in minildm's format (no such metadata); its tensors: "
+            f"{', '.join(sorted(tensors)[:2])}, ..."
+        )
     if about.get("format") != FORMAT or not isinstance(about.get("scale"), float | int):
-        raise InputError(f"{path}: format {about.get('format')!r} with scale {about.get('scale')!r}, expected format "
-                         f"{FORMAT} and a number; it was written by another version of minildm")
+        raise InputError(
+            f"{path}: format {about.get('format')!r} with scale {about.get('scale')!r}, expected format "
+            f"{FORMAT} and a number; it was written by another version of minildm"
+        )
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise InputError(f"{path}: {bad[0]} holds NaN or infinite numbers; the training that made it had failed")
     paths = sorted({name.rpartition(".")[0] for name in tensors})
@@ -76,15 +87,20 @@ def merge_file(model, path, multiplier=1.0):
     for name, (layer, A, B) in pairs.items():
         rank = len(A)
         if A.shape != (rank, layer.in_features) or B.shape != (layer.out_features, rank):
-            raise InputError(f"{path} is for another base: {name} has lora_A {tuple(A.shape)} and lora_B "
-                             f"{tuple(B.shape)}, expected ({rank}, {layer.in_features}) and ({layer.out_features}, "
-                             f"{rank})")
+            raise InputError(
+                f"{path} is for another base: {name} has lora_A {tuple(A.shape)} and lora_B "
+                f"{tuple(B.shape)}, expected ({rank}, {layer.in_features}) and ({layer.out_features}, "
+                f"{rank})"
+            )
     if about.get("base") and model.files and about["base"] != model.base_hash:
-        warnings.warn(f"{path} was trained on another base ({about['base'][:10]}) than this one "
-                      f"({model.base_hash[:10]})", stacklevel=2)
+        warnings.warn(
+            f"{path} was trained on another base ({about['base'][:10]}) than this one ({model.base_hash[:10]})",
+            stacklevel=2,
+        )
     if missing := [one["adapter"][:10] for one in about.get("on_top_of", []) if one not in model.merged]:
-        warnings.warn(f"{path} was trained on top of other adapters, not merged here: {', '.join(missing)}",
-                      stacklevel=2)
+        warnings.warn(
+            f"{path} was trained on top of other adapters, not merged here: {', '.join(missing)}", stacklevel=2
+        )
     model.merged.append({"adapter": sha256(path), "multiplier": multiplier})
     for layer, A, B in pairs.values():  # only now that all of it fits
         A, B = (factor.to(layer.weight.device, torch.float32) for factor in (A, B))

@@ -53,8 +53,11 @@ class LayerProbe:
         self.sums[0] += own**2 * (_squares(dA) + _squares(dB[..., :rank]))
         if first:
             self.count += own
-            self.sums[1] += own**2 * (_weight_gradient_norm(x, g) / (3 * x.shape[-1]) * self.expansion.shape[1]
-                                      if self.expected else _squares(dB[..., rank:]))
+            self.sums[1] += own**2 * (
+                _weight_gradient_norm(x, g) / (3 * x.shape[-1]) * self.expansion.shape[1]
+                if self.expected
+                else _squares(dB[..., rank:])
+            )
         return dA.sum(0), dB[..., :rank].sum(0)
 
     def score(self):

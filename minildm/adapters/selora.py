@@ -38,7 +38,7 @@ class SeLoRALinear(LoRALinear):
     def factors(self):
         A = torch.cat([block.detach() for block in self.lora_A])
         B = torch.cat([block.detach() for block in self.lora_B], dim=1)
-        return A[:self.rank], B[:, :self.rank]
+        return A[: self.rank], B[:, : self.rank]
 
     def grow(self, expansion):
         """Insert the tested K (in, k) as rows of lora_A, under zero columns of lora_B.

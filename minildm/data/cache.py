@@ -33,11 +33,11 @@ from minildm.data.reading import read, to_tensor
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 
-BLOCK = 128     # records: what an interruption can cost, and what is held in memory while building
-SETTLED = 2.0   # seconds: a younger file could change again within the clock's resolution, its hash is not remembered
+SHARD_ROWS = 128  # records: what an interruption can cost, and what is held in memory while building
+SETTLED = 2.0  # seconds: a younger file could change again within the clock's resolution, its hash is not remembered
 
 
-def fingerprint(module):
+def weights_fingerprint(module):
     """SHA-256 over a module's weights (names, types, shapes, bytes), wherever they were loaded from. 64 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -55,7 +55,7 @@ class Rows:
             with written_beside(self.folder / "recipe.txt") as path:
                 path.write_text(recipe + "\n", encoding="utf-8")
         self.shards = {}  # file name -> tensor (n, ...), memory-mapped
-        self.place = {}   # key -> (file name, row)
+        self.place = {}  # key -> (file name, row)
         self.refresh()
 
     def refresh(self):
@@ -66,8 +66,9 @@ class Rows:
                     with safe_open(path, framework="pt") as shard:
                         keys, self.shards[path.name] = shard.get_tensor("keys"), shard.get_tensor("rows")
                 except Exception as error:
-                    raise InputError(f"{path} is not a whole cache file ({error}); delete it, it will be built again") \
-                        from None
+                    raise InputError(
+                        f"{path} is not a whole cache file ({error}); delete it, it will be built again"
+                    ) from None
                 for row, key in enumerate(keys.numpy()):
                     self.place[key.tobytes()] = (path.name, row)
 
@@ -83,8 +84,10 @@ class Rows:
         """Write rows (n, ...) under ``keys`` as one shard."""
         if not torch.isfinite(rows).all() or rows.abs().max() > torch.finfo(torch.float16).max:
             raise InputError("the network gave values float16 cannot hold; run it in float32 (--dtype float32)")
-        tensors = {"keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32).copy()),
-                   "rows": rows.half().contiguous()}
+        tensors = {
+            "keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32).copy()),
+            "rows": rows.half().contiguous(),
+        }
         name = hashlib.sha256(b"".join(keys)).hexdigest()[:24]
         with written_beside(self.folder / f"{name}.safetensors") as path:
             save_file(tensors, path)
@@ -94,8 +97,10 @@ class Rows:
         """Stop before the work begins if ``count`` rows will not fit on the disk."""
         needed, free = int(count * row_bytes * 1.02), shutil.disk_usage(self.folder).free
         if needed > free:
-            raise InputError(f"the cache needs {needed / 1e9:.2f} GB for {count:,} rows, {self.folder} has "
-                             f"{free / 1e9:.2f} GB free; make room or give another --cache")
+            raise InputError(
+                f"the cache needs {needed / 1e9:.2f} GB for {count:,} rows, {self.folder} has "
+                f"{free / 1e9:.2f} GB free; make room or give another --cache"
+            )
 
     @contextlib.contextmanager
     def locked(self, name, wait):
@@ -135,11 +140,13 @@ def latent_cache(records, transform, vae, folder, batch_size=4, workers=2, skip_
     Returns: CachedLatents.
     Raises: InputError for undecodable pictures (count and first five), a file that changes meanwhile, too small a disk.
     """
-    rows = Rows(folder, f"latents (mean, logvar) of {transform}; VAE {fingerprint(vae)}")
+    rows = Rows(folder, f"latents (mean, logvar) of {transform}; VAE {weights_fingerprint(vae)}")
     keys, bad = [None] * len(records), {}
-    blocks = [range(start, min(start + BLOCK, len(records))) for start in range(0, len(records), BLOCK)]
-    names = {block: hashlib.sha256("\n".join(_label(records[i]) for i in block).encode()).hexdigest()[:24]
-             for block in blocks}
+    blocks = [range(start, min(start + SHARD_ROWS, len(records))) for start in range(0, len(records), SHARD_ROWS)]
+    names = {
+        block: hashlib.sha256("\n".join(_label(records[i]) for i in block).encode()).hexdigest()[:24]
+        for block in blocks
+    }
 
     def look_up(block):
         """Fill in the keys of what is cached; the others are returned."""
@@ -152,8 +159,10 @@ def latent_cache(records, transform, vae, folder, batch_size=4, workers=2, skip_
     missing = {block: todo for block in blocks if (todo := look_up(block))}
     side = transform.size // 8
     rows.need(sum(map(len, missing.values())), row_bytes=8 * side * side * 2)
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=sum(map(len, missing.values())), unit="picture",
-                                                   desc="caching latents", disable=not missing) as bar:
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=sum(map(len, missing.values())), unit="picture", desc="caching latents", disable=not missing) as bar,
+    ):
         for wait in (False, True):  # first the blocks nobody else is at, then see to the others
             for block in list(missing):
                 with rows.locked(names[block], wait) as ours:
@@ -164,8 +173,10 @@ def latent_cache(records, transform, vae, folder, batch_size=4, workers=2, skip_
                     _remember(rows.folder / f"{names[block]}.json", records, keys, block)
                     bar.update(len(missing.pop(block)))
     if bad and not skip_bad:
-        raise InputError(f"{len(bad):,} of {len(records):,} pictures cannot be used: "
-                         f"{'; '.join([bad[i] for i in sorted(bad)[:5]])}; --skip-bad goes on without them")
+        raise InputError(
+            f"{len(bad):,} of {len(records):,} pictures cannot be used: "
+            f"{'; '.join([bad[i] for i in sorted(bad)[:5]])}; --skip-bad goes on without them"
+        )
     kept = [i for i in range(len(records)) if i not in bad]
     return CachedLatents(rows, tuple(records[i] for i in kept), [keys[i] for i in kept])
 
@@ -203,8 +214,9 @@ def _encode_block(records, todo, keys, bad, rows, transform, vae, batch_size, po
         encode()
     for i in todo:
         if records[i].path is not None and i not in bad and _state(records[i]) != states[i]:
-            raise InputError(f"{records[i].path} changed while the cache was being built; start again when it is at "
-                             "rest")
+            raise InputError(
+                f"{records[i].path} changed while the cache was being built; start again when it is at rest"
+            )
     if new_rows:
         rows.add(new_keys, torch.cat(new_rows))
 
@@ -233,8 +245,11 @@ def _remembered(path):
 
 def _remember(path, records, keys, block):
     now = time.time()
-    states = {_state(records[i]): keys[i].hex() for i in block if keys[i] is not None and records[i].path is not None
-              and now - os.stat(records[i].path).st_ctime > SETTLED}
+    states = {
+        _state(records[i]): keys[i].hex()
+        for i in block
+        if keys[i] is not None and records[i].path is not None and now - os.stat(records[i].path).st_ctime > SETTLED
+    }
     with written_beside(path) as beside:
         beside.write_text(json.dumps(states), encoding="utf-8")
 
@@ -259,20 +274,20 @@ def context_cache(prompts, tokenize, text_encoder, folder, batch_size=16):
     Args: tokenize: prompts -> int64 (B, 77); text_encoder: token ids -> (B, 77, D).
     Returns: CachedContexts, in the order of ``prompts``.
     """
-    rows = Rows(folder, f"contexts; text encoder {fingerprint(text_encoder)}")
+    rows = Rows(folder, f"contexts; text encoder {weights_fingerprint(text_encoder)}")
     weight = next(text_encoder.parameters())
     keys, missing, width = [], {}, 0
     for start in range(0, len(prompts), 1024):
-        for token_ids in tokenize(prompts[start:start + 1024]):
+        for token_ids in tokenize(prompts[start : start + 1024]):
             key = hashlib.sha256(token_ids.numpy().astype("<i8").tobytes()).digest()
             keys.append(key)
             if key not in rows:
                 missing[key] = token_ids
     todo = list(missing.items())
-    for start in tqdm(range(0, len(todo), BLOCK), desc="caching contexts", disable=not todo):
-        block, outputs = todo[start:start + BLOCK], []
+    for start in tqdm(range(0, len(todo), SHARD_ROWS), desc="caching contexts", disable=not todo):
+        block, outputs = todo[start : start + SHARD_ROWS], []
         for first in range(0, len(block), batch_size):
-            token_ids = torch.stack([ids for _, ids in block[first:first + batch_size]])
+            token_ids = torch.stack([ids for _, ids in block[first : first + batch_size]])
             with torch.no_grad():
                 outputs.append(text_encoder(token_ids.to(weight.device)).float().cpu())  # (B, 77, D)
         if not width:

@@ -43,7 +43,7 @@ class TrainingPairs(Dataset):
         if i in self.kept:
             return self.kept[i]
         pixels = read(self.records[i], self.transform)[0]
-        if self.records[i].draw is None and pixels.nbytes <= self.room:
+        if self.records[i].render is None and pixels.nbytes <= self.room:
             self.kept[i], self.room = pixels, self.room - pixels.nbytes
         return pixels
 
@@ -65,8 +65,10 @@ def epoch_order(n, seed, epoch, classes=None):
     for i, names in enumerate(classes):
         for name in names:
             members.setdefault(name, []).append(i)
-    shuffled = [[group[j] for j in torch.randperm(len(group), generator=generator).tolist()]
-                for _, group in sorted(members.items())]
+    shuffled = [
+        [group[j] for j in torch.randperm(len(group), generator=generator).tolist()]
+        for _, group in sorted(members.items())
+    ]
     turns = [group[turn % len(group)] for turn in range(-(-n // len(shuffled))) for group in shuffled]
     return torch.tensor(turns)[torch.randperm(len(turns), generator=generator)][:n]
 

@@ -10,8 +10,10 @@ import re
 
 from minildm.errors import InputError
 
-PADCHEST = "chest x-ray, age {age} {sex}, view {view}, projection {projection}, modality {modality}, " \
-           "diagnosis {diagnosis}, loc {loc}"
+PADCHEST = (
+    "chest x-ray, age {age} {sex}, view {view}, projection {projection}, modality {modality}, "
+    "diagnosis {diagnosis}, loc {loc}"
+)
 
 # The levels of detail that can be asked for by name. "full" is the report's longest chest X-ray prompt, "montgomery"
 # and "findings" are what the SeLoRA paper (arXiv:2408.07196) trains its two data sets on.
@@ -45,7 +47,7 @@ def _render_piece(piece, fields):
     chunks = re.findall(r"[^{}]*\{\w+\}[^\s{}]*", piece)
     if not chunks:
         return piece
-    rest = piece[sum(map(len, chunks)):]  # the words after the last field stay with the piece
+    rest = piece[sum(map(len, chunks)) :]  # the words after the last field stay with the piece
     filled = []
     for chunk in chunks:
         before, name, behind = re.fullmatch(r"([^{}]*)\{(\w+)\}(.*)", chunk).groups()
@@ -54,7 +56,7 @@ def _render_piece(piece, fields):
             filled.append(before + (value[:1].upper() + value[1:] if name[0].isupper() else value) + behind)
     if not filled:
         return None
-    leading = piece[:len(piece) - len(piece.lstrip())]
+    leading = piece[: len(piece) - len(piece.lstrip())]
     return leading + ("".join(filled) + rest).strip()
 
 
@@ -66,12 +68,14 @@ def prompts_for(data_set, template=None):
     """
     template = data_set.prompt if template is None else template
     if template is None:
-        raise InputError(f"{data_set.name} has no captions; give --prompt-template, such as \"chest x-ray\"")
+        raise InputError(f'{data_set.name} has no captions; give --prompt-template, such as "chest x-ray"')
     check_template(template, data_set.records)
     prompts = [render(template, record.fields) for record in data_set.records]
     if empty := [record.name for record, prompt in zip(data_set.records, prompts) if not prompt.strip()]:
-        raise InputError(f"{len(empty):,} of {len(prompts):,} prompts are empty with the template {template!r}, such "
-                         f"as that of {empty[0]}; give a --prompt-template with fields that are known")
+        raise InputError(
+            f"{len(empty):,} of {len(prompts):,} prompts are empty with the template {template!r}, such "
+            f"as that of {empty[0]}; give a --prompt-template with fields that are known"
+        )
     return prompts
 
 

@@ -1,7 +1,7 @@
 """Image files -> 8-bit pictures of one size. PNG, TIFF, JPEG (whatever Pillow reads) and DICOM (extra ``dicom``).
 
 How the greys of a deep picture become 8 bits decides what the model sees, so it is done here, never by Pillow's
-``convert`` (which clamps 16-bit grey at 255), and is recorded in ``Picture.greys``:
+``convert`` (which clamps 16-bit grey at 255), and is recorded in ``DecodedImage.greys``:
 
 - "declared" (default): what the file says. DICOM: its VOI LUT or window. Otherwise the real range: the whole bit depth
   in use (255, 1023, 4095, 16383 or 65535, the first that holds the maximum), so that a ramp stays a ramp; minimum to
@@ -22,18 +22,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minildm.errors import InputError
 
-READING = 1              # raise it when a file would be read differently than before: it is part of every cache key
+READING = 1  # raise it when a file would be read differently than before: it is part of every cache key
 MOST_PIXELS = 100_000_000  # a 20-megapixel radiograph is large; a file that unpacks to more than this is refused
 DEPTHS = (8, 10, 12, 14, 16)  # bits a grey detector is built with
-LOW, HIGH = 0.5, 99.5    # percentiles
+LOW, HIGH = 0.5, 99.5  # percentiles
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """A decoded file. ``pixels`` is uint8, (H, W) for grey or (H, W, 3) for colour, upright, bones white."""
 
     pixels: np.ndarray
-    kind: str   # what the file held: "8-bit grey", "RGB", "DICOM 15-bit MONOCHROME1", ...
+    kind: str  # what the file held: "8-bit grey", "RGB", "DICOM 15-bit MONOCHROME1", ...
     greys: str  # how its greys became 8 bits
 
 
@@ -41,8 +41,8 @@ class Picture:
 class Transform:
     """From a file to the model's square: one description for reading, for the cache's key and for the run's record."""
 
-    size: int = 512          # pixels, a multiple of 8
-    fit: str = "crop"        # the shortest side to ``size``, then its centre | "pad": the longest side, then black
+    size: int = 512  # pixels, a multiple of 8
+    fit: str = "crop"  # the shortest side to ``size``, then its centre | "pad": the longest side, then black
     greys: str = "declared"  # or "percentiles"; see the module's docstring
 
     def __post_init__(self):
@@ -61,13 +61,13 @@ def read(record, transform, whole=False):
     """Read one record's picture.
 
     Args: whole: decode large JPEGs at their full size, for measuring, where a run takes a shortcut.
-    Returns: (pixels uint8 (size, size, 3), Picture as decoded, SHA-256 of the file's bytes: 32 bytes).
+    Returns: (pixels uint8 (size, size, 3), DecodedImage as decoded, SHA-256 of the file's bytes: 32 bytes).
     Raises: InputError naming the file when it cannot be read.
     """
-    if record.draw is not None:
-        pixels = record.draw(transform.size)
+    if record.render is not None:
+        pixels = record.render(transform.size)
         key = hashlib.sha256(pixels.tobytes()).digest()
-        picture = Picture(pixels, "drawn", "8 bits, as drawn")
+        picture = DecodedImage(pixels, "drawn", "8 bits, as drawn")
     else:
         data = file_bytes(record.path)
         key = hashlib.sha256(data).digest()
@@ -84,7 +84,7 @@ def file_bytes(path):
 
 
 def decode(data, name, greys="declared", at_least=None):
-    """A file's bytes -> Picture.
+    """A file's bytes -> DecodedImage.
 
     Args:
         name: used in messages, and its suffix tells DICOM files that lack the preamble.
@@ -123,7 +123,7 @@ def _decode_with_pillow(data, name, greys, at_least):
         bits = 16 if image.mode.startswith("I;16") else 32
         kind = "32-bit float grey" if image.mode == "F" else f"{bits}-bit grey"
         pixels, how = to_8_bit(values, name, greys)
-        return Picture(255 - pixels if white_is_zero else pixels, kind, how + ", inverted" * white_is_zero)
+        return DecodedImage(255 - pixels if white_is_zero else pixels, kind, how + ", inverted" * white_is_zero)
 
     kind = {"L": "8-bit grey", "1": "1-bit grey", "P": "palette", "LA": "grey + alpha"}.get(image.mode, image.mode)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
@@ -131,13 +131,16 @@ def _decode_with_pillow(data, name, greys, at_least):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     image = image.convert("L" if image.mode in ("L", "1") else "RGB")
     pixels = np.asarray(image)
-    if pixels.ndim == 3 and np.array_equal(pixels[..., 0], pixels[..., 1]) \
-            and np.array_equal(pixels[..., 0], pixels[..., 2]):
+    if (
+        pixels.ndim == 3
+        and np.array_equal(pixels[..., 0], pixels[..., 1])
+        and np.array_equal(pixels[..., 0], pixels[..., 2])
+    ):
         pixels = np.ascontiguousarray(pixels[..., 0])  # grey in three channels: resizing one of them is enough
     if greys == "percentiles" and pixels.ndim == 2:
         pixels, how = to_8_bit(pixels, name, greys)
-        return Picture(pixels, kind, how)
-    return Picture(pixels, kind, "8 bits, as stored")
+        return DecodedImage(pixels, kind, how)
+    return DecodedImage(pixels, kind, "8 bits, as stored")
 
 
 def _decode_dicom(data, name, greys):
@@ -160,7 +163,7 @@ def _decode_dicom(data, name, greys):
         if photometric not in ("MONOCHROME1", "MONOCHROME2"):
             if values.ndim != 3 or values.dtype != np.uint8:
                 raise InputError(f"{name}: {kind} is not read; export it as RGB PNG")
-            return Picture(values, kind, "8 bits, as stored")
+            return DecodedImage(values, kind, "8 bits, as stored")
         values = apply_modality_lut(values, header)  # stored values -> detector or Hounsfield units
         if greys == "declared" and "VOILUTSequence" in header:
             pixels, how = to_8_bit(apply_voi(values, header), name, "declared")
@@ -174,7 +177,7 @@ def _decode_dicom(data, name, greys):
             pixels, how = to_8_bit(values, name, "percentiles", ignored=padding)
     if photometric == "MONOCHROME1":  # its lowest value is white
         pixels, how = 255 - pixels, how + ", inverted"
-    return Picture(pixels, kind, how)
+    return DecodedImage(pixels, kind, how)
 
 
 def _windowed(values, header):

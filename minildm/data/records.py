@@ -17,35 +17,36 @@ import numpy as np
 
 from minildm.errors import InputError
 
-DRAWN = ("phantom", "procedural")  # made when asked for: no path
-DATA_SETS = (*DRAWN, "folder", "iu-xray", "montgomery", "padchest", "patch-gastric", "mimic-cxr")
+BUILT_IN = ("phantom", "procedural")  # made when asked for: no path
+DATA_SETS = (*BUILT_IN, "folder", "iu-xray", "montgomery", "padchest", "patch-gastric", "mimic-cxr")
 
 
 @dataclass(frozen=True)
 class Record:
     """One picture and what is known about it. A field that is not known is not in ``fields``."""
 
-    name: str                     # unique in its data set, the same on every machine: the path below the root
-    patient: str                  # splits keep a patient's pictures together
+    name: str  # unique in its data set, the same on every machine: the path below the root
+    patient: str  # splits keep a patient's pictures together
     fields: dict[str, str] = field(default_factory=dict, hash=False)  # of captions: age (years), sex, view, ...
-    path: Path | None = None      # the image file, or
-    draw: Callable[[int], np.ndarray] | None = None  # draws it: side in pixels -> uint8 (side, side) or (..., 3)
-    frontal: bool | None = True   # False: a lateral view; None: the data set has both and does not say
+    path: Path | None = None  # the image file, or
+    render: Callable[[int], np.ndarray] | None = None  # draws it: side in pixels -> uint8 (side, side) or (..., 3)
+    frontal: bool | None = True  # False: a lateral view; None: the data set has both and does not say
 
 
 @dataclass(frozen=True)
 class DataSet:
-    name: str                     # as given: "padchest:/data/PadChest"
-    records: tuple[Record, ...]   # in the order of their names
-    prompt: str                   # the template its captions are written by unless the user gives another
-    notes: tuple[str, ...] = ()   # what was left out, and why, one sentence each
+    name: str  # as given: "padchest:/data/PadChest"
+    records: tuple[Record, ...]  # in the order of their names
+    prompt: str  # the template its captions are written by unless the user gives another
+    notes: tuple[str, ...] = ()  # what was left out, and why, one sentence each
 
     def __len__(self):
         return len(self.records)
 
 
-def open_data_set(spec, views="frontal", drop_pediatric=False, min_age=None, limit=None, exclude=None, skip_bad=False,
-                  seed=0):
+def open_data_set(
+    spec, views="frontal", drop_pediatric=False, min_age=None, limit=None, exclude=None, skip_bad=False, seed=0
+):
     """Read a data set's tables; no picture is opened yet.
 
     Args:
@@ -63,8 +64,8 @@ def open_data_set(spec, views="frontal", drop_pediatric=False, min_age=None, lim
         raise InputError(f"unknown data set {name!r}; give --data name:path with name one of: {', '.join(DATA_SETS)}")
     if views not in ("frontal", "all"):
         raise InputError(f"views must be frontal or all, got {views!r}")
-    source = importlib.import_module("minildm.data." + name.replace("-", "_"))
-    if name in DRAWN:
+    source = importlib.import_module("minildm.data.sets." + name.replace("-", "_"))
+    if name in BUILT_IN:
         records, notes = source.records()
     elif not path:
         raise InputError(f"--data {name} needs a path: {name}:/where/it/is")
@@ -84,8 +85,10 @@ def open_data_set(spec, views="frontal", drop_pediatric=False, min_age=None, lim
 
     if views == "frontal":
         if unsure := sum(record.frontal is None for record in records):
-            raise InputError(f"{unsure:,} of {len(records):,} pictures do not say whether they are frontal; "
-                             f"{source.VIEW_HINT}, or give --views all")
+            raise InputError(
+                f"{unsure:,} of {len(records):,} pictures do not say whether they are frontal; "
+                f"{source.VIEW_HINT}, or give --views all"
+            )
         keep(lambda record: record.frontal, "lateral views (--views all keeps them)")
     if drop_pediatric:
         keep(lambda record: record.fields.get("pediatric") != "yes", "flagged as paediatric (--drop-pediatric)")
@@ -96,8 +99,10 @@ def open_data_set(spec, views="frontal", drop_pediatric=False, min_age=None, lim
         keep(lambda record: record.name not in names, f"named in {exclude}")
     absent = _absent(records)
     if absent and not skip_bad:
-        raise InputError(f"{len(absent):,} of {len(records):,} images listed in {spec} are absent, such as "
-                         f"{', '.join(sorted(absent)[:5])}; --skip-bad goes on with the others")
+        raise InputError(
+            f"{len(absent):,} of {len(records):,} images listed in {spec} are absent, such as "
+            f"{', '.join(sorted(absent)[:5])}; --skip-bad goes on with the others"
+        )
     keep(lambda record: record.name not in absent, "listed but absent, such as " + ", ".join(sorted(absent)[:5]))
     if not records:
         raise InputError(f"{spec} holds no usable picture; {'; '.join(notes) or 'expected ' + source.LOOKED_FOR}")
@@ -170,12 +175,12 @@ def known(**fields):
 
 
 def sex(text):
-    """"M", "male", "F", "Female" -> "male" or "female"; anything else ("O", blank) -> None: not known."""
+    """ "M", "male", "F", "Female" -> "male" or "female"; anything else ("O", blank) -> None: not known."""
     return {"m": "male", "f": "female"}.get((text or "").strip().lower()[:1])
 
 
 def years(text):
-    """"47", "047Y", "47.0" -> "47"; anything else -> None."""
+    """ "47", "047Y", "47.0" -> "47"; anything else -> None."""
     text = (text or "").strip().rstrip("Yy")
     try:
         return str(int(float(text)))

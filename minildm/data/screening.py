@@ -9,12 +9,12 @@ from collections import defaultdict
 import numpy as np
 from PIL import Image
 
-SIDE = 128           # pixels: pictures are measured at this size
+MEASURED_SIDE = 128  # pixels: pictures are measured at this size
 LEAST_CONTRAST = 60  # grey levels between the 5th and the 95th percentile
 MOST_SATURATED = 0.45  # share of pixels at one of the two ends
-WIDEST_BORDER = 0.25   # share of the area that uniform rows and columns at the edges take
-WIDEST_ASPECT = 1.6    # longer side by shorter side
-HASH_SIDE = 16         # a perceptual hash of 16 x 16 bits
+WIDEST_BORDER = 0.25  # share of the area that uniform rows and columns at the edges take
+WIDEST_ASPECT = 1.6  # longer side by shorter side
+HASH_SIDE = 16  # a perceptual hash of 16 x 16 bits
 BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint16)
 NEAR = 15  # bits in which two pictures of one exposure may differ, of 256
 SAME = 0.993  # and how far their greys at 32 x 32 must agree (correlation): brain slices of two people reach 0.989
@@ -23,7 +23,7 @@ SAME = 0.993  # and how far their greys at 32 x 32 must agree (correlation): bra
 def reasons(pixels):
     """Why a picture (uint8, (H, W) or (H, W, 3), whole, before any crop) should be looked at: a list of phrases."""
     height, width = pixels.shape[:2]
-    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
+    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((MEASURED_SIDE, MEASURED_SIDE), Image.Resampling.BOX))
     found = []
     low, high = np.percentile(grey, (5, 95))
     if high - low < LEAST_CONTRAST:
@@ -52,9 +52,12 @@ def border_share(grey, tolerance=6):
 
 def looks_inverted(grey):
     """In a chest radiograph the spine's column is lighter than the lungs beside it; in its negative it is darker."""
-    rows = slice(SIDE // 4, SIDE * 5 // 8)  # the height of the lungs
-    middle = grey[rows, SIDE * 7 // 16:SIDE * 9 // 16].mean()
-    lungs = (grey[rows, SIDE * 3 // 16:SIDE * 6 // 16].mean() + grey[rows, SIDE * 10 // 16:SIDE * 13 // 16].mean()) / 2
+    rows = slice(MEASURED_SIDE // 4, MEASURED_SIDE * 5 // 8)  # the height of the lungs
+    middle = grey[rows, MEASURED_SIDE * 7 // 16 : MEASURED_SIDE * 9 // 16].mean()
+    lungs = (
+        grey[rows, MEASURED_SIDE * 3 // 16 : MEASURED_SIDE * 6 // 16].mean()
+        + grey[rows, MEASURED_SIDE * 10 // 16 : MEASURED_SIDE * 13 // 16].mean()
+    ) / 2
     return bool(middle + 12 < lungs)
 
 
@@ -100,7 +103,7 @@ def near_hashes(hashes):
             same[word].append(i)
         for members in map(np.array, same.values()):
             for place, i in enumerate(members[:-1].tolist()):
-                others = members[place + 1:]
+                others = members[place + 1 :]
                 bits = BITS[hashes[others] ^ hashes[i]].sum(axis=1)
                 near.update((i, j) for j in others[bits <= NEAR].tolist())
     return sorted(near)

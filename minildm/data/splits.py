@@ -32,8 +32,10 @@ def split_by_patient(records, preset="80/16/4", seed=0):
         split_of[patient] = max(lacking, key=lacking.get)
         lacking[split_of[patient]] -= pictures[patient]
     if empty := [name for name in shares if name not in split_of.values()]:
-        raise InputError(f"the {empty[0]} split is empty: {len(records)} pictures of {len(pictures)} patients are too "
-                         f"few for {preset}; give more data or another --split ({', '.join(SPLITS)})")
+        raise InputError(
+            f"the {empty[0]} split is empty: {len(records)} pictures of {len(pictures)} patients are too "
+            f"few for {preset}; give more data or another --split ({', '.join(SPLITS)})"
+        )
     return {name: [i for i, record in enumerate(records) if split_of[record.patient] == name] for name in shares}
 
 
@@ -46,5 +48,11 @@ def classes_of(records, field):
     if not any(field in record.fields for record in records):
         there = sorted({name for record in records for name in record.fields})
         raise InputError(f"no record has a field {field!r} to balance by; known: {', '.join(there)}")
-    return [tuple(dict.fromkeys(part.strip() for part in record.fields.get(field, "").replace("|", ",").split(",")
-                                if part.strip())) for record in records]
+    return [
+        tuple(
+            dict.fromkeys(
+                part.strip() for part in record.fields.get(field, "").replace("|", ",").split(",") if part.strip()
+            )
+        )
+        for record in records
+    ]

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from minildm.errors import InputError
-from minildm.metrics.features import open_rgb
+from minildm.metrics.extractors import open_rgb
 
 
 @dataclass(frozen=True)
 class Agreement:
-    share: float   # of the pictures that show what their own prompt asks for
+    share: float  # of the pictures that show what their own prompt asks for
     chance: float  # that share with every other picture's prompt: what ignoring the prompt gives
-    n: int         # pictures whose prompt asks for something of this field
+    n: int  # pictures whose prompt asks for something of this field
 
 
 def prompt_adherence(pictures, wanted, measure, obeys):
@@ -32,7 +32,11 @@ def prompt_adherence(pictures, wanted, measure, obeys):
     result = {}
     for name in sorted({name for row in verdicts for verdict in row for name in verdict}):
         own = [row[i][name] for i, row in enumerate(verdicts) if name in row[i]]
-        others = [verdict[name] for i, row in enumerate(verdicts) for j, verdict in enumerate(row)
-                  if i != j and name in verdict]
+        others = [
+            verdict[name]
+            for i, row in enumerate(verdicts)
+            for j, verdict in enumerate(row)
+            if i != j and name in verdict
+        ]
         result[name] = Agreement(float(np.mean(own)), float(np.mean(others)) if others else float("nan"), len(own))
     return result

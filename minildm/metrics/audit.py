@@ -24,16 +24,16 @@ from torch.nn import functional as F
 
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
-from minildm.flags import Help
-from minildm.metrics.features import as_tensor, batches, list_pictures, open_rgb, picture_name
+from minildm.metrics.extractors import as_tensor, batches, image_name, list_images, open_rgb
 from minildm.metrics.fid_score import add_feature_arguments, extractor_from, write_json
 from minildm.metrics.inception import DEFAULT_WEIGHTS
+from minildm.settings import Help
 
-SIDE, SHIFT = 64, 5       # pixels of the compared pictures; largest shift each way
-DETAIL = 9                # pixels: broader structures are filtered out
-CANDIDATES = 10           # pictures that look nearest at half the size are compared at the full one
-NEIGHBOURS = 5            # held-out pictures whose distance a training picture's is compared with
-FALSE_ALARM = 0.01        # probability of any false near-copy in a whole audit
+COMPARED_SIDE, SHIFT = 64, 5  # pixels of the compared pictures; largest shift each way
+DETAIL = 9  # pixels: broader structures are filtered out
+CANDIDATES = 10  # pictures that look nearest at half the size are compared at the full one
+NEIGHBOURS = 5  # held-out pictures whose distance a training picture's is compared with
+FALSE_ALARM = 0.01  # probability of any false near-copy in a whole audit
 FEWEST_HELD_OUT = 10
 
 
@@ -42,30 +42,36 @@ class View:
     """What one distance says. Arrays are a generated picture each, (n,)."""
 
     name: str
-    nearest_train: np.ndarray     # index
+    nearest_train: np.ndarray  # index
     nearest_holdout: np.ndarray
-    to_train: np.ndarray          # distance
+    to_train: np.ndarray  # distance
     to_holdout: np.ndarray
-    score: np.ndarray             # how unusually near to training data: see near_copies
-    threshold: float              # near-copies score below
-    near_copy: np.ndarray         # bool
-    share: float                  # of generated pictures whose nearest picture is a training picture
-    expected: float               # that share if the model were independent of which pictures it was trained on
-    p: float                      # of a share at least as large, by relabelling pictures (one-sided)
-    leaked: np.ndarray            # indices of held-out pictures that are themselves near-copies of training pictures
+    score: np.ndarray  # how unusually near to training data: see near_copies
+    threshold: float  # near-copies score below
+    near_copy: np.ndarray  # bool
+    share: float  # of generated pictures whose nearest picture is a training picture
+    expected: float  # that share if the model were independent of which pictures it was trained on
+    p: float  # of a share at least as large, by relabelling pictures (one-sided)
+    leaked: np.ndarray  # indices of held-out pictures that are themselves near-copies of training pictures
 
 
 def audit(generated, train, holdout, extractor, batch_size=16, seed=0, progress=False):
-    """Audit lists of pictures (of ``list_pictures``): a View of their pixels and one of the extractor's features."""
+    """Audit lists of pictures (of ``list_images``): a View of their pixels and one of the extractor's features."""
     if len(holdout) < FEWEST_HELD_OUT:
-        raise InputError(f"{len(holdout)} held-out pictures are too few to know what independence looks like; give at "
-                         f"least {FEWEST_HELD_OUT}")
-    described = [_describe(pictures, extractor, batch_size, name if progress else None)
-                 for name, pictures in (("generated", generated), ("training", train), ("held out", holdout))]
+        raise InputError(
+            f"{len(holdout)} held-out pictures are too few to know what independence looks like; give at "
+            f"least {FEWEST_HELD_OUT}"
+        )
+    described = [
+        _describe(pictures, extractor, batch_size, name if progress else None)
+        for name, pictures in (("generated", generated), ("training", train), ("held out", holdout))
+    ]
     (pixels_g, features_g), (pixels_t, features_t), (pixels_h, features_h) = described
     tests = 2 * len(generated)  # Bonferroni: two views of every picture
-    return [_view("pixels", pixel_distances, pixels_g, pixels_t, pixels_h, tests, seed),
-            _view(extractor.label, feature_distances, features_g, features_t, features_h, tests, seed)]
+    return [
+        _view("pixels", pixel_distances, pixels_g, pixels_t, pixels_h, tests, seed),
+        _view(extractor.label, feature_distances, features_g, features_t, features_h, tests, seed),
+    ]
 
 
 def _describe(pictures, extractor, batch_size, progress):
@@ -77,8 +83,12 @@ def _describe(pictures, extractor, batch_size, progress):
         pixels[picture] = detail(as_tensor(image))
         return extractor.prepare(image)
 
-    features = torch.cat([torch.from_numpy(batch[max(extractor.dims)])
-                          for _, batch in batches(pictures, extractor, batch_size, progress, prepare)])
+    features = torch.cat(
+        [
+            torch.from_numpy(batch[max(extractor.dims)])
+            for _, batch in batches(pictures, extractor, batch_size, progress, prepare)
+        ]
+    )
     return torch.stack([pixels[picture] for picture in pictures]), features
 
 
@@ -91,9 +101,9 @@ def _central_square(image):
 def detail(image):
     """uint8 (3, H, W) -> float32 (4, 64, 64): grey without its low frequencies, at four half-pixel shifts."""
     grey = image.float().mean(0)[None, None]
-    grey = F.interpolate(grey, (2 * SIDE, 2 * SIDE), mode="bilinear", antialias=True)
+    grey = F.interpolate(grey, (2 * COMPARED_SIDE, 2 * COMPARED_SIDE), mode="bilinear", antialias=True)
     shifted = torch.cat([grey.roll((dy, dx), dims=(2, 3)) for dy in (0, 1) for dx in (0, 1)])  # (4, 1, 128, 128)
-    small = F.avg_pool2d(shifted, 2)                                                           # (4, 1, 64, 64)
+    small = F.avg_pool2d(shifted, 2)  # (4, 1, 64, 64)
     return (small - _box(_box(small)))[:, 0]  # twice a box: nearly a Gaussian
 
 
@@ -123,7 +133,7 @@ def _coarse_similarity(a, b, block=64):
     best = []
     for some in b.split(block):
         windows = torch.stack([some, some.flip(-1)], dim=1).unfold(2, inner, 1).unfold(3, inner, 1)
-        windows = _standardised(windows.flatten(4).flatten(1, 3))       # (block, 2 * shifts, inner^2)
+        windows = _standardised(windows.flatten(4).flatten(1, 3))  # (block, 2 * shifts, inner^2)
         best.append((query @ windows.flatten(0, 1).T).unflatten(1, windows.shape[:2]).amax(2))
     return torch.cat(best, dim=1)
 
@@ -131,16 +141,16 @@ def _coarse_similarity(a, b, block=64):
 def _fine_similarity(a, b, candidates, block=16):
     """The same at the full size and by half pixels, for chosen pairs only: a (n, 4, 64, 64), b (m, 64, 64),
     candidates (n, K) -> (n, K). Correlations by Fourier transform: the middle of a, zero around it, cannot wrap."""
-    inner, shifts = SIDE - 2 * SHIFT, 2 * SHIFT + 1
+    inner, shifts = COMPARED_SIDE - 2 * SHIFT, 2 * SHIFT + 1
     query = _standardised(a[:, :, SHIFT:-SHIFT, SHIFT:-SHIFT].flatten(2)).unflatten(2, (inner, inner))
-    query = torch.fft.rfft2(query, s=(SIDE, SIDE)).conj()               # (n, 4, 64, 33)
-    both = torch.stack([b, b.flip(-1)], dim=1)                          # (m, 2, 64, 64)
+    query = torch.fft.rfft2(query, s=(COMPARED_SIDE, COMPARED_SIDE)).conj()  # (n, 4, 64, 33)
+    both = torch.stack([b, b.flip(-1)], dim=1)  # (m, 2, 64, 64)
     mean, square = (F.avg_pool2d(x, inner, stride=1) for x in (both, both.square()))
-    norm = inner * (square - mean.square()).clamp(min=1e-6).sqrt()      # of each centred window, (m, 2, 11, 11)
+    norm = inner * (square - mean.square()).clamp(min=1e-6).sqrt()  # of each centred window, (m, 2, 11, 11)
     both = torch.fft.rfft2(both)
     best = []
     for q, chosen in zip(query.split(block), candidates.split(block)):
-        products = q[:, None, :, None] * both[chosen][:, :, None]       # (block, K, 4, 2, 64, 33)
+        products = q[:, None, :, None] * both[chosen][:, :, None]  # (block, K, 4, 2, 64, 33)
         similarity = torch.fft.irfft2(products)[..., :shifts, :shifts] / norm[chosen][:, :, None]
         best.append(similarity.flatten(2).amax(2))
     return torch.cat(best)
@@ -156,14 +166,27 @@ def _view(name, distances, generated, train, holdout, tests, seed):
     leaked, _, _ = near_copies(from_holdout, between, from_holdout, between, tests)
     kept = ~leaked  # a held-out twin of a training picture would hide that picture's copies
     if kept.sum() < FEWEST_HELD_OUT:
-        raise InputError(f"{int(leaked.sum())} of {len(holdout)} held-out pictures are near-copies of training "
-                         "pictures; give pictures of other patients")
+        raise InputError(
+            f"{int(leaked.sum())} of {len(holdout)} held-out pictures are near-copies of training "
+            "pictures; give pictures of other patients"
+        )
     to_train, to_holdout = distances(generated, train), distances(generated, holdout[kept])
     near, score, threshold = near_copies(to_train, to_holdout, from_holdout[kept], between[kept][:, kept], tests)
     share, expected, p = share_test(to_train, to_holdout, seed)
-    return View(name, to_train.argmin(1).numpy(), kept.nonzero()[:, 0][to_holdout.argmin(1)].numpy(),
-                to_train.amin(1).numpy(), to_holdout.amin(1).numpy(), score.numpy(), threshold, near.numpy(),
-                share, expected, p, leaked.nonzero()[:, 0].numpy())
+    return View(
+        name,
+        to_train.argmin(1).numpy(),
+        kept.nonzero()[:, 0][to_holdout.argmin(1)].numpy(),
+        to_train.amin(1).numpy(),
+        to_holdout.amin(1).numpy(),
+        score.numpy(),
+        threshold,
+        near.numpy(),
+        share,
+        expected,
+        p,
+        leaked.nonzero()[:, 0].numpy(),
+    )
 
 
 def near_copies(to_train, to_holdout, null_to_train, null_to_holdout, tests):
@@ -218,29 +241,36 @@ def feature_distances(a, b, itself=False):
 def side_by_side(path, views, generated, train, holdout, rows=8):
     """A picture of the most suspicious pictures beside their nearest training and held-out ones."""
     from matplotlib.figure import Figure
+
     suspicion = [np.where(view.near_copy, view.score - 1e6, view.score) for view in views]  # near-copies first
     order = np.argsort(np.min(suspicion, axis=0))[:rows]
     figure = Figure(figsize=(7.5, 2.7 * len(order)), layout="constrained")
     axes = figure.subplots(len(order), 3, squeeze=False)
     for row, index in zip(axes, order):
         view = min(views, key=lambda view: (not view.near_copy[index], view.score[index]))
-        cells = (("generated", generated[index], None),
-                 ("nearest training", train[view.nearest_train[index]], view.to_train[index]),
-                 ("nearest held out", holdout[view.nearest_holdout[index]], view.to_holdout[index]))
+        cells = (
+            ("generated", generated[index], None),
+            ("nearest training", train[view.nearest_train[index]], view.to_train[index]),
+            ("nearest held out", holdout[view.nearest_holdout[index]], view.to_holdout[index]),
+        )
         for axis, (title, picture, distance) in zip(row, cells):
             axis.imshow(_central_square(open_rgb(picture)).resize((256, 256)))
             axis.set_axis_off()
             verdict = "NEAR-COPY" if view.near_copy[index] else "not flagged"
             remark = verdict if distance is None else f"{view.name}: {distance:.3g}"
-            axis.set_title(f"{title}\n{picture_name(picture)}\n{remark}", fontsize=7,
-                           color="firebrick" if view.near_copy[index] else "black")
+            axis.set_title(
+                f"{title}\n{image_name(picture)}\n{remark}",
+                fontsize=7,
+                color="firebrick" if view.near_copy[index] else "black",
+            )
     with written_beside(path) as beside:
         figure.savefig(beside, dpi=110)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m minildm audit", description=__doc__.splitlines()[0],
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(
+        prog="python -m minildm audit", description=__doc__.splitlines()[0], formatter_class=Help
+    )
     parser.add_argument("generated", help="folder of generated pictures")
     parser.add_argument("--train", required=True, help="folder or name:path data set the model was trained on")
     parser.add_argument("--holdout", required=True, help="the same, other patients, never trained on")
@@ -249,34 +279,67 @@ def main(argv):
     arguments = parser.parse_args(argv)
     if arguments.train == arguments.holdout:
         raise InputError(f"--train and --holdout are both {arguments.train}; give pictures the model has not seen")
-    lists = [list_pictures(source) for source in (arguments.generated, arguments.train, arguments.holdout)]
+    lists = [list_images(source) for source in (arguments.generated, arguments.train, arguments.holdout)]
     out = writable_folder(Path(arguments.generated) / "audit" if arguments.out is None else arguments.out)
     extractor = extractor_from(arguments, dims=(2048,))
     views = audit(*lists, extractor, arguments.batch_size, arguments.seed, progress=True)
 
-    generated, train, holdout = ([picture_name(picture) for picture in pictures] for pictures in lists)
+    generated, train, holdout = ([image_name(picture) for picture in pictures] for pictures in lists)
     print(f"{len(generated)} generated, {len(train)} training, {len(holdout)} held-out pictures")
     print(f"{'':>12}  {'nearer to training':>18}  {'by chance':>9}  {'p':>7}  {'near-copies':>11}")
     for view in views:
-        print(f"{view.name:>12}  {view.share:>18.1%}  {view.expected:>9.1%}  {view.p:>7.4f}  "
-              f"{view.near_copy.sum():>11}")
+        print(
+            f"{view.name:>12}  {view.share:>18.1%}  {view.expected:>9.1%}  {view.p:>7.4f}  {view.near_copy.sum():>11}"
+        )
         if len(view.leaked):
-            print(f"warning: {len(view.leaked)} held-out pictures are near-copies of training pictures ({view.name}) "
-                  f"and were left out, first {holdout[view.leaked[0]]}: split by patient")
-    found = [{"generated": generated[i], "view": view.name, "train": train[view.nearest_train[i]],
-              "holdout": holdout[view.nearest_holdout[i]], "to_train": float(view.to_train[i]),
-              "to_holdout": float(view.to_holdout[i]), "score": float(view.score[i]),
-              "near_copy": bool(view.near_copy[i])}
-             for view in views for i in range(len(generated))]
+            print(
+                f"warning: {len(view.leaked)} held-out pictures are near-copies of training pictures ({view.name}) "
+                f"and were left out, first {holdout[view.leaked[0]]}: split by patient"
+            )
+    found = [
+        {
+            "generated": generated[i],
+            "view": view.name,
+            "train": train[view.nearest_train[i]],
+            "holdout": holdout[view.nearest_holdout[i]],
+            "to_train": float(view.to_train[i]),
+            "to_holdout": float(view.to_holdout[i]),
+            "score": float(view.score[i]),
+            "near_copy": bool(view.near_copy[i]),
+        }
+        for view in views
+        for i in range(len(generated))
+    ]
     for entry in found:
         if entry["near_copy"]:
-            print(f"near-copy: {entry['generated']} of {entry['train']} ({entry['view']}: {entry['to_train']:.3g} "
-                  f"against {entry['to_holdout']:.3g} to the nearest held-out picture)")
-    summary = [{"view": v.name, "share": v.share, "expected": v.expected, "p": v.p, "threshold": v.threshold,
-                "near_copies": int(v.near_copy.sum()), "leaked": [holdout[i] for i in v.leaked]} for v in views]
-    write_json(out / "audit.json", {
-        "views": summary, "pictures": found, "train": arguments.train, "holdout": arguments.holdout,
-        "features": extractor.facts, "seed": arguments.seed, "false_alarm": FALSE_ALARM})
+            print(
+                f"near-copy: {entry['generated']} of {entry['train']} ({entry['view']}: {entry['to_train']:.3g} "
+                f"against {entry['to_holdout']:.3g} to the nearest held-out picture)"
+            )
+    summary = [
+        {
+            "view": v.name,
+            "share": v.share,
+            "expected": v.expected,
+            "p": v.p,
+            "threshold": v.threshold,
+            "near_copies": int(v.near_copy.sum()),
+            "leaked": [holdout[i] for i in v.leaked],
+        }
+        for v in views
+    ]
+    write_json(
+        out / "audit.json",
+        {
+            "views": summary,
+            "pictures": found,
+            "train": arguments.train,
+            "holdout": arguments.holdout,
+            "features": extractor.facts,
+            "seed": arguments.seed,
+            "false_alarm": FALSE_ALARM,
+        },
+    )
     side_by_side(out / "audit.png", views, *lists)
     print(f"wrote {out / 'audit.json'} and {out / 'audit.png'}: look at the pictures side by side")
     return 0

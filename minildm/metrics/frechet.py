@@ -154,8 +154,9 @@ class SavedStatistics:
         except (KeyError, ValueError, OSError, AttributeError) as error:
             if isinstance(error, FileNotFoundError | InputError):
                 raise
-            raise InputError(f"{path} is no file of statistics: expected an .npz with mu (d,) and sigma (d, d)") \
-                from None
+            raise InputError(
+                f"{path} is no file of statistics: expected an .npz with mu (d,) and sigma (d, d)"
+            ) from None
         self.dim = len(self.mean)
         if self.covariance.shape != (self.dim, self.dim):
             raise InputError(f"{path}: mu has {self.dim} numbers, sigma is {self.covariance.shape}; they must agree")
@@ -170,8 +171,10 @@ def _array(x, what):
     array = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
-        raise InputError(f"{what} of shape {array.shape} holds {(~np.isfinite(array)).sum()} NaN or infinite numbers; "
-                         "look at the pictures and weights they come from")
+        raise InputError(
+            f"{what} of shape {array.shape} holds {(~np.isfinite(array)).sum()} NaN or infinite numbers; "
+            "look at the pictures and weights they come from"
+        )
     return array
 
 

@@ -62,12 +62,15 @@ class MixedA(nn.Module):
         self.branch_pool = Conv(in_channels, pool_channels, 1)
 
     def forward(self, x):
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(average_pool(x)),
-        ], dim=1)  # (B, 64 + 64 + 96 + pool_channels, 35, 35)
+        return torch.cat(
+            [
+                self.branch1x1(x),
+                self.branch5x5_2(self.branch5x5_1(x)),
+                self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+                self.branch_pool(average_pool(x)),
+            ],
+            dim=1,
+        )  # (B, 64 + 64 + 96 + pool_channels, 35, 35)
 
 
 class MixedB(nn.Module):
@@ -81,11 +84,14 @@ class MixedB(nn.Module):
         self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
 
     def forward(self, x):
-        return torch.cat([
-            self.branch3x3(x),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            F.max_pool2d(x, 3, stride=2),
-        ], dim=1)  # (B, 384 + 96 + in_channels, 17, 17)
+        return torch.cat(
+            [
+                self.branch3x3(x),
+                self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+                F.max_pool2d(x, 3, stride=2),
+            ],
+            dim=1,
+        )  # (B, 384 + 96 + in_channels, 17, 17)
 
 
 class MixedC(nn.Module):
@@ -106,12 +112,15 @@ class MixedC(nn.Module):
 
     def forward(self, x):
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-            self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
-            self.branch_pool(average_pool(x)),
-        ], dim=1)  # (B, 4 * 192, 17, 17)
+        return torch.cat(
+            [
+                self.branch1x1(x),
+                self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
+                self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
+                self.branch_pool(average_pool(x)),
+            ],
+            dim=1,
+        )  # (B, 4 * 192, 17, 17)
 
 
 class MixedD(nn.Module):
@@ -127,11 +136,14 @@ class MixedD(nn.Module):
         self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
 
     def forward(self, x):
-        return torch.cat([
-            self.branch3x3_2(self.branch3x3_1(x)),
-            self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))),
-            F.max_pool2d(x, 3, stride=2),
-        ], dim=1)  # (B, 320 + 192 + in_channels, 8, 8)
+        return torch.cat(
+            [
+                self.branch3x3_2(self.branch3x3_1(x)),
+                self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))),
+                F.max_pool2d(x, 3, stride=2),
+            ],
+            dim=1,
+        )  # (B, 320 + 192 + in_channels, 8, 8)
 
 
 class MixedE(nn.Module):
@@ -153,12 +165,17 @@ class MixedE(nn.Module):
     def forward(self, x):
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch3x3_2a(single), self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
-            self.branch_pool(self.pool(x)),
-        ], dim=1)  # (B, 320 + 4 * 384 + 192, 8, 8)
+        return torch.cat(
+            [
+                self.branch1x1(x),
+                self.branch3x3_2a(single),
+                self.branch3x3_2b(single),
+                self.branch3x3dbl_3a(double),
+                self.branch3x3dbl_3b(double),
+                self.branch_pool(self.pool(x)),
+            ],
+            dim=1,
+        )  # (B, 320 + 4 * 384 + 192, 8, 8)
 
 
 class InceptionV3(nn.Module):
@@ -194,7 +211,8 @@ class InceptionV3(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(
                 f"no FID weights at {path}: put {WEIGHTS_NAME} ({WEIGHTS_BYTES:,} bytes, sha256 {WEIGHTS_SHA256}) "
-                f"there, from {WEIGHTS_URL}, or compare with --features random (FD-random, not FID)")
+                f"there, from {WEIGHTS_URL}, or compare with --features random (FD-random, not FID)"
+            )
         state = _read_state(path)
         with torch.device("meta"):  # no time spent on initial values
             network = cls()
@@ -202,8 +220,10 @@ class InceptionV3(nn.Module):
         wrong = [key for key in wanted if key not in state] + [key for key in state if key not in wanted]
         wrong += [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
         if wrong:
-            raise InputError(f"{path} is not the FID Inception network: {len(wrong)} names or shapes differ, first "
-                             f"{wrong[0]!r}; expected {WEIGHTS_NAME}, sha256 {WEIGHTS_SHA256}")
+            raise InputError(
+                f"{path} is not the FID Inception network: {len(wrong)} names or shapes differ, first "
+                f"{wrong[0]!r}; expected {WEIGHTS_NAME}, sha256 {WEIGHTS_SHA256}"
+            )
         network.load_state_dict(state, assign=True)
         return network.float().frozen()
 
@@ -223,8 +243,10 @@ class InceptionV3(nn.Module):
                 fan_in = parameter[0].numel()
                 parameter.data.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
         network.fc.bias.data.zero_()
-        noise = sum(F.interpolate(torch.randn(4, 3, side, side, generator=generator), (SIZE, SIZE), mode="bilinear")
-                    / side ** 0.5 for side in (4, 8, 16, 32, 64, 128, 256))  # amplitude falls with frequency: natural
+        noise = sum(
+            F.interpolate(torch.randn(4, 3, side, side, generator=generator), (SIZE, SIZE), mode="bilinear") / side**0.5
+            for side in (4, 8, 16, 32, 64, 128, 256)
+        )  # amplitude falls with frequency: natural
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_parameters()
@@ -259,30 +281,30 @@ class InceptionV3(nn.Module):
     def forward(self, x, deepest=2048):
         """x (B, 3, 299, 299) in [-1, 1] -> {dim: feature map (B, dim, h, w)}."""
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.Conv2d_1a_3x3(x)             # (B, 32, 149, 149)
-        x = self.Conv2d_2a_3x3(x)             # (B, 32, 147, 147)
-        x = self.Conv2d_2b_3x3(x)             # (B, 64, 147, 147)
-        maps = {64: (x := F.max_pool2d(x, 3, stride=2))}    # (B, 64, 73, 73)
+        x = self.Conv2d_1a_3x3(x)  # (B, 32, 149, 149)
+        x = self.Conv2d_2a_3x3(x)  # (B, 32, 147, 147)
+        x = self.Conv2d_2b_3x3(x)  # (B, 64, 147, 147)
+        maps = {64: (x := F.max_pool2d(x, 3, stride=2))}  # (B, 64, 73, 73)
         if deepest == 64:
             return maps
-        x = self.Conv2d_3b_1x1(x)             # (B, 80, 73, 73)
-        x = self.Conv2d_4a_3x3(x)             # (B, 192, 71, 71)
-        maps[192] = x = F.max_pool2d(x, 3, stride=2)        # (B, 192, 35, 35)
+        x = self.Conv2d_3b_1x1(x)  # (B, 80, 73, 73)
+        x = self.Conv2d_4a_3x3(x)  # (B, 192, 71, 71)
+        maps[192] = x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
         if deepest == 192:
             return maps
-        x = self.Mixed_5b(x)                  # (B, 256, 35, 35)
-        x = self.Mixed_5c(x)                  # (B, 288, 35, 35)
-        x = self.Mixed_5d(x)                  # (B, 288, 35, 35)
-        x = self.Mixed_6a(x)                  # (B, 768, 17, 17)
-        x = self.Mixed_6b(x)                  # (B, 768, 17, 17)
-        x = self.Mixed_6c(x)                  # (B, 768, 17, 17)
-        x = self.Mixed_6d(x)                  # (B, 768, 17, 17)
-        maps[768] = x = self.Mixed_6e(x)      # (B, 768, 17, 17)
+        x = self.Mixed_5b(x)  # (B, 256, 35, 35)
+        x = self.Mixed_5c(x)  # (B, 288, 35, 35)
+        x = self.Mixed_5d(x)  # (B, 288, 35, 35)
+        x = self.Mixed_6a(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6b(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6c(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6d(x)  # (B, 768, 17, 17)
+        maps[768] = x = self.Mixed_6e(x)  # (B, 768, 17, 17)
         if deepest == 768:
             return maps
-        x = self.Mixed_7a(x)                  # (B, 1280, 8, 8)
-        x = self.Mixed_7b(x)                  # (B, 2048, 8, 8)
-        maps[2048] = self.Mixed_7c(x)         # (B, 2048, 8, 8)
+        x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
+        x = self.Mixed_7b(x)  # (B, 2048, 8, 8)
+        maps[2048] = self.Mixed_7c(x)  # (B, 2048, 8, 8)
         return maps
 
     def logits(self, features):
@@ -303,8 +325,9 @@ def prepare(images):
     elif not images.is_floating_point():
         raise InputError(f"images must be uint8 or float in [0, 1], got {images.dtype}")
     elif images.numel() and not (images.min() > -1e-4 and images.max() < 1 + 1e-4):  # resizing rounds; NaN fails
-        raise InputError(f"float images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]; "
-                         "map [-1, 1] by x / 2 + 0.5")
+        raise InputError(
+            f"float images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]; map [-1, 1] by x / 2 + 0.5"
+        )
     images = images.float().expand(-1, 3, -1, -1)
     return F.interpolate(images, (SIZE, SIZE), mode="bilinear", align_corners=False, antialias=False)
 
@@ -313,6 +336,7 @@ def _read_state(path):
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
+
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -321,8 +345,10 @@ def _read_state(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and magic-number errors of many types: all mean a wrong or broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be read as weights ({reason[:80]}); expected {WEIGHTS_BYTES:,} bytes, "
-                         f"sha256 {WEIGHTS_SHA256}; download it again") from None
+        raise InputError(
+            f"{path} cannot be read as weights ({reason[:80]}); expected {WEIGHTS_BYTES:,} bytes, "
+            f"sha256 {WEIGHTS_SHA256}; download it again"
+        ) from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not a table of tensors; expected {WEIGHTS_NAME}")
     return state

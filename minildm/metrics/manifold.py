@@ -17,9 +17,9 @@ def precision_recall_density_coverage(real, fake, k=5):
     if min(len(real), len(fake)) <= k:
         raise InputError(f"{len(real)} real, {len(fake)} fake pictures: k = {k} neighbours need more than {k} of each")
     real_radius, fake_radius = _neighbour_distance(real, k), _neighbour_distance(fake, k)
-    distance = _distances(real, fake)                        # (n, m)
-    inside_real = distance < real_radius[:, None]            # fake j within the ball of real i
-    inside_fake = distance < fake_radius[None, :]            # real i within the ball of fake j
+    distance = _distances(real, fake)  # (n, m)
+    inside_real = distance < real_radius[:, None]  # fake j within the ball of real i
+    inside_fake = distance < fake_radius[None, :]  # real i within the ball of fake j
     return {
         "precision": inside_real.any(0).double().mean().item(),
         "recall": inside_fake.any(1).double().mean().item(),

@@ -19,7 +19,7 @@ from minildm.errors import InputError
 @dataclass(frozen=True)
 class Discrepancy:
     value: float
-    low: float   # 95 % interval, jackknife
+    low: float  # 95 % interval, jackknife
     high: float
 
 
@@ -66,6 +66,6 @@ def _row_sums(kernel, x, y, diagonal, block=512):
     """Sum over y of k(x_i, y_j) for every i, without ever holding the whole matrix; without j = i if not diagonal."""
     sums = np.empty(len(x))
     for start in range(0, len(x), block):
-        k = kernel(x[start:start + block], y)
-        sums[start:start + block] = k.sum(1) if diagonal else k.sum(1) - np.diagonal(k, start)
+        k = kernel(x[start : start + block], y)
+        sums[start : start + block] = k.sum(1) if diagonal else k.sum(1) - np.diagonal(k, start)
     return sums

@@ -12,25 +12,27 @@ import torch
 
 @dataclass(frozen=True)
 class SmallSample:
-    low: float            # 95 % interval of the distance at this n (bootstrap, spread only)
+    low: float  # 95 % interval of the distance at this n (bootstrap, spread only)
     high: float
-    half: int             # pictures a side in the next two
-    floor: float          # real against other real pictures
+    half: int  # pictures a side in the next two
+    floor: float  # real against other real pictures
     distance_at_half: float  # fake against real, at the same size
-    infinity: float       # extrapolated to n -> infinity
+    infinity: float  # extrapolated to n -> infinity
     infinity_error: float  # standard error of that fit; too small, as the subsets overlap
 
 
 def small_sample(real, fake, replicates=100, seed=0, progress=None):
     """All of the above for features real (n, d) and fake (m, d). Seeded; needs at least 8 pictures a side."""
     from tqdm import tqdm
+
     rng = np.random.default_rng(seed)
     resampler = Resampler(real, fake)
     bar = tqdm(total=replicates + 3 * 10, desc=progress, unit="resample", disable=progress is None, delay=1)
     with bar:
         n, m = resampler.n, resampler.m
-        spread = np.array([_counted(bar, resampler.fake_to_real(_bootstrap(rng, n), _bootstrap(rng, m)))
-                           for _ in range(replicates)])
+        spread = np.array(
+            [_counted(bar, resampler.fake_to_real(_bootstrap(rng, n), _bootstrap(rng, m))) for _ in range(replicates)]
+        )
         # Resampling repeats pictures, which by itself raises a Frechet distance: only the spread about its mean counts.
         value = resampler.fake_to_real(np.ones(n), np.ones(m))
         low, high = (value + np.quantile(spread - spread.mean(), (0.025, 0.975))).clip(0)
@@ -41,8 +43,9 @@ def small_sample(real, fake, replicates=100, seed=0, progress=None):
             floors.append(_counted(bar, resampler.real_to_real(one, other)))
             distances.append(_counted(bar, resampler.fake_to_real(one, _subset(rng, m, half))))
         infinity, error = _extrapolate(resampler, rng, bar)
-    return SmallSample(float(low), float(high), half, float(np.mean(floors)), float(np.mean(distances)), infinity,
-                       error)
+    return SmallSample(
+        float(low), float(high), half, float(np.mean(floors)), float(np.mean(distances)), infinity, error
+    )
 
 
 def _extrapolate(resampler, rng, bar, points=10):
@@ -50,8 +53,9 @@ def _extrapolate(resampler, rng, bar, points=10):
     random subsets of n pictures of *both* sets, the smallest a third of what there is."""
     largest = min(resampler.n, resampler.m)
     sizes = np.linspace(largest / 3, largest, points).astype(int)
-    values = [_counted(bar, resampler.fake_to_real(_subset(rng, resampler.n, k), _subset(rng, resampler.m, k)))
-              for k in sizes]
+    values = [
+        _counted(bar, resampler.fake_to_real(_subset(rng, resampler.n, k), _subset(rng, resampler.m, k))) for k in sizes
+    ]
     design = np.stack([np.ones(points), 1 / sizes], axis=1)
     coefficients, residuals, *_ = np.linalg.lstsq(design, values, rcond=None)
     covariance = np.linalg.inv(design.T @ design) * (residuals.sum() / (points - 2))
@@ -87,15 +91,17 @@ def _weighted_distance(a, b, gram, u, v):
     i, j = np.flatnonzero(u), np.flatnonzero(v)
     a, b, gram, u, v = a[i], b[j], gram[i][:, j], torch.from_numpy(u[i]), torch.from_numpy(v[j])
     n, m = u.sum(), v.sum()
-    p, q = u @ a / n, v @ b / m                                       # (d,)
+    p, q = u @ a / n, v @ b / m  # (d,)
     trace_a = (u @ a.square().sum(1) - n * p @ p) / (n - 1)
     trace_b = (v @ b.square().sum(1) - m * q @ q) / (m - 1)
     if len(u) <= a.shape[1]:
         centred = gram - (a @ q)[:, None] - (b @ p)[None, :] + p @ q  # (n, m)
         product = (u / (n - 1)).sqrt()[:, None] * centred * (v / (m - 1)).sqrt()
     else:  # more pictures than dims: the same singular values from (d, d) factors
-        factor_a, factor_b = (torch.linalg.qr((w / (w.sum() - 1)).sqrt()[:, None] * (x - mean), mode="r").R
-                              for x, w, mean in ((a, u, p), (b, v, q)))
+        factor_a, factor_b = (
+            torch.linalg.qr((w / (w.sum() - 1)).sqrt()[:, None] * (x - mean), mode="r").R
+            for x, w, mean in ((a, u, p), (b, v, q))
+        )
         product = factor_a @ factor_b.T
     return ((p - q).square().sum() + trace_a + trace_b - 2 * torch.linalg.svdvals(product).sum()).item()
 
@@ -113,7 +119,7 @@ def _subset(rng, n, size):
 def _two_subsets(rng, n, size):
     order = rng.permutation(n)
     one, other = np.zeros(n), np.zeros(n)
-    one[order[:size]], other[order[size:2 * size]] = 1, 1
+    one[order[:size]], other[order[size : 2 * size]] = 1, 1
     return one, other
 
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from minildm.adapters.fisher import fisher_probe
 from minildm.adapters.selora import BLOCK, SeLoRALinear, layers_to_grow
 from minildm.errors import InputError
-from minildm.training.optimizer import AdamW, clip_gradients
-from minildm.training.step import learning_rate, seeded
+from minildm.optimizer import AdamW, clip_gradients
+from minildm.training.loss import learning_rate, seeded
 
 FP16_SCALE = 2.0**16  # of the loss, so that small gradients survive float16
 FP16_PATIENCE = 2000  # good steps before the scale doubles
@@ -54,8 +54,9 @@ class State:
         """Add the tested row; it counts its own steps."""
         new = layer.grow(expansion)
         if new:
-            added = {name: p for name, p in self.model.named_parameters()
-                     if p.requires_grad and name not in self.trained}
+            added = {
+                name: p for name, p in self.model.named_parameters() if p.requires_grad and name not in self.trained
+            }
             self.trained |= added
             if self.average:
                 self.average |= {name: p.detach().clone() for name, p in added.items()}
@@ -88,9 +89,11 @@ class State:
 
     def state_dict(self):
         return {name: getattr(self, name) for name in self.NUMBERS} | {
-            "trained": {name: p.detach() for name, p in self.trained.items()}, "average": dict(self.average),
+            "trained": {name: p.detach() for name, p in self.trained.items()},
+            "average": dict(self.average),
             "ranks": {path: layer.rank for path, layer in self.growing().items()},
-            "optimizer": self.optimizer.state_dict()}
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def load_state_dict(self, state):
         for path, layer in self.growing().items():
@@ -115,7 +118,7 @@ def train(model, losses, batches, steps, config, run, validate=None, validation_
         validate: () -> loss, every ``validation_steps`` steps, before the first and after the last.
         keep: (path) writes what was learnt: when validation is best, or without validation at the end.
         draw: (step) makes sample pictures, every ``config.sample_interval`` steps.
-    With ``config.ema_decay``, ``validate``, ``keep`` and ``draw`` see the averaged weights.
+    With ``config.ema_decay``, ``validate``, ``keep`` and ``render`` see the averaged weights.
     Returns: State. Raises: InputError when losses stay not finite, memory runs out or the disk is full;
     KeyboardInterrupt after Ctrl-C, the state being saved.
     """
@@ -142,8 +145,11 @@ def train(model, losses, batches, steps, config, run, validate=None, validation_
             run.save_state(state.state_dict())
 
     begun, before = time.perf_counter(), state.seconds
-    with helpful_out_of_memory(config), stop_asked() as asked, \
-            tqdm(total=steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+    with (
+        helpful_out_of_memory(config),
+        stop_asked() as asked,
+        tqdm(total=steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True) as bar,
+    ):
         if not saved:
             look()
         for batch in batches(state.step, steps):
@@ -160,8 +166,9 @@ def train(model, losses, batches, steps, config, run, validate=None, validation_
             if asked and state.step < steps:
                 run.save_state(state.state_dict())
                 bar.close()
-                print(f"stopped at step {state.step} of {steps}, the state is saved; continue with: "
-                      f"{run.continue_with}")
+                print(
+                    f"stopped at step {state.step} of {steps}, the state is saved; continue with: {run.continue_with}"
+                )
                 raise KeyboardInterrupt
     if asked:  # during the last step, whose state is saved
         print(f"stopped after the last step; for what follows it: {run.continue_with}")
@@ -214,8 +221,10 @@ def measured(model, config, step):
     they are written, for the probe to see each layer."""
     generator = seeded(config.seed, "rows", step)
     compiled = "torch._dynamo" in sys.modules  # which the stance alone would import
-    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext(), \
-            fisher_probe(model, generator, config.expand_criterion == "expected") as probe:
+    with (
+        torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext(),
+        fisher_probe(model, generator, config.expand_criterion == "expected") as probe,
+    ):
         yield probe
 
 
@@ -225,8 +234,14 @@ def test_ranks(state, layers, probe):
     ranks = {path: layer.rank for path, layer in layers.items()}
     sizes = {path: (layer.base.in_features, layer.base.out_features) for path, layer in layers.items()}
     open_scores = {path: score for path, score in scores.items() if path in ranks and ranks[path] < min(sizes[path])}
-    grown = layers_to_grow(open_scores, ranks, {path: sum(size) for path, size in sizes.items()},
-                           config.expand_threshold, config.max_rank, config.max_parameters)
+    grown = layers_to_grow(
+        open_scores,
+        ranks,
+        {path: sum(size) for path, size in sizes.items()},
+        config.expand_threshold,
+        config.max_rank,
+        config.max_parameters,
+    )
     for path in grown:
         state.grow(layers[path], probe.expansion(path))
     ratios = {path: expanded / original if original > 0 else None for path, (original, expanded) in scores.items()}
@@ -297,6 +312,8 @@ def peak_memory_mb(model):
 def _not_finite(state, run):
     kept = run.adapter.exists() and state.best
     best = f"the best weights (step {state.best[1]}) are in {run.adapter}, " if kept else ""
-    return (f"the loss or its gradient was not finite at {state.bad_steps} steps in a row, to step {state.step}; lower "
-            f"the learning rate (it is {state.config.lr:g}) or raise --warmup; {best}the last good state is in "
-            f"{run.state}")
+    return (
+        f"the loss or its gradient was not finite at {state.bad_steps} steps in a row, to step {state.step}; lower "
+        f"the learning rate (it is {state.config.lr:g}) or raise --warmup; {best}the last good state is in "
+        f"{run.state}"
+    )

@@ -40,8 +40,9 @@ class Run:
         if resume:
             self._compare(read_settings(self.folder)["flags"], self.settings["flags"], free)
         elif (self.folder / "log.jsonl").exists():  # without a log nothing was trained: a mistake that can be repaired
-            raise InputError(f"{folder} holds a run already; continue it with: {self.continue_with}, or give another "
-                             "--out")
+            raise InputError(
+                f"{folder} holds a run already; continue it with: {self.continue_with}, or give another --out"
+            )
         writable_folder(self.folder)
 
     def begin(self, **found):
@@ -68,8 +69,9 @@ class Run:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another process is writing {self.folder}; wait for it to end, or give another --out") \
-                from None
+            raise InputError(
+                f"another process is writing {self.folder}; wait for it to end, or give another --out"
+            ) from None
         except OSError:
             pass  # a file system without locks
         LOCKED[inode] = file
@@ -77,8 +79,10 @@ class Run:
     def _compare(self, then, now, free=()):
         for name in sorted({*then, *now} - {*free}):
             if then.get(name) != now.get(name):
-                raise InputError(f"{self.folder} was begun with {name} = {then.get(name)!r}, not {now.get(name)!r}; "
-                                 "leave it as it was, or begin a new run with another --out")
+                raise InputError(
+                    f"{self.folder} was begun with {name} = {then.get(name)!r}, not {now.get(name)!r}; "
+                    "leave it as it was, or begin a new run with another --out"
+                )
 
     @property
     def adapter(self):
@@ -121,8 +125,9 @@ class Run:
                 state = torch.load(self.state, map_location="cpu", weights_only=True)
             except Exception as error:
                 kept = f"the best adapter so far is in {self.adapter}, " if self.adapter.exists() else ""
-                raise InputError(f"{self.state} is damaged ({_first_line(error)}); {kept}begin a new run with another "
-                                 "--out") from None
+                raise InputError(
+                    f"{self.state} is damaged ({_first_line(error)}); {kept}begin a new run with another --out"
+                ) from None
         self.log_bytes = state["log_bytes"] if state else 0
         if (self.folder / "log.jsonl").exists():
             with open(self.folder / "log.jsonl", "r+b") as file:
@@ -133,8 +138,10 @@ class Run:
         try:
             write(what)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"could not write to {self.folder} ({_first_line(error)}); what was saved before is "
-                             f"whole: make room, then continue with: {self.continue_with}") from None
+            raise InputError(
+                f"could not write to {self.folder} ({_first_line(error)}); what was saved before is "
+                f"whole: make room, then continue with: {self.continue_with}"
+            ) from None
 
     def save_adapter(self, write):
         """``write(path)`` puts the best adapter there."""

@@ -1,7 +1,7 @@
 """How fast pictures are read against the decoder alone, and what the latent cache costs: time, bytes, memory.
 
-    python tests/benchmarks/bench_data.py            reading, a table of 160,861 rows, look-ups among 160,000 rows
-    python tests/benchmarks/bench_data.py --vae sd   also building the cache with a VAE of Stable Diffusion's size
+python tests/benchmarks/bench_data.py            reading, a table of 160,861 rows, look-ups among 160,000 rows
+python tests/benchmarks/bench_data.py --vae sd   also building the cache with a VAE of Stable Diffusion's size
 """
 
 import argparse
@@ -24,9 +24,10 @@ import made_data
 from peers import randomize
 
 from minildm.config import VAEConfig
-from minildm.data import cache, padchest, screening
+from minildm.data import cache, screening
 from minildm.data.reading import Transform, read
 from minildm.data.records import Record, open_data_set
+from minildm.data.sets import padchest
 from minildm.vae import VAE
 
 
@@ -34,17 +35,19 @@ def radiograph(width, height, bits, seed=0):
     """Smooth shapes and detector noise: compresses about as a radiograph does."""
     rng = np.random.default_rng(seed)
     smooth = np.asarray(Image.fromarray(made_data.picture(seed, 128)).resize((width, height), Image.Resampling.BICUBIC))
-    values = smooth * (2.0 ** bits / 300) + rng.normal(0, 2.0 ** bits / 400, (height, width))
-    return values.clip(0, 2 ** bits - 1).astype(np.uint8 if bits == 8 else np.uint16)
+    values = smooth * (2.0**bits / 300) + rng.normal(0, 2.0**bits / 400, (height, width))
+    return values.clip(0, 2**bits - 1).astype(np.uint8 if bits == 8 else np.uint16)
 
 
 def make_files(folder):
     """One folder of 6 pictures for each of the forms that publishers use."""
-    kinds = {"PNG 8 bits 1024 x 1024 (NIH)": (1024, 1024, 8, "png"),
-             "PNG 16 bits 2140 x 1760 (PadChest)": (2140, 1760, 16, "png"),
-             "JPEG 2544 x 3056 (MIMIC-CXR)": (2544, 3056, 8, "jpg"),
-             "JPEG 300 x 300 colour (PatchGastric)": (300, 300, 8, "jpeg"),
-             "DICOM 12 bits 2140 x 1760, window": (2140, 1760, 12, "dcm")}
+    kinds = {
+        "PNG 8 bits 1024 x 1024 (NIH)": (1024, 1024, 8, "png"),
+        "PNG 16 bits 2140 x 1760 (PadChest)": (2140, 1760, 16, "png"),
+        "JPEG 2544 x 3056 (MIMIC-CXR)": (2544, 3056, 8, "jpg"),
+        "JPEG 300 x 300 colour (PatchGastric)": (300, 300, 8, "jpeg"),
+        "DICOM 12 bits 2140 x 1760, window": (2140, 1760, 12, "dcm"),
+    }
     files = {}
     for name, (width, height, bits, suffix) in kinds.items():
         for seed in range(6):
@@ -52,6 +55,7 @@ def make_files(folder):
             pixels = radiograph(width, height, bits, seed)
             if suffix == "dcm":
                 from test_data_reading import dicom
+
                 path.write_bytes(dicom(pixels, 12, WindowCenter=2047, WindowWidth=4095))
             elif suffix == "jpeg":
                 Image.merge("RGB", [Image.fromarray(radiograph(width, height, 8, s)) for s in (seed, 7, 8)]).save(path)
@@ -65,6 +69,7 @@ def bare(path):
     """The decoder alone."""
     if path.suffix == ".dcm":
         import pydicom
+
         return pydicom.dcmread(path).pixel_array
     with Image.open(path) as image:
         image.load()
@@ -106,8 +111,10 @@ def bench_table(folder, rows=160_861):
             file.write(first.replace("a_1.png", f"{i}.png").replace(",7,", f",{i // 2},") + "\n")
     start = time.perf_counter()
     records, _ = padchest.records(root)
-    print(f"PadChest's table, {rows:,} rows: {time.perf_counter() - start:.1f} s, resident "
-          f"{memory():.0f} MB; {len(records):,} records")
+    print(
+        f"PadChest's table, {rows:,} rows: {time.perf_counter() - start:.1f} s, resident "
+        f"{memory():.0f} MB; {len(records):,} records"
+    )
 
 
 def bench_rows(folder, count=160_000):
@@ -118,8 +125,8 @@ def bench_rows(folder, count=160_000):
     keys = [rng.bytes(32) for _ in range(count)]
     add = cache.Rows.refresh
     cache.Rows.refresh = lambda self: None  # writing only
-    for start in range(0, count, cache.BLOCK):
-        rows.add(keys[start:start + cache.BLOCK], torch.zeros(cache.BLOCK, 8, 4, 4))
+    for start in range(0, count, cache.SHARD_ROWS):
+        rows.add(keys[start : start + cache.SHARD_ROWS], torch.zeros(cache.SHARD_ROWS, 8, 4, 4))
     cache.Rows.refresh = add
     start = time.perf_counter()
     rows = cache.Rows(folder, "bench")
@@ -128,9 +135,11 @@ def bench_rows(folder, count=160_000):
     start = time.perf_counter()
     for i in order:
         rows[keys[i]]
-    print(f"{count:,} rows in {len(rows.shards):,} shards: opened in {opened:.2f} s, a random row in "
-          f"{(time.perf_counter() - start) / len(order) * 1e6:.0f} us, resident memory + {memory() - before:.0f} MB, "
-          f"files held open {len(list(Path('/proc/self/fd').iterdir()))}")
+    print(
+        f"{count:,} rows in {len(rows.shards):,} shards: opened in {opened:.2f} s, a random row in "
+        f"{(time.perf_counter() - start) / len(order) * 1e6:.0f} us, resident memory + {memory() - before:.0f} MB, "
+        f"files held open {len(list(Path('/proc/self/fd').iterdir()))}"
+    )
 
 
 def bench_duplicates(count=160_000):
@@ -153,7 +162,7 @@ def bench_build(folder, config, count, size, device, dtype, threads, batch_size)
     data_set = open_data_set(f"folder:{data}")
     vae = randomize(VAE(config)).to(device, dtype).eval()
     start = time.perf_counter()
-    digest = cache.fingerprint(vae)
+    digest = cache.weights_fingerprint(vae)
     print(f"fingerprint of the VAE's weights ({digest[:8]}): {time.perf_counter() - start:.2f} s")
     with torch.no_grad():
         vae.encode(torch.zeros(batch_size, 3, size, size, device=device, dtype=dtype))  # warm up
@@ -161,11 +170,13 @@ def bench_build(folder, config, count, size, device, dtype, threads, batch_size)
     latents = cache.latent_cache(data_set.records, Transform(size), vae, folder / "cache", batch_size, threads)
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
     stored = sum(path.stat().st_size for path in latents.rows.folder.glob("*.safetensors")) / count
-    print(f"cache at {size} px on {device} ({dtype}), {threads} threads, batches of {batch_size}: "
-          f"{seconds / count * 1000:.0f} s per 1,000 pictures (processor time {worked / count * 1000:.0f} s); "
-          f"{stored:,.0f} bytes each on disk; memory + "
-          f"{memory() - before:.0f} MB; 160,000 pictures: {seconds / count * 160_000 / 3600:.1f} h, "
-          f"{stored * 160_000 / 1e9:.1f} GB")
+    print(
+        f"cache at {size} px on {device} ({dtype}), {threads} threads, batches of {batch_size}: "
+        f"{seconds / count * 1000:.0f} s per 1,000 pictures (processor time {worked / count * 1000:.0f} s); "
+        f"{stored:,.0f} bytes each on disk; memory + "
+        f"{memory() - before:.0f} MB; 160,000 pictures: {seconds / count * 160_000 / 3600:.1f} h, "
+        f"{stored * 160_000 / 1e9:.1f} GB"
+    )
     start = time.perf_counter()
     cache.latent_cache(data_set.records, Transform(size), vae, folder / "cache", batch_size, threads)
     print(f"opened again: {time.perf_counter() - start:.2f} s")
@@ -203,8 +214,16 @@ def main():
             bench_duplicates()
         else:
             config = VAEConfig() if arguments.vae == "sd" else VAEConfig.tiny()
-            bench_build(folder, config, arguments.pictures, arguments.size, arguments.device,
-                        getattr(torch, arguments.dtype), arguments.threads, arguments.batch_size)
+            bench_build(
+                folder,
+                config,
+                arguments.pictures,
+                arguments.size,
+                arguments.device,
+                getattr(torch, arguments.dtype),
+                arguments.threads,
+                arguments.batch_size,
+            )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from metrics_helpers import random_weights, smooth_noise
 
 from minildm.metrics import frechet_distance, frechet_distance_from_features
-from minildm.metrics.features import Extractor, as_tensor, collect, inception_extractor, list_pictures
+from minildm.metrics.extractors import Extractor, as_tensor, collect, inception_extractor, list_images
 
 warnings.simplefilter("ignore")
 
@@ -37,6 +37,7 @@ def timed(function, *arguments):
 
 def bench_distance(d=2048):
     from pytorch_fid.fid_score import calculate_frechet_distance
+
     print(f"distance, d = {d}: seconds, from features (ours), from mean and covariance (ours), scipy.linalg.sqrtm")
     mixing = np.random.default_rng(0).standard_normal((d, d)) / np.arange(1, d + 1)[:, None]
     for n in (132, 500, 3000):
@@ -45,12 +46,15 @@ def bench_distance(d=2048):
         moments = (a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
         _, from_moments = timed(frechet_distance, *moments)
         expected, theirs = timed(calculate_frechet_distance, *moments)
-        print(f"  n = {n:4}: {ours:7.3f}  {from_moments:7.3f}  {theirs:7.3f}  ratio {theirs / ours:7.1f} and "
-              f"{theirs / from_moments:4.1f}, relative difference {abs(value / expected - 1):.1e}")
+        print(
+            f"  n = {n:4}: {ours:7.3f}  {from_moments:7.3f}  {theirs:7.3f}  ratio {theirs / ours:7.1f} and "
+            f"{theirs / from_moments:4.1f}, relative difference {abs(value / expected - 1):.1e}"
+        )
 
 
 def bench_folders(n=64, side=512):
     from pytorch_fid import fid_score, inception
+
     state = random_weights()
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
@@ -63,29 +67,38 @@ def bench_folders(n=64, side=512):
 
         def ours(dims):
             extractor = inception_extractor(root / "weights.pth", dims)
-            return [collect(list_pictures(root / name), extractor, keep=0) for name in ("real", "fake")]
+            return [collect(list_images(root / name), extractor, keep=0) for name in ("real", "fake")]
 
         def theirs(dim):
             network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[dim]])
-            return [fid_score.calculate_activation_statistics(
-                sorted((root / name).iterdir()), network, 50, dim, "cpu", os.cpu_count()) for name in ("real", "fake")]
+            return [
+                fid_score.calculate_activation_statistics(
+                    sorted((root / name).iterdir()), network, 50, dim, "cpu", os.cpu_count()
+                )
+                for name in ("real", "fake")
+            ]
 
         print(f"folders of {n} and {n} PNG of {side} px, {torch.get_num_threads()} threads")
         with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
             (real, fake), seconds = timed(ours, (2048,))
             value, distance = timed(real.statistics[2048].distance, fake.statistics[2048])
             moments, their_seconds = timed(theirs, 2048)
-            expected, their_distance = timed(
-                fid_score.calculate_frechet_distance, *moments[0], *moments[1])
+            expected, their_distance = timed(fid_score.calculate_frechet_distance, *moments[0], *moments[1])
             _, all_depths = timed(ours, (2048, 192, 64))
             their_other_depths = sum(timed(theirs, dim)[1] for dim in (192, 64))
-    print(f"  pictures/s at 2048 dims, loading included: ours {2 * n / seconds:.2f}, pytorch-fid "
-          f"{2 * n / their_seconds:.2f}, ratio {their_seconds / seconds:.2f}")
+    print(
+        f"  pictures/s at 2048 dims, loading included: ours {2 * n / seconds:.2f}, pytorch-fid "
+        f"{2 * n / their_seconds:.2f}, ratio {their_seconds / seconds:.2f}"
+    )
     our_total, their_total = seconds + distance, their_seconds + their_distance
-    print(f"  end to end with the distance: ours {our_total:.1f} s, pytorch-fid {their_total:.1f} s, ratio "
-          f"{their_total / our_total:.2f}")
-    print(f"  features at 2048, 192 and 64: ours (one pass) {all_depths:.1f} s, pytorch-fid (three) "
-          f"{their_seconds + their_other_depths:.1f} s, ratio {(their_seconds + their_other_depths) / all_depths:.2f}")
+    print(
+        f"  end to end with the distance: ours {our_total:.1f} s, pytorch-fid {their_total:.1f} s, ratio "
+        f"{their_total / our_total:.2f}"
+    )
+    print(
+        f"  features at 2048, 192 and 64: ours (one pass) {all_depths:.1f} s, pytorch-fid (three) "
+        f"{their_seconds + their_other_depths:.1f} s, ratio {(their_seconds + their_other_depths) / all_depths:.2f}"
+    )
     print(f"  relative difference of the values: {abs(value / expected - 1):.1e}")
 
 
@@ -99,12 +112,16 @@ def bench_memory():
 
 def _memory(n):
     projection = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0)) / 32
-    extractor = Extractor("FD-projection", (2048,), lambda image: as_tensor(image)[:1].float() / 255,
-                          lambda images: {2048: (images.flatten(1) @ projection).relu()})
+    extractor = Extractor(
+        "FD-projection",
+        (2048,),
+        lambda image: as_tensor(image)[:1].float() / 255,
+        lambda images: {2048: (images.flatten(1) @ projection).relu()},
+    )
     with tempfile.TemporaryDirectory() as folder:
         for i, noise in enumerate(np.random.default_rng(0).integers(256, size=(n, 32, 32), dtype=np.uint8)):
             Image.fromarray(noise).save(Path(folder) / f"{i:05d}.png")
-        collected = collect(list_pictures(folder), extractor, keep=1000)
+        collected = collect(list_images(folder), extractor, keep=1000)
     collected.statistics[2048].distance(collected.statistics[2048])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 

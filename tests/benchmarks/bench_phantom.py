@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from minildm.data import phantom, procedural, ruler
+from minildm.teaching import phantom, procedural, ruler
 
 ROOT = Path(__file__).resolve().parents[2]
 VIEWS = {"PA": ("PA",), "AP": ("AP", "AP Supine"), "lateral": ("L",)}
@@ -36,9 +36,9 @@ def speed():
         phantom.render_batch(batch[:count], seeds[:count], size)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         print(f"phantoms, {size} px: {count / wall:.0f} a second ({count / cpu:.0f} a second of processor time)")
-    for kind in procedural.KINDS:
+    for kind in procedural.IMAGE_KINDS:
         start = time.process_time()
-        procedural.pictures(seeds[:200], 128, kind)
+        procedural.render_batch(seeds[:200], 128, kind)
         print(f"procedural {kind}, 128 px: {200 / (time.process_time() - start):.0f} a second of processor time")
 
 
@@ -112,7 +112,7 @@ def accuracy():
 
 
 def checker():
-    images, captions = procedural.pictures([(88, i) for i in range(1000)], 128, "shapes")
+    images, captions = procedural.render_batch([(88, i) for i in range(1000)], 128, "shapes")
     right = [procedural.check_shapes(image, text).right for image, text in zip(images, captions)]
     wrong = [procedural.check_shapes(image, text).right for image, text in zip(images, captions[1:] + captions[:1])]
     print(f"\nshape checker: {np.mean(right):.3f} right on what was drawn, {np.mean(wrong):.3f} on another's caption")

@@ -18,8 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SMALL = {"widths": (64, 128, 128), "attention": (True, True, False), "n_heads": (2, 4, 4), "layers_per_block": 1,
-         "context_dim": 128, "latent_size": 16}  # of the size of an embedded teaching model
+SMALL = {
+    "widths": (64, 128, 128),
+    "attention": (True, True, False),
+    "n_heads": (2, 4, 4),
+    "layers_per_block": 1,
+    "context_dim": 128,
+    "latent_size": 16,
+}  # of the size of an embedded teaching model
 
 
 # --- fresh processes: start-up and loading ---------------------------------------------------------------------------
@@ -28,6 +34,7 @@ def child_minildm(folder, what, dtype):
     import torch
 
     import minildm
+
     ready, memory = time.perf_counter(), _resident()
     model = minildm.load(folder, device="cpu", dtype=getattr(torch, dtype))
     loaded, peak = time.perf_counter(), _resident("VmHWM")
@@ -41,17 +48,26 @@ def child_diffusers(folder, what, dtype):
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
     ready, memory = time.perf_counter(), _resident()
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    parts = {name: kind.from_pretrained(folder, subfolder=name, torch_dtype=getattr(torch, dtype))
-             for name, kind in kinds.items()}
+    parts = {
+        name: kind.from_pretrained(folder, subfolder=name, torch_dtype=getattr(torch, dtype))
+        for name, kind in kinds.items()
+    }
     loaded, peak = time.perf_counter(), _resident("VmHWM")
     if what == "startup":
-        tokenizer = CLIPTokenizer(f"{folder}/tokenizer/vocab.json", f"{folder}/tokenizer/merges.txt",
-                                  model_max_length=77)
+        tokenizer = CLIPTokenizer(
+            f"{folder}/tokenizer/vocab.json", f"{folder}/tokenizer/merges.txt", model_max_length=77
+        )
         pipe = StableDiffusionPipeline(
-            **parts, tokenizer=tokenizer, scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler"),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            **parts,
+            tokenizer=tokenizer,
+            scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
         pipe.set_progress_bar_config(disable=True)
         pipe("chest x-ray", num_inference_steps=1, output_type="latent")
     _report(start, ready, loaded, memory, peak)
@@ -64,8 +80,16 @@ def _resident(entry="VmRSS"):
 
 
 def _report(start, ready, loaded, memory, peak):
-    print(json.dumps({"import_s": ready - start, "load_s": loaded - ready, "total_s": time.perf_counter() - start,
-                      "memory_mb": peak - memory}))
+    print(
+        json.dumps(
+            {
+                "import_s": ready - start,
+                "load_s": loaded - ready,
+                "total_s": time.perf_counter() - start,
+                "memory_mb": peak - memory,
+            }
+        )
+    )
 
 
 def in_fresh_processes(folder, what, dtype, turns):
@@ -74,11 +98,17 @@ def in_fresh_processes(folder, what, dtype, turns):
     for _ in range(turns):
         for side, rows in results.items():
             begun = time.perf_counter()
-            out = subprocess.run([sys.executable, __file__, "--child", side, str(folder), what, dtype], check=True,
-                                 capture_output=True, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+            out = subprocess.run(
+                [sys.executable, __file__, "--child", side, str(folder), what, dtype],
+                check=True,
+                capture_output=True,
+                text=True,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            )
             rows.append(json.loads(out.stdout.splitlines()[-1]) | {"process_s": time.perf_counter() - begun})
-    return {side: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-            for side, rows in results.items()}
+    return {
+        side: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for side, rows in results.items()
+    }
 
 
 # --- one process: the same work by turns -----------------------------------------------------------------------------
@@ -112,14 +142,21 @@ class Table:
 
 def bench_startup_and_loading(table, folder, small, turns):
     result = in_fresh_processes(small, "startup", "float32", turns)
-    table.add("start-up to the first denoising step, small model", result["minildm"]["process_s"],
-              result["diffusers"]["process_s"],
-              note=f"imports: {result['minildm']['import_s']:.1f} s, {result['diffusers']['import_s']:.1f} s")
+    table.add(
+        "start-up to the first denoising step, small model",
+        result["minildm"]["process_s"],
+        result["diffusers"]["process_s"],
+        note=f"imports: {result['minildm']['import_s']:.1f} s, {result['diffusers']['import_s']:.1f} s",
+    )
     for dtype in ("float16", "float32"):
         result = in_fresh_processes(folder, "load", dtype, turns)
         table.add(f"load SD v1.5 (fp16 files) as {dtype}", result["minildm"]["load_s"], result["diffusers"]["load_s"])
-        table.add(f"  memory it takes at its peak, {dtype}", result["minildm"]["memory_mb"],
-                  result["diffusers"]["memory_mb"], "MB")
+        table.add(
+            f"  memory it takes at its peak, {dtype}",
+            result["minildm"]["memory_mb"],
+            result["diffusers"]["memory_mb"],
+            "MB",
+        )
 
 
 def bench_unet(table, device, dtypes, sides, batches):
@@ -128,6 +165,7 @@ def bench_unet(table, device, dtypes, sides, batches):
 
     from minildm.config import UNetConfig
     from minildm.unet import UNet
+
     for dtype in dtypes:
         unet = UNet(UNetConfig()).to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         peer = diffusers_unet(unet).to(memory_format=torch.contiguous_format)  # as diffusers loads it
@@ -141,11 +179,16 @@ def bench_unet(table, device, dtypes, sides, batches):
                 context = torch.randn(batch, 77, 768, device=device, dtype=dtype)
                 t = torch.tensor([500], device=device)
                 for name, a, b in variants:
-                    ours, theirs = by_turns(lambda a=a: a(x, t, context),
-                                            lambda b=b: b(x, t, context, return_dict=False), device)
+                    ours, theirs = by_turns(
+                        lambda a=a: a(x, t, context), lambda b=b: b(x, t, context, return_dict=False), device
+                    )
                     rate = flops(unet, x, t, context) / ours / 1e12
-                    table.add(f"U-Net step{name}, {side} px, batch {batch}, {str(dtype)[6:]}", ours, theirs,
-                              note=f"{rate:.2f} TFLOP/s")
+                    table.add(
+                        f"U-Net step{name}, {side} px, batch {batch}, {str(dtype)[6:]}",
+                        ours,
+                        theirs,
+                        note=f"{rate:.2f} TFLOP/s",
+                    )
         del unet, peer, variants
         gc.collect()
 
@@ -155,6 +198,7 @@ def flops(unet, x, t, context):
     from torch.utils.flop_counter import FlopCounterMode
 
     from minildm.unet import UNet
+
     with torch.device("meta"):
         shadow = UNet(unet.config)
     with FlopCounterMode(display=False) as counter:
@@ -168,12 +212,15 @@ def bench_vae(table, device, dtypes):
 
     from minildm.config import VAEConfig
     from minildm.vae import VAE
+
     for dtype in dtypes:
         vae = VAE(VAEConfig()).to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         peer = diffusers_vae(vae).to(memory_format=torch.contiguous_format)
         z = torch.randn(1, 4, 64, 64, device=device, dtype=dtype)
-        table.add(f"VAE decode, 512 px, {str(dtype)[6:]}",
-                  *by_turns(lambda: vae.decode(z), lambda: peer.decode(z, return_dict=False), device))
+        table.add(
+            f"VAE decode, 512 px, {str(dtype)[6:]}",
+            *by_turns(lambda: vae.decode(z), lambda: peer.decode(z, return_dict=False), device),
+        )
 
 
 def bench_small_picture(table, device, small, what):
@@ -181,6 +228,7 @@ def bench_small_picture(table, device, small, what):
     from peers import diffusers_pipeline
 
     import minildm
+
     model = minildm.load(small, device=device, dtype=torch.float32)
     pipe = diffusers_pipeline(small).to(device)
 
@@ -196,6 +244,7 @@ def bench_small_picture(table, device, small, what):
 def bench_machine(device):
     """What the machine can do: the rates that the rows above should be seen against."""
     import torch
+
     for dtype in (torch.float32, torch.bfloat16):
         size = 8192 if device == "cuda" else 2048
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -216,8 +265,10 @@ def write_models(folder):
     from peers import random_model, write_folder, write_tokenizer
 
     from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
-    small = ModelConfig(UNetConfig(**SMALL), VAEConfig.tiny(), TextEncoderConfig(
-        width=128, n_layers=4, n_heads=4, mlp_width=512))
+
+    small = ModelConfig(
+        UNetConfig(**SMALL), VAEConfig.tiny(), TextEncoderConfig(width=128, n_layers=4, n_heads=4, mlp_width=512)
+    )
     for name, config in (("small", small), ("toy", ModelConfig.tiny())):
         write_folder(random_model(config), folder / name)
         write_tokenizer(folder / name / "tokenizer")
@@ -236,10 +287,13 @@ def main():
     parser.add_argument("--turns", type=int, default=3, help="fresh processes of each side")
     args = parser.parse_args()
     import torch
+
     torch.set_grad_enabled(False)
     dtypes = [torch.float32, torch.bfloat16] if args.device == "cpu" else [torch.bfloat16, torch.float16]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}"
+    )
     bench_machine(args.device)
     print(f"{'':<52} {'minildm':>13} {'diffusers':>13}  ratio")
     table = Table()

@@ -21,8 +21,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SMALL = {"widths": (64, 128, 128), "attention": (True, True, False), "n_heads": (2, 4, 4), "layers_per_block": 1,
-         "context_dim": 128, "latent_size": 16}  # of the size of an embedded teaching model
+SMALL = {
+    "widths": (64, 128, 128),
+    "attention": (True, True, False),
+    "n_heads": (2, 4, 4),
+    "layers_per_block": 1,
+    "context_dim": 128,
+    "latent_size": 16,
+}  # of the size of an embedded teaching model
 LR, CLIP, INTERVAL = 1e-4, 1.0, 40
 
 
@@ -32,16 +38,26 @@ def model_of(size, device, dtype):
 
     from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
     from minildm.latent_diffusion import LatentDiffusion
-    config = ModelConfig() if size == "sd15" else ModelConfig(
-        UNetConfig(**SMALL), VAEConfig.tiny(), TextEncoderConfig(width=128, n_layers=4, n_heads=4, mlp_width=512))
+
+    config = (
+        ModelConfig()
+        if size == "sd15"
+        else ModelConfig(
+            UNetConfig(**SMALL), VAEConfig.tiny(), TextEncoderConfig(width=128, n_layers=4, n_heads=4, mlp_width=512)
+        )
+    )
     import torch
-    networks = {name: random_network(getattr(config, name)).to(device, dtype).to(memory_format=torch.channels_last)
-                for name in ("unet", "text_encoder")}
+
+    networks = {
+        name: random_network(getattr(config, name)).to(device, dtype).to(memory_format=torch.channels_last)
+        for name in ("unet", "text_encoder")
+    }
     return LatentDiffusion(config, vae=random_network(VAEConfig.tiny()), **networks)
 
 
 def data_of(model, batch, pixels):
     import torch
+
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 4, pixels // 8, pixels // 8)
     latents, noise = (torch.randn(shape, generator=generator).to(model.device) for _ in range(2))
@@ -59,7 +75,8 @@ def mean_loss(model, unet, text_encoder, data):
 def our_step(model, data, kind="lora", rank=4):
     """A function that does one step; with ``test`` on, SeLoRA's test inside it."""
     from minildm.adapters import add_adapter, fisher_probe
-    from minildm.training.optimizer import AdamW, clip_gradients
+    from minildm.optimizer import AdamW, clip_gradients
+
     add_adapter(model, kind, rank=rank)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters)
@@ -84,6 +101,7 @@ def peer_step(model, data):
     import torch
     from peers import diffusers_unet, transformers_text_encoder
     from peft import LoraConfig, inject_adapter_in_model
+
     unet = diffusers_unet(model.unet).to(memory_format=torch.contiguous_format)  # as diffusers loads it
     text_encoder = transformers_text_encoder(model.text_encoder)
     parameters = []
@@ -100,8 +118,12 @@ def peer_step(model, data):
 
     def step():
         with torch.autocast(model.device.type, model.dtype, enabled=half):
-            loss = mean_loss(model, lambda *inputs: unet(*inputs, return_dict=False)[0],
-                             lambda token_ids: text_encoder(token_ids, return_dict=False)[0], data)
+            loss = mean_loss(
+                model,
+                lambda *inputs: unet(*inputs, return_dict=False)[0],
+                lambda token_ids: text_encoder(token_ids, return_dict=False)[0],
+                data,
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
         optimizer.step()
@@ -146,8 +168,17 @@ def bench_step(args, dtype, batch):
 def bench_memory(args, dtype, batch):
     peak = {}
     for side in ("minildm", "diffusers"):
-        command = [sys.executable, __file__, "--child", side, args.size, args.device, str(dtype)[6:], str(batch),
-                   str(args.pixels)]
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            side,
+            args.size,
+            args.device,
+            str(dtype)[6:],
+            str(batch),
+            str(args.pixels),
+        ]
         out = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
         peak[side] = json.loads(out.stdout.splitlines()[-1])
     row("  its peak memory, weights included", peak["minildm"]["peak"], peak["diffusers"]["peak"], "MB")
@@ -156,6 +187,7 @@ def bench_memory(args, dtype, batch):
 
 def child(side, size, device, dtype, batch, pixels):
     import torch
+
     model = model_of(size, device, getattr(torch, dtype))
     data = data_of(model, int(batch), int(pixels))
     step = our_step(model, data) if side == "minildm" else peer_step(model, data)
@@ -169,6 +201,7 @@ def child(side, size, device, dtype, batch, pixels):
 def _memory(device, reset=False):
     """The peak in MB; with ``reset`` it counts from now on."""
     import torch
+
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -184,12 +217,19 @@ def _memory(device, reset=False):
 def bench_test(args, dtype, batch):
     model = model_of(args.size, args.device, dtype)
     step = our_step(model, data_of(model, batch, args.pixels), "selora", rank=1)
-    plain, sampled, expected = (statistics.median(t) for t in by_turns(
-        (step, lambda: step(test=True), lambda: step(test=True, expected=True)), args.device, args.seconds))
+    plain, sampled, expected = (
+        statistics.median(t)
+        for t in by_turns(
+            (step, lambda: step(test=True), lambda: step(test=True, expected=True)), args.device, args.seconds
+        )
+    )
     for name, tested in (("sampled", sampled), ("expected", expected)):
-        print(f"SeLoRA's test, {name}, {args.pixels} px, batch {batch}, {str(dtype)[6:]}: {1000 * plain:.1f} ms a "
-              f"step, {1000 * tested:.1f} ms with it: {100 * (tested / plain - 1) / INTERVAL:+.2f} % of training at "
-              f"t = {INTERVAL}", flush=True)
+        print(
+            f"SeLoRA's test, {name}, {args.pixels} px, batch {batch}, {str(dtype)[6:]}: {1000 * plain:.1f} ms a "
+            f"step, {1000 * tested:.1f} ms with it: {100 * (tested / plain - 1) / INTERVAL:+.2f} % of training at "
+            f"t = {INTERVAL}",
+            flush=True,
+        )
 
 
 def row(what, ours, peer, unit, note=""):
@@ -209,11 +249,14 @@ def main():
     parser.add_argument("--only", nargs="*", default=["step", "memory", "test"], help="which parts")
     args = parser.parse_args()
     import torch
+
     args.pixels = args.pixels or {"small": 128, "sd15": 224}[args.size]
     batches = args.batches or ([8] if args.size == "small" else [1] if args.device == "cpu" else [1, 8])
     dtypes = args.dtypes or (["float32"] if args.device == "cpu" else ["bfloat16"])
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, {args.size} networks")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, {args.size} networks"
+    )
     print(f"{'':<52} {'minildm':>13} {'diffusers':>13}  ratio")
     for dtype in (getattr(torch, name) for name in dtypes):
         for batch in batches:

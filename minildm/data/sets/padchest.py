@@ -1,0 +1,98 @@
+"""PadChest: 160,861 chest radiographs of a Spanish hospital with labels (Bustos et al. 2020, arXiv:1901.07441).
+
+Layout as published by BIMCV: the table ``PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv`` (.gz too) and 16-bit
+PNGs, flat or in the folders 0 ... 54 of its ``ImageDir`` column. Its authors' smaller ``.tsv`` tables, which lack
+``ImageDir`` and the reports, are read when the full table is not there.
+"""
+
+import ast
+
+from minildm.data.records import Record, files_below, known, not_found, read_table, sex, view
+from minildm.errors import InputError
+
+LOOKED_FOR = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv (or .tsv tables) and the PNG files"
+PROMPT = "full"
+COLUMNS = ("ImageID", "PatientID", "PatientBirth", "StudyDate_DICOM", "PatientSex_DICOM", "Projection", "Labels")
+FRONTAL = ("PA", "AP", "AP_horizontal")  # not L, COSTAL (ribs), EXCLUDE, UNK
+
+# PNG files that are truncated or broken in the distribution, as two independent users list them
+# (github.com/mlmed/torchxrayvision, datasets.py; and a list of all files that Pillow cannot open).
+_BROKEN = """
+012283393834152009033102258826_00-059-087 012283393834152009033140208626_00-059-118
+012339356563862009072111404053_00-043-192 012373310883942009117084022290_00-064-025
+012373310883942009152114636712_00-102-045 012373310883942009170084120009_00-097-074
+012373310883942009180082307973_00-097-011 012487858717522009280135853083_00-075-001
+012558082906712009327122220177_00-102-064 012819207061112010281134410801_00-129-131
+012819207061112010306085429121_04-020-102 012819207061112010307142602253_04-014-084
+012819207061112010315104455352_04-024-184 012959786098432011033083840143_00-176-115
+012989926673512011074122523403_00-163-058 012989926673512011083134050913_00-168-009
+012989926673512011151082430686_00-157-045 013076187734852011291090445391_00-196-188
+013590140476722013043111952381_02-065-198 013590140476722013049100117076_02-063-097
+013590140476722013058110301622_02-056-111 013649110343042013092101343018_02-075-146
+013686042548532013208193054515_02-026-007 013829543166512013353113303615_02-092-190
+013962490064942014134093945580_01-178-104
+"""
+BROKEN = frozenset(f"216840111366964{rest}.png" for rest in _BROKEN.split())
+
+
+def records(root):
+    tables = sorted(root.glob("PADCHEST*.csv*")) or sorted(root.glob("*.tsv"))
+    if not tables:
+        raise not_found(root, LOOKED_FOR)
+    images = files_below(root, ".png")
+    found, broken = {}, 0
+    for table in tables:
+        for row_number, row in read_table(table, COLUMNS):
+            try:
+                record = _record(row, images, root)
+            except (KeyError, ValueError, SyntaxError) as error:
+                raise InputError(
+                    f"{table}, row {row_number}: cannot be understood ({type(error).__name__}: {error})"
+                ) from None
+            if record.name in BROKEN:
+                broken += 1
+            elif found.setdefault(record.name, record) is not record:
+                raise InputError(f"{table}, row {row_number}: ImageID {record.name} is listed twice")
+    notes = [f"{broken} of {len(found) + broken:,} left out: known to be broken in the distribution"] if broken else []
+    return list(found.values()), notes
+
+
+def _record(row, images, root):
+    diagnoses = [label for label in items(row.get("Labels")) if label != "exclude"]
+    places = [place.removeprefix("loc ").strip() for place in items(row.get("Localizations"))]
+    projection = row.get("Projection", "")
+    return Record(
+        name=row["ImageID"],
+        patient=row["PatientID"],
+        path=images.get(row["ImageID"], root / row["ImageID"]),
+        frontal=projection in FRONTAL,
+        fields=known(
+            age=age(row.get("StudyDate_DICOM"), row.get("PatientBirth")),
+            sex=sex(row.get("PatientSex_DICOM")),
+            view=view(row.get("ViewPosition_DICOM")),
+            projection=view(projection),
+            modality=row.get("Modality_DICOM"),
+            diagnosis=", ".join(diagnoses),
+            loc=", ".join(places),
+            report=row.get("Report"),  # Spanish, stemmed
+            labelled_by={"Physician": "physician", "RNN_model": "model"}.get(row.get("MethodLabel")),
+            pediatric={"PED": "yes", "No": "no"}.get(row.get("Pediatric")),  # not an age test
+        ),
+    )
+
+
+def age(study_date, birth_year):
+    """Study date (YYYYMMDD) minus year of birth ("1930.0"), in years: can be one too many, the birthday is not told."""
+    if not study_date or not birth_year:
+        return None
+    years = int(study_date[:4]) - int(float(birth_year))
+    return str(years) if 0 <= years <= 120 else None
+
+
+def items(text):
+    """ "['consolidation', ' pneumonia', '']" -> ["consolidation", "pneumonia"]: stripped, no blanks, no repeats.
+    One item may hold several ("loc  tracheal, loc  left")."""
+    if not text:
+        return []
+    parts = (" ".join(part.split()) for item in ast.literal_eval(text) for part in item.split(","))
+    return list(dict.fromkeys(part for part in parts if part))

@@ -1,0 +1,27 @@
+"""``--data phantom``: procedural chest radiographs with exact labels (teaching/phantom.py), rendered on demand."""
+
+import functools
+
+from minildm.data.records import Record, known
+from minildm.teaching.phantom import fields, labels, render
+
+PROMPT = "full"
+N_RECORDS = 2000
+
+
+def records(n=N_RECORDS, seed=0):
+    """``n`` patients with one image each; record i depends on (seed, i) alone.
+
+    Returns: (list of Record, whose ``render`` makes the image at any size; notes: none).
+    """
+    sampled = [labels((seed, i)) for i in range(n)]
+    return [
+        Record(
+            name=f"{i:05d}",
+            patient=label.patient,
+            frontal=label.view != "lateral",
+            fields=known(**{name: value for name, value in fields(label).items() if name != "patient_id"}),
+            render=functools.partial(render, label, (seed, i)),
+        )
+        for i, label in enumerate(sampled)
+    ], []

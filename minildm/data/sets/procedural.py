@@ -1,0 +1,29 @@
+"""``--data procedural``: captioned images of anything but chests (teaching/procedural.py), rendered on demand."""
+
+import functools
+
+from tqdm import tqdm
+
+from minildm.data.records import Record
+from minildm.teaching.procedural import render_batch
+
+PROMPT = "{text}"
+N_RECORDS = 40_000
+
+
+def records(n=N_RECORDS, seed=0):
+    """Record i depends on (seed, i) alone, and its caption not on the size.
+
+    Returns: (list of Record, whose ``render`` makes the image at any size; notes: none).
+    """
+    captions = [
+        render_batch([(seed, i)], 32)[1][0] for i in tqdm(range(n), desc="writing captions", delay=2, disable=None)
+    ]
+    return [
+        Record(name=f"{i:06d}", patient=str(i), fields={"text": caption}, render=functools.partial(_render, (seed, i)))
+        for i, caption in enumerate(captions)
+    ], []
+
+
+def _render(seed, size):
+    return render_batch([seed], size)[0][0]

@@ -1,0 +1,1 @@
+"""A latent diffusion model from nothing, stage by stage: ``python -m minildm pretrain``."""

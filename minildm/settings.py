@@ -1,0 +1,148 @@
+"""Settings: a frozen dataclass is the one home of a flag, its help text, its default and its check.
+
+    @dataclass(frozen=True)
+    class Optimization(Settings):
+        lr: float = setting(1e-4, "learning rate", above=0)
+        schedule: str = setting("constant", "after the warm-up", choices=("constant", "cosine"))
+
+`add_flags` turns the fields into command-line flags (``--lr``), `from_flags` parsed flags back into the dataclass,
+and constructing it checks every value, whether it came from a flag, a file or Python.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import types
+import typing
+
+from minildm.errors import InputError
+
+
+def setting(default, help, choices=None, at_least=None, above=None, at_most=None, below=None, metavar=None):
+    """A dataclass field with its help text (say the unit) and its limits. None is allowed where it is the default.
+
+    Args: choices: of the value, or of each element of a tuple; at_least, above, at_most, below: limits of a number.
+    """
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, **limits})
+
+
+class Settings:
+    """Base of the settings dataclasses: checks every field when an object is made."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+
+
+def flag(name):
+    """The flag of a field: "batch_size" -> "--batch-size"."""
+    return "--" + name.replace("_", "-")
+
+
+def check(field, value):
+    """Raise InputError, naming the flag, if ``value`` is not one that ``field`` allows."""
+    rules = field.metadata
+    if value is None and field.default is None:
+        return
+    if rules["choices"] is not None:
+        for choice in value if isinstance(value, (tuple, list)) else (value,):
+            if choice not in rules["choices"]:
+                raise InputError(f"{flag(field.name)} must be one of {', '.join(rules['choices'])}, got {choice!r}")
+    tests = {
+        "at_least": ("at least", lambda v, limit: v >= limit),
+        "above": ("above", lambda v, limit: v > limit),
+        "at_most": ("at most", lambda v, limit: v <= limit),
+        "below": ("below", lambda v, limit: v < limit),
+    }
+    limits = {rule: rules[rule] for rule in tests if rules[rule] is not None}
+    if not limits:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not all(tests[rule][1](value, limit) for rule, limit in limits.items()):
+        wanted = " and ".join(f"{tests[rule][0]} {limit:g}" for rule, limit in limits.items())
+        raise InputError(f"{flag(field.name)} must be a number {wanted}, got {value}")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that accepts no abbreviated flags and shows the default of each flag that has one."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        told = action.default in (None, False, ()) or "(default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+
+def add_flags(parser, settings, title, skip=(), prefix=""):
+    """Add a flag for each field of the dataclass ``settings``, in a group called ``title``.
+
+    Args: skip: names of fields without a flag. prefix: "vae_" makes --vae-steps of the field ``steps``.
+    """
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if field.name in skip:
+            continue
+        options = {"help": field.metadata["help"], "default": field.default, "dest": prefix + field.name}
+        kind = _without_none(hints[field.name])
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        elif typing.get_origin(kind) is tuple:
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field.metadata["metavar"]}
+        else:
+            options |= {"type": Number(kind) if kind in (int, float) else kind, "metavar": field.metadata["metavar"]}
+        if field.metadata["choices"] is not None:
+            options["choices"] = field.metadata["choices"]
+        group.add_argument(flag(prefix + field.name), **options)
+
+
+def from_flags(settings, arguments, prefix="", **changes):
+    """An object of the dataclass ``settings`` from parsed flags; ``changes`` override them."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    values = {name: getattr(arguments, prefix + name) for name in names if hasattr(arguments, prefix + name)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return settings(**(values | changes))
+
+
+def as_json(settings):
+    """The fields as what JSON can hold: paths become text, tuples lists."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+
+
+class Number:
+    """An argparse type for whole numbers or floats, which names itself in argparse's own messages."""
+
+    def __init__(self, kind):
+        self.kind, self.__name__ = kind, "whole number" if kind is int else "number"
+
+    def __call__(self, text):
+        value = self.kind(text)
+        if not -(2**63) <= value < 2**63:  # beyond what torch and JSON readers hold; NaN fails too
+            raise argparse.ArgumentTypeError(f"must be a {self.__name__} of at most 64 bits, got {text}")
+        return value
+
+
+def at_least(least):
+    """An argparse type: whole numbers from ``least`` on."""
+
+    def number(text):
+        value = int(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^63, got {text}")
+        return value
+
+    number.__name__ = "whole number"  # argparse names it where int() fails
+    return number
+
+
+def _without_none(hint):
+    """int | None -> int."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint

@@ -1,0 +1,132 @@
+"""AdamW and clipping: against PyTorch's, and what rows that come later need."""
+
+import pytest
+import torch
+
+from minildm.optimizer import AdamW, clip_gradients
+
+SHAPES = ((4, 6), (5, 4), (3,))
+
+
+def parameters(seed=0, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def give_gradients(step, *lists):
+    generator = torch.Generator().manual_seed(100 + step)
+    for i in range(len(lists[0])):
+        gradient = torch.randn(lists[0][i].shape, generator=generator)
+        for some in lists:
+            some[i].grad = gradient[: len(some[i])].clone()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_matches_torch_when_nothing_grows(weight_decay):
+    ours, theirs = parameters(), parameters()
+    optimizer = AdamW(ours, weight_decay=weight_decay)
+    reference = torch.optim.AdamW(theirs, weight_decay=weight_decay)
+    for step in range(20):
+        lr = 1e-2 / (1 + step)
+        give_gradients(step, ours, theirs)
+        optimizer.step(lr)
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_row_that_comes_later_moves_like_a_parameter_that_comes_later():
+    A, B = parameters(shapes=((8, 6), (5, 8)))
+    A.data[3], B.data[:, 3] = 0, 0
+    optimizer = AdamW([A, B])
+    for step in range(50):
+        give_gradients(step, [A, B])
+        A.grad[3], B.grad[:, 3] = 0, 0
+        optimizer.step(1e-2)
+    assert A[3].abs().max() == B[:, 3].abs().max() == 0  # not in use: stays zero
+    optimizer.restart(A, 3, dim=0)
+    optimizer.restart(B, 3, dim=1)
+    row, column = torch.nn.Parameter(A.data[3].clone()), torch.nn.Parameter(B.data[:, 3].clone())
+    others, reference = A.data.clone(), torch.optim.AdamW([row, column], lr=1e-2, weight_decay=0.0)
+    for step in range(50, 60):
+        give_gradients(step, [A, B])
+        row.grad, column.grad = A.grad[3].clone(), B.grad[:, 3].clone()
+        optimizer.step(1e-2)
+        reference.step()
+        if step == 50:  # with the old count it would be 3.2 lr
+            assert B[:, 3].abs().max().item() == pytest.approx(1e-2, rel=1e-3)
+    torch.testing.assert_close(A.data[3], row.data, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(B.data[:, 3], column.data, rtol=1e-5, atol=1e-7)
+    assert (A.data[0] - others[0]).abs().max() > 0
+
+
+def test_the_rows_that_were_there_do_not_notice_a_new_one():
+    runs = []
+    for restart in (False, True):
+        (A,) = parameters(shapes=((4, 6),))
+        optimizer = AdamW([A])
+        for step in range(10):
+            if restart and step == 5:
+                optimizer.restart(A, 3, dim=0)
+            give_gradients(step, [A])
+            optimizer.step(1e-2)
+        runs.append(A.data[:3])
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_that_come_later_count_from_then():
+    early, late = parameters(), parameters(seed=1, shapes=((2, 2),))
+    optimizer = AdamW(early)
+    for step in range(30):
+        give_gradients(step, early)
+        optimizer.step(1e-3)
+    optimizer.add(late)
+    before = late[0].detach().clone()
+    give_gradients(30, early + late)
+    optimizer.step(1e-3)
+    torch.testing.assert_close((late[0] - before).abs(), torch.full((2, 2), 1e-3), rtol=1e-3, atol=1e-8)
+
+
+def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
+    runs = []
+    for interrupted in (False, True):
+        ours = parameters()
+        optimizer = AdamW(ours, weight_decay=0.01)
+        for step in range(12):
+            if step == 4:
+                optimizer.restart(ours[0], 2, dim=0)
+            if interrupted and step == 8:
+                torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+                ours = [torch.nn.Parameter(p.data.clone()) for p in ours]
+                optimizer = AdamW(ours, weight_decay=0.01)
+                optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            give_gradients(step, ours)
+            optimizer.step(1e-2)
+        runs.append(ours)
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_clipping_really_clips_and_tells_the_norm_before():
+    ours, theirs = parameters(), parameters()
+    give_gradients(0, ours, theirs)
+    norm = clip_gradients(ours, 0.5)
+    reference = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+    torch.testing.assert_close(norm, reference)
+    assert norm > 3
+    assert torch.cat([p.grad.flatten() for p in ours]).norm().item() == pytest.approx(0.5, rel=1e-5)
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def test_clipping_leaves_small_gradients_and_0_is_off():
+    for largest in (1e6, 0):
+        ours, same = parameters(), parameters()
+        give_gradients(0, ours, same)
+        clip_gradients(ours, largest)
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, same))
+
+
+def test_clipping_refuses_an_iterator():
+    with pytest.raises(AssertionError, match="list"):
+        clip_gradients(iter(parameters()), 1.0)

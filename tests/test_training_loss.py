@@ -1,0 +1,186 @@
+"""One step's mathematics: what is random, and what a sample's loss is."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from made_runs import pictures, settings, small_model
+
+from minildm.adapters import add_adapter
+from minildm.data.cache import context_cache
+from minildm.data.loader import TrainingPairs
+from minildm.training.loop import backward
+from minildm.training.loss import Captions, checkpoint_blocks, draw, learning_rate, sample_losses, validation_loss
+from minildm.training.machine import forecast
+
+SHAPE = (4, 8, 8)
+
+
+@pytest.fixture
+def model():
+    return small_model()
+
+
+def batch_of(data, indices, contexts=None):
+    pairs = TrainingPairs(data.records, data.prompts, latents=data.latents, contexts=contexts)
+    return torch.utils.data.default_collate([pairs[i] for i in indices])
+
+
+def test_a_samples_draws_depend_on_the_seed_and_its_number_alone():
+    together = draw(7, "sample", range(10, 16), SHAPE, 1000)
+    apart = [draw(7, "sample", [number], SHAPE, 1000) for number in range(10, 16)]
+    for i, one in enumerate(apart):
+        assert all(torch.equal(a[i], b[0]) for a, b in zip(together, one))
+    for other in (draw(8, "sample", [10], SHAPE, 1000), draw(7, "validation", [10], SHAPE, 1000)):
+        assert not torch.equal(other.noise[0], together.noise[0])
+    assert not torch.equal(together.noise, together.latent_noise)
+
+
+def test_draws_have_the_distributions_they_should():
+    many = draw(0, "sample", range(2000), (4, 2, 2), 1000)
+    assert many.timesteps.min() >= 0
+    assert many.timesteps.max() < 1000
+    assert many.timesteps.float().mean().item() == pytest.approx(499.5, abs=25)
+    assert many.noise.std().item() == pytest.approx(1, abs=0.02)
+    assert many.caption.mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_the_loss_is_the_mean_squared_error_of_what_the_network_should_say(v2):
+    model, data = small_model(v2), pictures(3)
+    draws = draw(0, "sample", range(3), SHAPE, 1000)
+    losses = sample_losses(
+        model, batch_of(data, [0, 1, 2]), draws, Captions(model, data.prompts), settings(caption_dropout=0)
+    )
+    mean, logvar = (torch.stack(part) for part in zip(*(data.latents.moments(i) for i in range(3))))
+    latents = 0.18215 * (mean + logvar.exp().sqrt() * draws.latent_noise)
+    alpha_bar = model.schedule.alphas_cumprod[draws.timesteps][:, None, None, None]
+    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * draws.noise
+    target = alpha_bar.sqrt() * draws.noise - (1 - alpha_bar).sqrt() * latents if v2 else draws.noise
+    prediction = model.unet(noisy, draws.timesteps, model.encode_prompt(list(data.prompts)))
+    torch.testing.assert_close(losses, F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3)))
+
+
+def test_dropped_captions_are_the_empty_prompt(model, tmp_path):
+    data = pictures(3)
+    dropped = torch.tensor([True, False, True])
+    contexts = context_cache([*data.prompts, ""], model.tokenize, model.text_encoder, tmp_path)
+    expected = model.encode_prompt(["", data.prompts[1], ""])
+    running = Captions(model, data.prompts)(batch_of(data, range(3)), dropped)
+    cached = Captions(model, data.prompts, contexts)(batch_of(data, range(3), contexts), dropped)
+    torch.testing.assert_close(running, expected)
+    torch.testing.assert_close(cached, expected, rtol=0, atol=2e-3)  # the cache is float16
+    draws = draw(0, "sample", range(3000), (1, 1, 1), 1000)
+    assert (draws.caption < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_min_snr_weighs_and_noise_offset_shifts_whole_channels(model):
+    data, captions = pictures(3), Captions(model, pictures(3).prompts)
+    draws, batch = draw(0, "sample", range(3), SHAPE, 1000), batch_of(pictures(3), [0, 1, 2])
+    plain = sample_losses(model, batch, draws, captions, settings(caption_dropout=0))
+    weighted = sample_losses(model, batch, draws, captions, settings(caption_dropout=0, min_snr_gamma=5.0))
+    torch.testing.assert_close(weighted, plain * model.schedule.min_snr_weight(draws.timesteps, 5.0))
+    shifted = draws._replace(noise=draws.noise + 0.1 * draws.offset)
+    torch.testing.assert_close(
+        sample_losses(model, batch, draws, captions, settings(caption_dropout=0, noise_offset=0.1)),
+        sample_losses(model, batch, shifted, captions, settings(caption_dropout=0)),
+    )
+    assert draws.offset.shape == (3, 4, 1, 1)
+    assert len(data.records) == 3
+
+
+@pytest.mark.parametrize("targets", [("unet",), ("unet", "text_encoder")])
+def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(targets):
+    gradients = []
+    for micro in (4, 2, 1):
+        model, data = small_model(), pictures(4)
+        add_adapter(model, "lora", rank=2, targets=targets)
+        config, captions = settings(micro_batch=micro), Captions(model, data.prompts)
+
+        class Still:
+            step, loss_scale = 3, 1.0
+
+        Still.config = config
+        backward(
+            Still,
+            batch_of(data, range(4)),
+            lambda part, numbers, model=model, captions=captions, config=config: sample_losses(
+                model, part, draw(0, "sample", numbers, SHAPE, 1000), captions, config
+            ),
+        )
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_the_same_with_checkpointing():
+    gradients = []
+    for again in (False, True):
+        model, data = small_model(), pictures(2)
+        add_adapter(model, "lora", rank=2)
+        if again:
+            checkpoint_blocks(model.unet, model.text_encoder)
+        sample_losses(
+            model,
+            batch_of(data, [0, 1]),
+            draw(0, "sample", range(2), SHAPE, 1000),
+            Captions(model, data.prompts),
+            settings(),
+        ).mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_validation_is_fixed_and_independent_of_the_batch(model):
+    data = pictures(3)
+    pairs, captions = TrainingPairs(data.records, data.prompts, latents=data.latents), Captions(model, data.prompts)
+    first, again, other = (
+        validation_loss(model, pairs, captions, settings(batch_size=size, noise_offset=offset))
+        for size, offset in ((4, 0), (4, 0), (3, 0.5))
+    )
+    assert first == again
+    assert other == pytest.approx(first, rel=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_follows_its_curve():
+    config = settings(lr=1.0, warmup=4, lr_schedule="cosine")
+    rates = [learning_rate(step, 104, config) for step in range(104)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1
+    assert rates[54] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+    assert all(learning_rate(step, 10, settings(lr=0.1)) == 0.1 for step in range(10))
+
+
+def test_the_forecast_weighs_what_autograd_keeps():
+    """Against the sum of all tensors that really are kept, each storage once."""
+    model, data = small_model(), pictures(1)
+    add_adapter(model, "lora", rank=2)
+    draws, captions = draw(0, "sample", [0], SHAPE, 1000), Captions(model, data.prompts)
+
+    def loss():
+        return sample_losses(model, batch_of(data, [0]), draws, captions, settings())
+
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        whole = loss()
+    truth = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+    del whole
+    weights = sum(4 * p.numel() for p in model.parameters())
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    needed = {
+        micro: forecast(model, loss, settings(micro_batch=micro))[0] / 1.15 - weights - 3 * trained for micro in (1, 4)
+    }
+    assert needed[1] == pytest.approx(truth, rel=0.15)
+    assert needed[4] == pytest.approx(4 * needed[1], rel=1e-3)
+    lean = forecast(model, loss, settings(micro_batch=1, checkpointing=True))[0] / 1.15 - weights - 3 * trained
+    assert lean < 0.6 * needed[1]
