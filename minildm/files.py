@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 UMASK = os.umask(0)  # can only be read by setting it
@@ -54,3 +55,27 @@ def sha256(path, chunk_bytes=1 << 20):
         while chunk := file.read(chunk_bytes):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replaced_folder(path):
+    """Yield a new folder next to ``path``, which becomes a link to it when the block ends well: the folder is whole or
+    the one before. ``path`` must be absent or such a link."""
+    path = Path(path)
+    if path.exists() and not path.is_symlink():
+        raise FileExistsError(f"{path} is in the way: a link to the newest version is expected there; move it away")
+    versions = [int(p.name.rpartition("-")[2]) for p in path.parent.glob(f".{path.name}-*") if p.name[-1].isdigit()]
+    new = path.with_name(f".{path.name}-{max(versions, default=0) + 1}")
+    new.mkdir(parents=True)
+    try:
+        yield new
+        link = path.with_name(f".{path.name}.{os.getpid()}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(new.name)
+        os.replace(link, path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    for old in path.parent.glob(f".{path.name}-*"):  # the version before, and what a killed process left
+        if old != new:
+            shutil.rmtree(old, ignore_errors=True)

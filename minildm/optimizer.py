@@ -1,108 +1,179 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2) with a step count for each row of an adapter.
+"""The optimizers: AdamW with an age for each row of an adapter, torch's fused AdamW, and a moving average of weights.
 
-Adam divides its running means by 1 - beta^t, for they start at zero. A row that SeLoRA adds at step 1000 has means
-that start at zero too, but with the old t the divisor is already 1: at its first step the mean of the gradient is
-0.1 g and the root of the mean square 0.032 |g|, an update of 3.2 lr instead of lr. So each row counts from its birth.
-
-All parameters move together in a few fused passes (torch._foreach_*); those whose rows differ in age take two small
-ones each besides.
+AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2. Adam divides its running means by 1 - beta^t, because
+they start at zero. The means of a row that SeLoRA adds at step 1000 start at zero, too, but with the old t the divisor
+is already 1: its first step would be 0.1 g / (0.032 |g|), 3.2 times the learning rate. So each row counts its own
+steps.
 """
 
 import torch
 
 
 class AdamW:
-    """Steps for a list of parameters. A parameter that got no gradient counts as one whose gradient is zero."""
+    """Steps for a list of parameters. All move together in a few passes (torch._foreach_*); parameters whose rows
+    differ in age take two small passes more.
 
-    def __init__(self, parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        self.parameters, self.betas, self.eps, self.weight_decay = [], betas, eps, weight_decay
+    A parameter without a gradient is left alone at that step: its value, its means and its age stay (as in torch).
+
+    Args: factors: of the learning rate, one for each parameter; None = 1.
+    """
+
+    def __init__(self, parameters, factors=None, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.parameters, self.factors = [], []
         self.means, self.squares = [], []  # running means of the gradient and of its square
-        self.count = 0  # steps taken
-        self.born = []  # of each parameter: the count when it came; or, where rows differ, (their dimension, tensor)
-        self.add(parameters)
+        self.ages = []  # steps each parameter has taken; or, where rows differ, (dimension of the rows, float64 tensor)
+        self.restarted = []  # (parameter, row, dim) since `take_restarted`
+        self.add(parameters, factors)
 
-    def add(self, parameters):
+    def add(self, parameters, factors=None):
         """Train these too, from now on."""
-        for parameter in parameters:
+        for parameter, factor in zip(parameters, [1.0] * len(parameters) if factors is None else factors, strict=True):
             self.parameters.append(parameter)
+            self.factors.append(factor)
             self.means.append(torch.zeros_like(parameter, requires_grad=False))
             self.squares.append(torch.zeros_like(parameter, requires_grad=False))
-            self.born.append(self.count)
-        self._place_rows()
+            self.ages.append(0)
 
     def restart(self, parameter, row, dim):
-        """Count one row (``dim`` 0) or column (1) from now on; the others keep their state."""
+        """Give one row (``dim`` 0) or column (1) a new state, age 0; the others keep theirs."""
         i = next(i for i, other in enumerate(self.parameters) if other is parameter)
-        if not isinstance(self.born[i], tuple):
-            self.born[i] = (dim, torch.full((parameter.shape[dim],), self.born[i]))
-        self.born[i][1][row] = self.count
+        if not isinstance(self.ages[i], tuple):
+            rows = torch.full((parameter.shape[dim],), self.ages[i], dtype=torch.float64, device=parameter.device)
+            self.ages[i] = (dim, rows)
+        self.ages[i][1][row] = 0
         self.means[i].select(dim, row).zero_()
         self.squares[i].select(dim, row).zero_()
-        self._place_rows()
+        self.restarted.append((parameter, row, dim))
 
-    def _place_rows(self):
-        """The births of all rows of uneven parameters, in one tensor on the device."""
-        self.even = [i for i, born in enumerate(self.born) if not isinstance(born, tuple)]
-        self.uneven = [i for i, born in enumerate(self.born) if isinstance(born, tuple)]
-        if self.uneven:
-            device = self.parameters[0].device
-            self.rows_born = torch.cat([self.born[i][1] for i in self.uneven]).to(device, torch.float64)
+    def take_restarted(self):
+        """The rows restarted since the last call: [(parameter, row, dim)]."""
+        restarted, self.restarted = self.restarted, []
+        return restarted
 
     @torch.no_grad()
     def step(self, lr):
         """Update the parameters by their gradients."""
+        active = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        if not active:
+            return
         beta1, beta2 = self.betas
-        self.count += 1
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        torch._foreach_lerp_(self.means, gradients, 1 - beta1)
-        torch._foreach_mul_(self.squares, beta2)
-        torch._foreach_addcmul_(self.squares, gradients, gradients, 1 - beta2)
+        parameters, means, squares = (
+            [items[i] for i in active] for items in (self.parameters, self.means, self.squares)
+        )
+        gradients, factors = [p.grad for p in parameters], [self.factors[i] for i in active]
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
         if self.weight_decay:
-            torch._foreach_mul_(self.parameters, 1 - lr * self.weight_decay)
+            torch._foreach_mul_(parameters, [1 - lr * factor * self.weight_decay for factor in factors])
 
-        deviations = torch._foreach_sqrt(self.squares)
-        ages = [self.count - self.born[i] for i in self.even]
-        rows = self._ages_of_rows()
-        if self.even:
-            torch._foreach_div_([deviations[i] for i in self.even], [(1 - beta2**age) ** 0.5 for age in ages])
-        for i, age in rows.items():
-            deviations[i].div_((1 - beta2**age).sqrt().float())
+        ages = self._grow_older(active)
+        deviations = torch._foreach_sqrt(squares)
+        _scale(deviations, [(1 - beta2**age) ** -0.5 for age in ages])
         torch._foreach_add_(deviations, self.eps)
+        updates = torch._foreach_div(means, deviations)
+        _scale(updates, [-lr * factor / (1 - beta1**age) for factor, age in zip(factors, ages)])
+        torch._foreach_add_(parameters, updates)
 
-        updates = torch._foreach_div(self.means, deviations)
-        if self.even:
-            torch._foreach_mul_([updates[i] for i in self.even], [-lr / (1 - beta1**age) for age in ages])
-        for i, age in rows.items():
-            updates[i].mul_((-lr / (1 - beta1**age)).float())
-        torch._foreach_add_(self.parameters, updates)
+    def _grow_older(self, active):
+        """Count a step for the active parameters. Returns: their ages, numbers or tensors that broadcast over them."""
+        uneven = [self.ages[i][1] for i in active if isinstance(self.ages[i], tuple)]
+        if uneven:
+            torch._foreach_add_(uneven, 1)
+        ages = []
+        for i in active:
+            if isinstance(self.ages[i], tuple):
+                dim, rows = self.ages[i]
+                ages.append(rows[:, None] if dim == 0 else rows)
+            else:
+                self.ages[i] += 1
+                ages.append(self.ages[i])
+        return ages
 
-    def _ages_of_rows(self):
-        """{parameter's number: steps each of its rows has been trained, shaped to multiply it}."""
-        if not self.uneven:
-            return {}
-        ages = self.count - self.rows_born
-        dims = [self.born[i][0] for i in self.uneven]
-        parts = ages.split([len(self.born[i][1]) for i in self.uneven])
-        return {i: part[:, None] if dim == 0 else part for i, dim, part in zip(self.uneven, dims, parts)}
-
-    # --- saved states ------------------------------------------------------------------------------------------------
     def state_dict(self):
         """Tensors and numbers, in the order of the parameters."""
-        return {"count": self.count, "born": list(self.born), "means": list(self.means), "squares": list(self.squares)}
+        return {"ages": list(self.ages), "means": list(self.means), "squares": list(self.squares)}
 
     def load_state_dict(self, state):
-        """Go on from ``state``, for the same parameters in the same order."""
+        """Continue from ``state``, for the same parameters in the same order."""
         assert [m.shape for m in state["means"]] == [p.shape for p in self.parameters], "another list of parameters"
-        self.count, self.born = state["count"], list(state["born"])
-        torch._foreach_copy_(self.means, state["means"])
-        torch._foreach_copy_(self.squares, state["squares"])
-        self._place_rows()
+        device = {i: parameter.device for i, parameter in enumerate(self.parameters)}
+        self.ages = [(a[0], a[1].to(device[i])) if isinstance(a, tuple) else a for i, a in enumerate(state["ages"])]
+        if self.means:
+            torch._foreach_copy_(self.means, state["means"])
+            torch._foreach_copy_(self.squares, state["squares"])
+
+
+def _scale(tensors, factors):
+    """Multiply each tensor in place by its factor, a number (all of them in one pass) or a tensor of rows."""
+    even = [i for i, factor in enumerate(factors) if not isinstance(factor, torch.Tensor)]
+    if even:
+        torch._foreach_mul_([tensors[i] for i in even], [factors[i] for i in even])
+    for tensor, factor in zip(tensors, factors):
+        if isinstance(factor, torch.Tensor):
+            tensor.mul_(factor.to(tensor.dtype))
+
+
+class FusedAdamW:
+    """torch's own AdamW, one kernel a step, with the interface of `AdamW`: for full fine-tuning, where the two spare
+    copies of the weights that AdamW's passes hold would count."""
+
+    def __init__(self, parameters, factors=None, weight_decay=0.0):
+        self.parameters, self.factors = list(parameters), list(factors or [1.0] * len(parameters))
+        groups = [{"params": [p], "factor": f} for p, f in zip(self.parameters, self.factors)]
+        self.torch = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+    def take_restarted(self):
+        return []
+
+    def step(self, lr):
+        for group in self.torch.param_groups:
+            group["lr"] = lr * group["factor"]
+        self.torch.step()
+
+    def state_dict(self):
+        return self.torch.state_dict()
+
+    def load_state_dict(self, state):
+        self.torch.load_state_dict(state)
+
+
+class MovingAverage:
+    """Exponential moving average of parameters, by name. It is shorter while training is young: the decay rises from
+    0.1 to its value. ``decay`` 0: no average."""
+
+    def __init__(self, decay):
+        self.decay, self.values = decay, {}
+
+    def add(self, parameters):
+        """Begin to average {name: parameter}, with the values they have now."""
+        if self.decay:
+            self.values |= {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def restart(self, name, parameter, row, dim):
+        """Give a row the value it has now: it is another row than before."""
+        if self.decay:
+            self.values[name].select(dim, row).copy_(parameter.detach().select(dim, row))
+
+    def update(self, step, parameters):
+        """Take in {name: parameter} after ``step`` steps."""
+        if self.values:
+            decay = min(self.decay, step / (step + 9))
+            live = [parameters[name].detach() for name in self.values]
+            torch._foreach_lerp_(list(self.values.values()), live, 1 - decay)
+
+    def swap(self, parameters):
+        """Exchange the parameters' values with their averages."""
+        for name, average in self.values.items():
+            parameter = parameters[name]
+            parameter.data, self.values[name] = average, parameter.data
 
 
 def clip_gradients(parameters, largest):
     """Scale the gradients of a *list* of parameters so that their joint norm is at most ``largest``; 0 = leave them.
 
-    Returns: the norm before, a scalar tensor (an iterator that has run out would be clipped to nothing, and say 0).
+    Returns: the norm before, a scalar tensor. (An exhausted iterator would clip nothing and say 0.)
     """
     assert isinstance(parameters, list) and parameters, "clip_gradients needs a list of parameters"
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

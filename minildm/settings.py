@@ -15,6 +15,7 @@ import json
 import math
 import types
 import typing
+from pathlib import Path
 
 from minildm.errors import InputError
 
@@ -34,6 +35,10 @@ class Settings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
+
+    def as_json(self):
+        """The fields as what JSON can hold: paths become text, tuples lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 def flag(name):
@@ -67,10 +72,13 @@ def check(field, value):
 
 # --- the command line ------------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that accepts no abbreviated flags and shows the default of each flag that has one."""
+    """An argparse parser without abbreviated flags, with each flag's default in its help, and one-line errors."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -94,11 +102,13 @@ def add_flags(parser, settings, title, skip=(), prefix=""):
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field.metadata["metavar"]}
+            options |= {"nargs": "+", "action": Several, "metavar": field.metadata["metavar"]}
         else:
-            options |= {"type": Number(kind) if kind in (int, float) else kind, "metavar": field.metadata["metavar"]}
+            letter = {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+            options |= {"type": Number(kind) if kind in (int, float) else kind}
+            options["metavar"] = field.metadata["metavar"] or letter
         if field.metadata["choices"] is not None:
-            options["choices"] = field.metadata["choices"]
+            options |= {"choices": field.metadata["choices"], "metavar": None}
         group.add_argument(flag(prefix + field.name), **options)
 
 
@@ -110,9 +120,13 @@ def from_flags(settings, arguments, prefix="", **changes):
     return settings(**(values | changes))
 
 
-def as_json(settings):
-    """The fields as what JSON can hold: paths become text, tuples lists."""
-    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+class Several(argparse.Action):
+    """Values of a flag that may be given once or repeatedly: the first replaces the default, others are added."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = getattr(namespace, f"_{self.dest}_given", ())
+        setattr(namespace, f"_{self.dest}_given", (*given, *values))
+        setattr(namespace, self.dest, (*given, *values))
 
 
 class Number:

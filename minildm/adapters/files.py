@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minildm.adapters.inject import KINDS, adapter_layers
+from minildm.adapters.inject import adapter_layers
 from minildm.errors import InputError
 from minildm.files import sha256, written_beside
 
@@ -35,13 +35,12 @@ def save_adapter(model, path, format="native", settings=None):
     for name, layer in layers.items():
         for factor, tensor in zip("AB", layer.factors()):
             tensors[f"{name}.lora_{factor}"] = tensor.cpu().contiguous()
-    ((kind, scale),) = {(type(layer), layer.scale) for layer in layers.values()}
-    kind = next(name for name, layer_type in KINDS.items() if layer_type is kind)
+    ((kind, scale),) = {(layer.kind, layer.scale) for layer in layers.values()}
     about = {
         "format": FORMAT,
         "kind": kind,
         "scale": scale,
-        "ranks": {name: la.rank for name, la in layers.items()},
+        "ranks": {path: layer.rank for path, layer in layers.items()},
         "base": model.base_hash if model.files else None,
         "on_top_of": model.merged,
         "settings": settings or {},

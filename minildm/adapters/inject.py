@@ -1,7 +1,7 @@
-"""Which layers get an adapter, and putting adapters in and merging them away.
+"""Which layers get an adapter; putting adapters in, merging them away, counting them.
 
-At any moment one adapter is live, the one being trained: `add_adapter` wraps the layers, `merge_adapter` adds what was
-learnt to the base's weights and takes the wrappers out again. Loaded adapters are merged at once (files.py).
+At any moment one adapter is live, the one being trained: `wrap` puts it around the layers, `merge_adapter` adds it to
+the base's weights and takes the wrappers out again. Loaded adapters are merged at once (files.py).
 """
 
 import math
@@ -10,11 +10,8 @@ import re
 import torch
 from torch import nn
 
-from minildm.adapters.lora import LoRALinear
-from minildm.adapters.selora import SeLoRALinear
 from minildm.errors import InputError
 
-KINDS = {"lora": LoRALinear, "selora": SeLoRALinear}
 NETWORKS = ("unet", "text_encoder")
 
 # Layer sets, by path. Counts are SD v1.5's: U-Net + text encoder.
@@ -25,19 +22,12 @@ LAYERS = {
 }
 
 
-def add_adapter(model, kind="lora", rank=4, alpha=None, targets=NETWORKS, layers="all-linear", seed=0):
+def wrap(model, layer_class, rank, alpha=None, targets=NETWORKS, layers="all-linear", seed=0):
     """Freeze the model and put a new adapter around its linear layers; the output does not change.
 
-    Args:
-        kind: "lora", or "selora", whose rank grows from ``rank`` (1 in the paper) on.
-        alpha: scale = alpha / rank; None = rank (scale 1). SeLoRA's scale is alpha / ``rank`` as it starts, constant.
-        targets: networks to adapt. layers: "all-linear", "paper" or "attention".
-        seed: of lora_A's first values.
-    Returns: {module path: layer}, in the model's order.
-    Raises: InputError for unknown names, a rank outside [1, the layer's smaller side], an adapter already there.
+    Args: layer_class: builds a wrapper from (base, rank, scale, generator). The others as in `adapters.add_adapter`.
+    Returns: {module path: wrapper}, in the model's order.
     """
-    if kind not in KINDS:
-        raise InputError(f"unknown adapter kind {kind!r}; choose one of {', '.join(KINDS)}")
     if adapter_layers(model):
         raise InputError("the model already has a live adapter; merge_adapter(model) first, or load the base again")
     paths = target_paths(model, targets, layers)
@@ -46,15 +36,15 @@ def add_adapter(model, kind="lora", rank=4, alpha=None, targets=NETWORKS, layers
         most = min(base.in_features, base.out_features)
         if not 1 <= rank <= most:
             raise InputError(f"rank must be in [1, {most}] for {path}, got {rank}; choose another --rank")
-    if not paths or not (alpha is None or math.isfinite(alpha)):
-        raise InputError(
-            f"an adapter needs targets (from {', '.join(NETWORKS)}) and a finite alpha, got {targets}, {alpha}"
-        )
+    if not paths:
+        raise InputError(f"an adapter needs a network to adapt, from {', '.join(NETWORKS)}; got {targets}")
+    if alpha is not None and not math.isfinite(alpha):
+        raise InputError(f"alpha must be a finite number, got {alpha}")
     generator = torch.Generator().manual_seed(seed)
     scale = 1.0 if alpha is None else alpha / rank
     model.requires_grad_(False)
     for path in paths:
-        _replace(model, path, KINDS[kind](model.get_submodule(path), rank, scale, generator))
+        _replace(model, path, layer_class(model.get_submodule(path), rank, scale, generator))
     return adapter_layers(model)
 
 
@@ -72,8 +62,8 @@ def target_paths(model, targets=NETWORKS, layers="all-linear"):
 
 
 def adapter_layers(model):
-    """{module path: layer} of the live adapter; empty if there is none."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """{module path: wrapper} of the live adapter; empty if there is none."""
+    return {path: module for path, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def merge_adapter(model):
@@ -83,15 +73,20 @@ def merge_adapter(model):
 
 
 def parameter_counts(model):
-    """{network: (adapter's parameters, the network's own, percentage)} for the networks that carry an adapter."""
+    """{network: (trained, all, percent)} of the networks that are trained, percent = 100 trained / all.
+
+    ``all`` counts the base and the adapter, as PEFT does. Rows of an adapter that are not in use do not count.
+    """
     counts = {}
     for network in NETWORKS:
-        layers = [layer for path, layer in adapter_layers(model).items() if path.startswith(f"{network}.")]
-        if layers:
-            own = sum(factor.numel() for layer in layers for factor in layer.factors())
-            stored = sum(tensor.numel() for layer in layers for block in layer.blocks() for tensor in block)
-            base = sum(parameter.numel() for parameter in getattr(model, network).parameters()) - stored
-            counts[network] = (own, base, 100 * own / base)
+        module = getattr(model, network)
+        layers = adapter_layers(module).values()
+        stored = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_"))
+        total = sum(p.numel() for p in module.parameters())
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        unused = stored - sum(layer.n_parameters() for layer in layers)
+        if trained:
+            counts[network] = (trained - unused, total - unused, 100 * (trained - unused) / (total - unused))
     return counts
 
 

@@ -2,97 +2,116 @@
 
     y = x W^T + b + scale (x A^T) B^T        dW = scale B A        lora_A (rank, in), lora_B (out, rank)
 
-A starts Kaiming-uniform (a = sqrt 5: uniform within 1 / sqrt(in)), B zero, so a new adapter changes nothing. The base
-keeps its own precision; A and B are float32 and are cast to what passes through the layer.
+lora_A starts Kaiming-uniform (a = sqrt 5: uniform within 1 / sqrt(in)), lora_B zero, so a new adapter changes nothing.
+scale = alpha / rank, alpha = rank unless given. The base keeps its own precision; lora_A and lora_B are float32 and are
+cast to the precision of what passes through the layer.
+
+Cost: rank (in + out) parameters a layer, and as many multiplications a token. Differs from the paper: all linear layers
+can be adapted, not only the attention's.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from minildm.layers import linear
+from minildm import kernels
+from minildm.adapters.files import save_adapter
+from minildm.adapters.fused import LoRAFunction
+from minildm.adapters.inject import LAYERS, NETWORKS, adapter_layers, parameter_counts, wrap
+from minildm.adapters.method import Method
+from minildm.adapters.rank_map import rank_map
+from minildm.settings import Settings, setting
 
 
 class LoRALinear(nn.Module):
-    """A frozen ``base`` with its adapter: (..., in) -> (..., out). ``scale`` = alpha / rank."""
+    """A frozen linear layer, ``base``, with its adapter: (..., in) -> (..., out).
+
+    The rows of lora_A and the columns of lora_B lie in blocks. Plain LoRA has one block of ``rank`` rows; a layer whose
+    rank grows has zeros behind the first ``rank`` rows, and further blocks (selora.py).
+    """
+
+    kind = "lora"
 
     def __init__(self, base, rank, scale, generator):
         super().__init__()
-        self.base = base
-        self.scale = scale
-        self.lora_A = nn.Parameter(kaiming_rows(rank, base.in_features, generator).to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-        self.probe = None  # a LayerProbe while the Fisher information is measured (fisher.py)
-
-    @property
-    def rank(self):
-        return self.lora_A.shape[0]
+        self.base, self.rank, self.scale = base, rank, scale
+        device = base.weight.device
+        self.lora_A = nn.ParameterList([kaiming_rows(rank, base.in_features, generator).to(device)])
+        self.lora_B = nn.ParameterList([torch.zeros(base.out_features, rank, device=device)])
 
     def blocks(self):
-        """The products that make up dW: [(rows of A, columns of B)]. One here; SeLoRA has several."""
-        return [(self.lora_A, self.lora_B)]
+        """The products that dW is the sum of: [(A (rows, in), B (out, rows))], differentiable."""
+        return list(zip(self.lora_A, self.lora_B))
 
     def forward(self, x):
-        if torch.compiler.is_compiling():  # the compiler decides by itself what to keep and what to compute again
-            y = self.base(x)
-            for A, B in self.blocks():
-                y = y + self.scale * (x @ A.to(x.dtype).t()) @ B.to(x.dtype).t()
-            return y
-        return AdaptedLinear.apply(x, self, *(factor for block in self.blocks() for factor in block))
+        if kernels.enabled and not torch.compiler.is_compiling():  # the same numbers in less memory
+            factors = [factor for block in self.blocks() for factor in block]
+            return LoRAFunction.apply(x, self.base, self.scale, *factors)
+        y = self.base(x)
+        for A, B in self.blocks():
+            y = y + self.scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+        return y
 
     def factors(self):
-        """(lora_A (rank, in), lora_B (out, rank)), without gradient: what the adapter's file holds."""
-        return self.lora_A.detach(), self.lora_B.detach()
+        """(lora_A (rank, in), lora_B (out, rank)) without gradient: dW = scale lora_B lora_A. What a file holds."""
+        A = torch.cat([A.detach() for A, _ in self.blocks()])
+        B = torch.cat([B.detach() for _, B in self.blocks()], dim=1)
+        return A[: self.rank], B[:, : self.rank]
+
+    def n_parameters(self):
+        """Numbers that the adapter of this layer consists of; unused rows of a block do not count."""
+        return sum(factor.numel() for factor in self.factors())
 
     def merged(self):
-        """The plain layer with dW added, in float32 before the cast to the base's precision."""
+        """The plain layer with dW added to its weight, in float32 before the cast to the base's precision."""
         A, B = self.factors()
         self.base.weight.data = (self.base.weight.float() + self.scale * B @ A).to(self.base.weight.dtype)
         return self.base
 
 
 def kaiming_rows(rows, d_in, generator):
-    """(rows, d_in) float32, uniform within 1 / sqrt(d_in), drawn on the CPU: variance 1 / (3 d_in)."""
+    """(rows, d_in) float32, uniform within 1 / sqrt(d_in), sampled on the CPU: variance 1 / (3 d_in)."""
     return (2 * torch.rand(rows, d_in, generator=generator) - 1) / math.sqrt(d_in)
 
 
-class AdaptedLinear(torch.autograd.Function):
-    """base(x) + scale (x A^T) B^T, for every pair A, B of ``factors``.
+@dataclass(frozen=True)
+class LoRASettings(Settings):
+    rank: int = setting(4, "rank of every layer", at_least=1)
+    alpha: float | None = setting(None, "scale = alpha / rank (default: alpha = rank, so the scale is 1)", above=0)
+    layers: str = setting("all-linear", "which linear layers to adapt", choices=tuple(LAYERS))
+    targets: tuple[str, ...] = setting(NETWORKS, "which networks to adapt", choices=NETWORKS)
 
-    Autograd would keep x A^T and make each term of a sum as a tensor of its own; here products add into one result, and
-    only x is kept (the same tensor for q, k and v, so once). x A^T is computed again in the backward, which costs
-    rank / out of the layer. The base's weight gets no gradient: it is frozen.
-    """
 
-    @staticmethod
-    def forward(ctx, x, layer, *factors):
-        y = layer.base(x)
-        ctx.save_for_backward(x, *factors)
-        ctx.layer, ctx.probe, ctx.dtype = layer, layer.probe, y.dtype
-        rows, out = x.reshape(-1, x.shape[-1]).to(y.dtype), y.reshape(-1, y.shape[-1])  # (tokens, in), (tokens, out)
-        for A, B in zip(factors[::2], factors[1::2]):
-            out.addmm_(rows @ A.to(y.dtype).t(), B.to(y.dtype).t(), alpha=layer.scale)
-        return out.view(y.shape)
+class LoRA(Method):
+    """Low-rank adaptation: wrap the chosen layers, train their factors."""
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, *factors = ctx.saved_tensors
-        xs = x.to(ctx.dtype).reshape(len(x), -1, x.shape[-1])  # (B, L, in): one sample a row, L = 1 for time
-        dy = dy.reshape(len(x), -1, dy.shape[-1])  # (B, L, out)
-        g = dy if ctx.layer.scale == 1 else dy * ctx.layer.scale
-        rows, g_rows = xs.flatten(0, 1), g.flatten(0, 1)  # all tokens of the batch
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = linear(dy.flatten(0, 1), ctx.layer.base.weight.to(ctx.dtype).t())  # dy W, (tokens, in)
-        gradients = []
-        for i, (A, B) in enumerate(zip(factors[::2], factors[1::2])):
-            dh = g_rows @ B.to(ctx.dtype)  # (tokens, rank)
-            if dx is not None:
-                dx.addmm_(dh, A.to(ctx.dtype))
-            if ctx.probe is None:
-                dA, dB = dh.t() @ rows, g_rows.t() @ (rows @ A.to(ctx.dtype).t())  # (rank, in), (out, rank)
-            else:
-                dA, dB = ctx.probe.gradients(xs, g, dh.view(*g.shape[:2], -1), A, i == 0)
-            gradients += [dA.to(A.dtype), dB.to(B.dtype)]
-        return None if dx is None else dx.view(x.shape).to(x.dtype), None, *gradients
+    settings_class = LoRASettings
+    layer_class = LoRALinear
+
+    def __init__(self, model, settings, steps, seed):
+        super().__init__(model, settings, steps, seed)
+        self.layers = wrap(
+            model, self.layer_class, settings.rank, settings.alpha, settings.targets, settings.layers, seed
+        )
+
+    def describe(self):
+        layers = adapter_layers(self.model)
+        ranks = {path: layer.rank for path, layer in layers.items()}
+        scale = next(iter(layers.values())).scale
+        spread = (
+            f"rank {min(ranks.values())}"
+            if len(set(ranks.values())) == 1
+            else (f"ranks {min(ranks.values())} to {max(ranks.values())} (mean {sum(ranks.values()) / len(ranks):.2f})")
+        )
+        lines = [f"{self.layer_class.kind} on {len(layers)} layers, {spread}, scale {scale:g}"]
+        if len(set(ranks.values())) > 1:
+            lines += ["mean rank by block and kind of layer:", rank_map(ranks)]
+        for network, (trained, total, percent) in parameter_counts(self.model).items():
+            lines.append(f"{network}: {trained:,} of {total:,} parameters trained ({percent:.3f} %)")
+        return lines
+
+    def save(self, path, about):
+        save_adapter(self.model, path, settings=about)

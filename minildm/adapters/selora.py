@@ -1,80 +1,173 @@
 """SeLoRA: the rank of each layer grows during training, where Fisher information says so (arXiv:2408.07196).
 
-Every layer starts at rank 1. Every ``expand_interval`` steps each layer is tested (fisher.py); where the Fisher ratio
-reaches ``expand_threshold`` (lambda), the tested row K joins lora_A and a zero column joins lora_B. The scale is
-constant, so growth does not change the output.
+Algorithm 1, whole on this page:
 
-Rows live in blocks of 8. Those not yet in use are zeros: a zero row with a zero column has no gradient in either and
-stays zero under Adam, so shapes are constant for the compiler, the optimizer and the checkpoint while a block fills. A
-full layer gets another block, a parameter of its own, beside the old one: no shape that was there ever changes, and so
-no product is rounded otherwise than before. That makes growth exact to the last bit.
+    when      every ``expand_interval`` (t) steps                                     `SeLoRA.watch`
+    probe     one random row K for each layer, tested within the ordinary backward    fisher.py has the derivation
+    decide    layers whose Fisher ratio is at least ``expand_threshold`` (lambda)     `layers_to_grow`
+    grow      K joins lora_A, a zero column joins lora_B                              `grow`
+
+Every layer starts at rank 1 (``rank``). scale = alpha / starting rank and stays constant, so growth changes no output;
+the row that was tested is the row that is inserted, and its column starts at zero.
+
+Cost: at every t-th step two thin products a layer, below 1 % of a run. Differs from the paper: the test needs no second
+forward and backward, per-sample gradients are exact, the ratio is printed the right way up (fisher.py), a new row
+counts its own Adam steps (minildm/optimizer.py), and a layer without any gradient (0 / 0) does not grow.
+``expand_criterion expected`` (the mean over all K), ``max_rank`` and ``max_parameters`` are additions of ours.
 """
+
+import contextlib
+import sys
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from minildm.adapters.lora import LoRALinear, kaiming_rows
+from minildm.adapters.fisher import fisher_probe
+from minildm.adapters.lora import LoRA, LoRALinear, LoRASettings
+from minildm.seeds import seeded
+from minildm.settings import setting
 
-BLOCK = 8  # rows
+# Rows come in blocks of 8. Those not yet in use are zeros: a zero row over a zero column has no gradient in either and
+# stays zero under Adam. So while a block fills, no shape changes (for the compiler, the optimizer and the checkpoint),
+# and a full layer gets another block beside the old ones: no product is rounded differently than before, and growth is
+# exact to the last bit.
+ROWS_PER_BLOCK = 8
 
 
 class SeLoRALinear(LoRALinear):
-    """LoRA with room to grow: blocks of lora_A (8, in) and lora_B (out, 8), of which ``rank`` rows are in use."""
+    """LoRA with room to grow: ``rank`` of the rows in its blocks are in use."""
+
+    kind = "selora"
 
     def __init__(self, base, rank, scale, generator):
-        nn.Module.__init__(self)
-        self.base, self.scale, self.probe = base, scale, None
-        self.lora_A, self.lora_B = nn.ParameterList(), nn.ParameterList()
-        self._rank = 0
-        self.grow(kaiming_rows(rank, base.in_features, generator).t())
+        super().__init__(base, rank, scale, generator)
+        room = -rank % ROWS_PER_BLOCK
+        self.lora_A[0] = nn.Parameter(F.pad(self.lora_A[0].data, (0, 0, 0, room)))  # (8 n, in)
+        self.lora_B[0] = nn.Parameter(F.pad(self.lora_B[0].data, (0, room)))  # (out, 8 n)
 
-    @property
-    def rank(self):
-        return self._rank
+    def grow(self, row):
+        """Append ``row`` (in,) to lora_A, over a zero column of lora_B.
 
-    def blocks(self):
-        return list(zip(self.lora_A, self.lora_B))
-
-    def factors(self):
-        A = torch.cat([block.detach() for block in self.lora_A])
-        B = torch.cat([block.detach() for block in self.lora_B], dim=1)
-        return A[: self.rank], B[:, : self.rank]
-
-    def grow(self, expansion):
-        """Insert the tested K (in, k) as rows of lora_A, under zero columns of lora_B.
-
-        Returns: the new parameters, for the optimizer: [] while there was room in the last block.
+        Returns: (its block of lora_A, its block of lora_B, its place in them); place 0: the block is new.
         """
-        new, device = [], self.base.weight.device
-        for row in expansion.t():
-            if self.rank == BLOCK * len(self.lora_A):
-                self.lora_A.append(nn.Parameter(torch.zeros(BLOCK, self.base.in_features, device=device)))
-                self.lora_B.append(nn.Parameter(torch.zeros(self.base.out_features, BLOCK, device=device)))
-                new += [self.lora_A[-1], self.lora_B[-1]]
-            self.lora_A[-1].data[self.rank % BLOCK] = row
-            self._rank += 1
-        return new
+        place = self.rank - sum(len(A) for A in self.lora_A[:-1])
+        if place == len(self.lora_A[-1]):
+            zeros, place = self.base.weight.new_zeros, 0
+            self.lora_A.append(nn.Parameter(zeros(ROWS_PER_BLOCK, self.base.in_features, dtype=torch.float32)))
+            self.lora_B.append(nn.Parameter(zeros(self.base.out_features, ROWS_PER_BLOCK, dtype=torch.float32)))
+        self.lora_A[-1].data[place] = row
+        self.rank += 1
+        return self.lora_A[-1], self.lora_B[-1], place
 
 
-def layers_to_grow(scores, ranks, costs, threshold, max_rank=None, max_parameters=None):
-    """The layers that grow by one rank: a pure function of what was measured.
+def layers_to_grow(scores, ranks, sizes, threshold, max_rank=None, max_parameters=None):
+    """Decide: the layers that grow by one rank, a pure function of what was measured.
 
     Args:
         scores: {path: (original, expanded)} of the Fisher probe.
-        ranks: {path: present rank}. costs: {path: parameters one more rank takes, in + out}.
+        ranks: {path: present rank}. sizes: {path: (in, out)} of the layers.
         threshold: lambda; a layer grows where expanded / original >= lambda.
-        max_rank: no layer beyond it. max_parameters: not more in all; the highest ratios come first.
+        max_rank: limit for every layer, besides the smaller of in and out.
+        max_parameters: limit for the whole adapter; the highest ratios come first.
     Returns: list of paths, highest ratio first. A layer without gradients (0 / 0) does not grow.
     """
     ratios = {path: expanded / original for path, (original, expanded) in scores.items() if original > 0}
+    costs = {path: sum(sizes[path]) for path in ranks}  # parameters of one more rank
     room = None if max_parameters is None else max_parameters - sum(ranks[path] * costs[path] for path in ranks)
-    grown = []
+    chosen = []
     for path in sorted(ratios, key=lambda path: (-ratios[path], path)):
-        if ratios[path] < threshold or (max_rank is not None and ranks[path] >= max_rank):
+        limit = min(sizes[path]) if max_rank is None else min(*sizes[path], max_rank)
+        if ratios[path] < threshold or ranks[path] >= limit or (room is not None and costs[path] > room):
             continue
-        if room is not None:
-            if costs[path] > room:
-                continue
-            room -= costs[path]
-        grown.append(path)
-    return grown
+        room = None if room is None else room - costs[path]
+        chosen.append(path)
+    return chosen
+
+
+@dataclass(frozen=True)
+class SeLoRASettings(LoRASettings):
+    rank: int = setting(1, "rank of every layer at the start", at_least=1)
+    alpha: float | None = setting(None, "scale = alpha / starting rank, constant (default: scale 1)", above=0)
+    expand_threshold: float = setting(
+        1.1,
+        "lambda: a layer grows where its Fisher ratio, expanded / original, which is never below 1, reaches it",
+        at_least=1,
+    )
+    expand_interval: int = setting(40, "t: steps between tests", at_least=1)
+    expand_criterion: str = setting(
+        "sampled", "test one random row (the paper), or the expectation over all rows", choices=("sampled", "expected")
+    )
+    max_rank: int | None = setting(None, "no layer grows beyond it (default: no limit)", at_least=1)
+    max_parameters: int | None = setting(
+        None, "the adapter does not grow beyond it; the highest ratios come first (default: no limit)", at_least=1
+    )
+
+
+class SeLoRA(LoRA):
+    """Algorithm 1 as a training method."""
+
+    settings_class = SeLoRASettings
+    layer_class = SeLoRALinear
+    probe = None  # of the present step, where it is a test
+
+    @contextlib.contextmanager
+    def watch(self, step):
+        """When, and probe: at every ``expand_interval``-th step, rows K that depend on the seed and the step alone."""
+        self.probe = None
+        if (step + 1) % self.settings.expand_interval != 0:
+            yield
+            return
+        expected = self.settings.expand_criterion == "expected"
+        # batch_size 1: scores in units of the loss as it is; the factor cancels in the ratio.
+        with (
+            as_written(),
+            fisher_probe(self.model, seeded(self.seed, "rows", step), expected, batch_size=1) as self.probe,
+        ):
+            yield
+
+    def statistics(self):
+        return [] if self.probe is None else [self.probe.sums]
+
+    def update(self, step, optimizer):
+        """Decide, and grow. Returns: every ratio and every rank, to log; {} at the steps between tests."""
+        if self.probe is None:
+            return {}
+        scores, settings = self.probe.scores(), self.settings
+        ranks = {path: layer.rank for path, layer in self.layers.items()}
+        sizes = {path: (layer.base.in_features, layer.base.out_features) for path, layer in self.layers.items()}
+        chosen = layers_to_grow(
+            scores, ranks, sizes, settings.expand_threshold, settings.max_rank, settings.max_parameters
+        )
+        for path in chosen:
+            self.grow(self.layers[path], self.probe.expansion(path), optimizer)
+        return {
+            "fisher_ratios": {path: new / old if old > 0 else None for path, (old, new) in scores.items()},
+            "ranks": {path: layer.rank for path, layer in self.layers.items()},
+            "grown": len(chosen),
+        }
+
+    @staticmethod
+    def grow(layer, K, optimizer):
+        """Insert the tested K (in, k) as rows of lora_A. New rows and columns start with an Adam state of their own."""
+        for row in K.t():
+            A, B, place = layer.grow(row)
+            if place > 0:  # the parameters of a new block are new to the optimizer, too
+                optimizer.restart(A, place, dim=0)
+                optimizer.restart(B, place, dim=1)
+
+    def state_dict(self):
+        return {"ranks": {path: layer.rank for path, layer in self.layers.items()}}
+
+    def load_state_dict(self, state):
+        for path, layer in self.layers.items():
+            while layer.rank < state["ranks"][path]:
+                layer.grow(0.0)  # the values follow with the trained parameters
+
+
+def as_written():
+    """Inside, compiled networks run as they are written, so that the probe sees each layer."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -1,1 +1,1 @@
-"""Training: the optimizer, one step, the loop, a run's folder."""
+"""Training: the loop, its tasks, the settings and folder of a run."""

@@ -1,11 +1,50 @@
-"""How much memory a training step will take, measured before the first: one sample's forward, whose activations are
-weighed as autograd asks for them and not kept."""
+"""The machine a run runs on: device and precision, stop signals, memory and its forecast, activation checkpointing."""
 
+import contextlib
+import functools
+import resource
+import signal
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from minildm.training.loss import blocks
+from minildm.errors import InputError
+from minildm.layers import ResnetBlock, SpatialTransformer
+from minildm.settings import Settings, setting
+from minildm.text_encoder import EncoderLayer
+
+CACHE = Path.home() / ".cache" / "minildm"
+
+
+@dataclass(frozen=True)
+class Machine(Settings):
+    """What may differ when a run is resumed."""
+
+    device: str | None = setting(None, "cpu, cuda, ... (default: a GPU where there is one)")
+    workers: int = setting(0, "processes that read ahead", at_least=0)
+    cache: Path = setting(CACHE, "folder for latents and contexts")
+    compile: bool = setting(
+        False, "compile the networks: slow to start, and when a layer's rank passes 8, 16, ...; then faster on a GPU"
+    )
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+def blocks(network):
+    """The residual and transformer blocks of a network."""
+    kinds = (ResnetBlock, SpatialTransformer, EncoderLayer)
+    return [module for module in network.modules() if isinstance(module, kinds)]
+
+
+def checkpoint_blocks(*networks):
+    """Keep only each block's input for the backward, and compute the block once more there (Chen et al. 2016,
+    arXiv:1604.06174): a third more time, a fraction of the memory."""
+    for network in networks:
+        for block in blocks(network):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
 
 SPARE = 1.15  # what allocators and kernels take besides
 
@@ -13,26 +52,28 @@ SPARE = 1.15  # what allocators and kernels take besides
 def forecast(model, one_sample_loss, config):
     """(bytes of a step at its peak, bytes that are free): free is None where the system does not say.
 
+    One sample's forward is run, and the activations that autograd would keep are counted, not kept.
     Args: one_sample_loss: () -> the loss of one sample. Call before `checkpoint_blocks`.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     kept, inputs, largest = activations(model, one_sample_loss)
     sample = inputs + largest if config.checkpointing else kept
-    needed = weights + 3 * trained + config.samples_at_a_time * sample  # 3: gradient and Adam's two means
+    copies = 4 if config.ema_decay else 3  # gradient, Adam's two means, and the moving average
+    needed = weights + copies * trained + (config.micro_batch or config.batch_size) * sample
     return int(SPARE * needed), free_memory(model.device, weights)
 
 
 def activations(model, one_sample_loss):
     """(bytes autograd keeps for one sample, bytes of the blocks' inputs and of what lies between blocks, bytes of the
     block that keeps most)."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     bytes_of, inputs, at = {None: 0}, [0], [None]
     kept = {}  # of the present block: what several layers keep counts once (q, k and v keep one x)
 
     def pack(tensor):
         place = tensor.untyped_storage().data_ptr()
-        if place not in own and place not in kept:
+        if place not in weights and place not in kept:
             kept[place] = tensor
             bytes_of[at[0]] = bytes_of.get(at[0], 0) + tensor.numel() * tensor.element_size()
         # Nothing is kept beyond its block: there will be no backward.
@@ -71,3 +112,56 @@ def free_memory(device, used):
         return None
     free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     return int(free.split()[1]) * 1024 + used
+
+
+def peak_memory_mb(model):
+    """The peak so far in MB: of the GPU's allocator, or of this process (from /proc where there is one: getrusage
+    counts what a parent process held when it started this one)."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(kilobytes) * 1024 / 1e6
+
+
+@contextlib.contextmanager
+def helpful_out_of_memory(config):
+    """Answer a lack of memory with the flags that help."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "not enough memory" not in str(error):
+            raise
+        raise InputError("out of memory; " + memory_advice(config)) from None
+
+
+def memory_advice(config):
+    """The flags that lower the memory of a step, those that keep the result first."""
+    at_a_time = config.micro_batch or config.batch_size
+    flags = [f"--micro-batch {max(at_a_time // 2, 1)} (same result)"] * (at_a_time > 1)
+    flags += ["--checkpointing (same result, slower)"] * (not config.checkpointing)
+    return "what helps: " + ", ".join([*flags, "in a new run --dtype bfloat16", "a smaller --size"])
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def stop_requests():
+    """Ctrl-C and SIGTERM ask for an end between two steps: the yielded list is then not empty. A second one does not
+    wait."""
+    requests, before = [], {}
+
+    def request(number, frame):
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,11 +1,11 @@
 """A run's folder: what it was asked for, what happened, and the state that continues it.
 
-    config.json          the flags, and what was found: base, splits and a fingerprint of the data; a resumed run
-                         must share both
-    log.jsonl            one JSON object a step, a validation, a test of the ranks
-    adapter.safetensors  the best on validation
+    config.json          the settings, and what was found: base, splits, a fingerprint of the data; a resumed run must
+                         share both
+    log.jsonl            one JSON object per step, validation and change of ranks
+    adapter.safetensors  the best on validation (full fine-tuning: model/, a checkpoint folder)
     last/state.pt        everything that an exact continuation needs
-    samples/             sheets of sample pictures
+    samples/             sheets of sample images
 
 Files are whole or absent, and written by one process only.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from minildm import __version__
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 
@@ -28,17 +29,20 @@ LOCKED = {}  # {(inode, device): open file} of the config.json of this process' 
 class Run:
     """Open a new folder, or with ``resume`` one that holds a run of the same settings; `begin` is the first to write.
 
-    Args: flags: settings, a flat dict that JSON can hold. free: names of those that a resumed run may change.
-    continue_with: the command that resumes it, for what is told to users.
+    Args:
+        settings: a flat dict that JSON can hold. free: names of those that a resumed run may change.
+        result: name of the file or folder that the best weights are written to.
+        continue_with: the command that resumes the run, for messages.
     Raises: InputError where the folder holds another run, or where a setting differs, naming it.
     """
 
-    def __init__(self, folder, flags, resume=False, free=(), continue_with=None):
+    def __init__(self, folder, settings, resume=False, free=(), result="adapter.safetensors", continue_with=None):
         self.continue_with = continue_with or f"python train.py --resume {folder}"
         self.folder, self.resume, self.log_bytes = Path(folder), resume, 0
-        self.settings = {"flags": json.loads(json.dumps(flags))}  # tuples become lists, as they come back
+        self.result = self.folder / result
+        self.record = {"minildm": __version__, "settings": json.loads(json.dumps(settings))}  # tuples become lists
         if resume:
-            self._compare(read_settings(self.folder)["flags"], self.settings["flags"], free)
+            self._compare(read_record(self.folder)["settings"], self.record["settings"], free)
         elif (self.folder / "log.jsonl").exists():  # without a log nothing was trained: a mistake that can be repaired
             raise InputError(
                 f"{folder} holds a run already; continue it with: {self.continue_with}, or give another --out"
@@ -46,21 +50,21 @@ class Run:
         writable_folder(self.folder)
 
     def begin(self, **found):
-        """Write config.json; or, resuming, check that what was found (fingerprints of base and data) is what it was."""
+        """Write config.json; or, resuming, check that base and data are what they were (``found``: fingerprints)."""
         if (self.folder / "config.json").exists():
             self._lock()
         for name in ("last", "samples"):
             writable_folder(self.folder / name)
-        self.settings["found"] = json.loads(json.dumps(found))
+        self.record["found"] = json.loads(json.dumps(found))
         if self.resume:
-            self._compare(read_settings(self.folder)["found"], self.settings["found"])
+            self._compare(read_record(self.folder)["found"], self.record["found"])
         else:
             with written_beside(self.folder / "config.json") as path:
-                path.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+                path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
             self._lock()
 
     def _lock(self):
-        """One process a run: two would write one log. The lock on config.json ends with the process, however that
+        """One process per run: two would write one log. The lock on config.json ends with the process, however that
         ends; the process itself may open its run again."""
         file = open(self.folder / "config.json", "r+")  # noqa: SIM115 (held open)
         inode = os.fstat(file.fileno())[1:3]
@@ -80,13 +84,9 @@ class Run:
         for name in sorted({*then, *now} - {*free}):
             if then.get(name) != now.get(name):
                 raise InputError(
-                    f"{self.folder} was begun with {name} = {then.get(name)!r}, not {now.get(name)!r}; "
-                    "leave it as it was, or begin a new run with another --out"
+                    f"{self.folder} was begun with {name} = {then.get(name)!r}, not {now.get(name)!r}; leave it as it "
+                    "was, or begin a new run with another --out"
                 )
-
-    @property
-    def adapter(self):
-        return self.folder / "adapter.safetensors"
 
     @property
     def state(self):
@@ -124,9 +124,9 @@ class Run:
             try:
                 state = torch.load(self.state, map_location="cpu", weights_only=True)
             except Exception as error:
-                kept = f"the best adapter so far is in {self.adapter}, " if self.adapter.exists() else ""
+                best = f"the best weights so far are in {self.result}, " if self.result.exists() else ""
                 raise InputError(
-                    f"{self.state} is damaged ({_first_line(error)}); {kept}begin a new run with another --out"
+                    f"{self.state} is damaged ({_first_line(error)}); {best}begin a new run with another --out"
                 ) from None
         self.log_bytes = state["log_bytes"] if state else 0
         if (self.folder / "log.jsonl").exists():
@@ -134,34 +134,43 @@ class Run:
                 file.truncate(self.log_bytes)
         return state
 
+    def save_result(self, write):
+        """``write(path)`` puts the best weights at ``result``."""
+        self._guarded(write, self.result)
+
     def _guarded(self, write, what):
         try:
             write(what)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise InputError(
-                f"could not write to {self.folder} ({_first_line(error)}); what was saved before is "
-                f"whole: make room, then continue with: {self.continue_with}"
+                f"could not write to {self.folder} ({_first_line(error)}); what was saved before is whole: make room, "
+                f"then continue with: {self.continue_with}"
             ) from None
 
-    def save_adapter(self, write):
-        """``write(path)`` puts the best adapter there."""
-        self._guarded(write, self.adapter)
 
-
-def fingerprint(records, prompts, contents):
-    """Names, prompts and contents (bytes, each picture's hash) in one: captions themselves are not written down."""
+def data_fingerprint(records, prompts, contents):
+    """A hash of names, prompts and contents (each image's hash, bytes): captions themselves are not written down."""
     digest = hashlib.sha256()
     for record, prompt, content in zip(records, prompts, contents, strict=True):
         digest.update(f"{record.name}\n{prompt}\n".encode() + content)
-    return f"{len(records)} pictures, {digest.hexdigest()[:16]}"
+    return f"{len(records)} images, {digest.hexdigest()[:16]}"
 
 
-def read_settings(folder):
-    """What config.json holds: {"flags": ..., "found": ...}. Raises FileNotFoundError where there is no run."""
+def read_record(folder):
+    """What config.json holds: {"minildm": version, "settings": ..., "found": ...}.
+
+    Raises: FileNotFoundError where there is no run; InputError for a run of minildm 0.1.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume (no config.json)")
-    return json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if "settings" not in record:
+        raise InputError(
+            f"{folder} was begun with minildm 0.1, and minildm {__version__} cannot continue it (its adapter loads); "
+            "continue it with version 0.1, or begin a new run with another --out"
+        )
+    return record
 
 
 def _first_line(error):

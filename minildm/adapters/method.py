@@ -1,0 +1,97 @@
+"""The seam between the training loop and a fine-tuning method: all that the loop knows about one.
+
+A method decides which parameters are trained and what happens to them besides a step of the optimizer. The loop makes
+one step like this (training/loop.py):
+
+    with method.watch(step):                      # SeLoRA measures here
+        loss of each micro-batch, backward
+    method.penalty()                              # AdaLoRA's orthogonality, added once per step
+    sum gradients and method.statistics() over processes; clip
+    optimizer.step(lr)
+    method.update(step, optimizer)                # SeLoRA grows here, AdaLoRA prunes
+
+To add a method, write one file with a frozen `Settings` dataclass (its fields are the method's flags) and a subclass of
+`Method`, then name it in ``METHODS`` (adapters/__init__.py). Nothing else changes. `lora.py` is the shortest example.
+"""
+
+import contextlib
+
+from minildm.optimizer import AdamW
+from minildm.settings import Settings
+
+
+class Method:
+    """Base of the methods, and the defaults: train all parameters that require gradients, change nothing else.
+
+    Class attributes:
+        settings_class: the frozen dataclass with the method's settings.
+        defaults: {training setting: value} that suit the method better than TrainingConfig's own defaults.
+        float32_weights: load the base in float32, and use the run's precision for products only (autocast).
+        result: name of the file or folder in the run's folder that `save` writes.
+    """
+
+    settings_class = Settings
+    defaults = {}
+    float32_weights = False
+    result = "adapter.safetensors"
+
+    def __init__(self, model, settings, steps, seed):
+        """Wrap or unfreeze layers of ``model`` (a LatentDiffusion); its output does not change.
+
+        Args: settings: of ``settings_class``. steps: of the whole run. seed: of the new parameters.
+        """
+        self.model, self.settings, self.steps, self.seed = model, settings, steps, seed
+
+    def trained(self):
+        """{name: parameter} of what is trained, in the model's order. Read again after an `update` that changed it."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def rate(self, name):
+        """Factor of the learning rate for the parameter called ``name``."""
+        return 1.0
+
+    def optimizer(self, config, trained):
+        """The optimizer of ``trained``, {name: parameter}: minildm's AdamW, or another with its interface."""
+        return AdamW(list(trained.values()), [self.rate(name) for name in trained], weight_decay=config.weight_decay)
+
+    def watch(self, step):
+        """Context manager around all forward and backward passes of step ``step`` (0, 1, ...); not of validation."""
+        return contextlib.nullcontext()
+
+    def penalty(self):
+        """A scalar to add to the loss, once per step of the optimizer; None: nothing."""
+        return None
+
+    def statistics(self):
+        """Tensors to sum over processes, in place, together with the gradients."""
+        return []
+
+    def update(self, step, optimizer):
+        """Change what is trained, after the optimizer has taken step ``step``; the gradients are still there.
+
+        Returns: a dict to log; empty if nothing changed.
+        """
+        return {}
+
+    def may_be_best(self, step):
+        """Whether the weights after ``step`` steps may be kept as the run's best."""
+        return True
+
+    def finish(self, validate):
+        """What only the end can tell. ``validate``: () -> validation loss, or None. Returns: a dict to log."""
+        return {}
+
+    def describe(self):
+        """Lines for the run's summary: what is trained, and how large."""
+        return [f"{sum(p.numel() for p in self.trained().values()):,} parameters trained"]
+
+    def state_dict(self):
+        """What an exact continuation needs besides the trained parameters."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Restore `state_dict`; afterwards `trained` gives the parameters of the saved state."""
+
+    def save(self, path, about):
+        """Write what was trained to ``path``, whole or not at all. ``about``: a dict to record beside it."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is saved")

@@ -1,0 +1,40 @@
+"""Ranks as a table of text: where in the networks an adapter has grown."""
+
+import re
+
+# What a layer does in its block, by a mark in its path.
+LAYER_KINDS = (
+    ("attn1.to_", "self "),
+    ("attn2.to_", "cross "),
+    ("ff.net.0", "widen"),
+    ("ff.net.2", "narrow"),
+    ("time_emb_proj", "time"),
+    ("linear_", "linear "),
+    ("proj_", "proj "),
+    ("self_attn.", "self "),
+    ("mlp.", ""),
+)
+BLOCK_NAME = re.compile(r"(down_blocks\.\d|up_blocks\.\d|mid_block|time_embedding|layers\.\d+)")
+
+
+def layer_kind(path):
+    """ "unet...attn2.to_q" -> "cross q"."""
+    mark, word = next((mark, word) for mark, word in LAYER_KINDS if mark in path)
+    tail = path.partition(mark)[2] if mark.endswith(("_", ".")) else ""
+    return word + tail.removesuffix(".0").removesuffix("_proj")
+
+
+def rank_map(ranks):
+    """{module path: rank} -> text: one line per block, one column per kind of layer, the mean rank in each cell."""
+    tables = {}
+    for path, rank in ranks.items():
+        row = tables.setdefault(path.split(".")[0], {}).setdefault(BLOCK_NAME.search(path)[1], {})
+        row.setdefault(layer_kind(path), []).append(rank)
+    lines = []
+    for network, rows in tables.items():
+        kinds = list(dict.fromkeys(kind for block in sorted(rows) for kind in rows[block]))
+        lines.append(f"{network:<16}" + "".join(f"{kind:>10}" for kind in kinds))
+        for block, row in rows.items():
+            cells = (f"{sum(row[kind]) / len(row[kind]):.1f}" if kind in row else "." for kind in kinds)
+            lines.append(f"  {block:<14}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)

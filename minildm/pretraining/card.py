@@ -1,0 +1,42 @@
+"""The card of a pretrained model: README.md beside its weights."""
+
+import numpy as np
+import torch
+
+from minildm.files import sha256, written_beside
+from minildm.pretraining.stage import STAGES
+
+
+def write_card(folder, command, plan, runs, seconds, psnr, dtype, device):
+    """How the model was made, its loss curves as numbers, SHA-256 of the files.
+
+    Args: plan: command.Plan. runs, seconds: of each stage. psnr: dB. dtype: of products. device: torch.device.
+    """
+    where = "a GPU" if device.type == "cuda" else f"a CPU, threads: {torch.get_num_threads()}"
+    lines = [
+        f"# {folder.resolve().parent.name}: a latent diffusion model by minildm",
+        "",
+        f"Made by `{command}`",
+        "",
+        f"- data: {plan.data}, {plan.data_settings.size} px; seed {plan.settings.seed}; products in {dtype}; PyTorch "
+        f"{torch.__version__.split('+')[0]}",
+    ]
+    for stage, (title, *_) in STAGES.items():
+        steps, batch_size = plan.stages[stage].steps, plan.stages[stage].batch_size
+        lines.append(f"- {title}: {steps:,} steps of {batch_size} images in {seconds[stage] / 60:.0f} min")
+    lines += [f"- on {where}; PSNR {psnr:.2f} dB on held-out images", "", "Not for clinical use.", ""]
+    for stage, run in runs.items():
+        entries = run.entries()
+        validation = {entry["step"]: entry["validation"] for entry in entries if "validation" in entry}
+        losses = [entry["loss"] for entry in entries if "loss" in entry]
+        what = {"diffusion": "loss", "text_encoder": "mean squared error of the code"}.get(stage, "mean squared error")
+        lines += [f"| {stage}: step | training loss, mean of the 200 steps before | held-out {what} |", "|---|---|---|"]
+        for step, value in validation.items():
+            recent = losses[max(step - 200, 0) : step]
+            lines.append(f"| {step:,} | {f'{np.mean(recent):.4f}' if recent else ''} | {value:.4f} |")
+        lines.append("")
+    lines += ["| file | bytes | SHA-256 |", "|---|---|---|"]
+    for path in sorted(folder.rglob("*.safetensors")):
+        lines.append(f"| `{path.relative_to(folder)}` | {path.stat().st_size:,} | `{sha256(path)}` |")
+    with written_beside(folder / "README.md") as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")

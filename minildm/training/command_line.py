@@ -1,0 +1,141 @@
+"""The command line of train.py: flags from the settings dataclasses, with defaults from a preset or a resumed run.
+
+Each part has one dataclass: what is trained (`Goal`), the data, the method (only the chosen one's flags exist), the
+training, the machine. A value comes from the first of: its flag, the resumed run, the preset, the method's defaults,
+the dataclass.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from minildm.adapters import METHODS
+from minildm.data.open import DataSettings
+from minildm.errors import InputError
+from minildm.loading import is_embedded
+from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
+from minildm.training.config import PRESETS, TrainingConfig
+from minildm.training.machine import Machine
+from minildm.training.run import read_record
+
+FREE = ("device", "workers", "cache", "compile", "micro_batch")  # settings that a resumed run may change
+
+
+@dataclass(frozen=True)
+class Goal(Settings):
+    adapter: str = setting("selora", "the method; --adapter NAME --help shows its settings", choices=tuple(METHODS))
+    base: str | None = setting(None, "checkpoint file or diffusers-layout folder (default: the one in weights/)")
+    on_top_of: tuple[str, ...] = setting((), "adapters to merge into the base first", metavar="FILE[:0.6]")
+    prediction: str | None = setting(
+        None,
+        "what the U-Net predicts, where a single file cannot say: v for SD v2.x at 768 px",
+        choices=("epsilon", "v"),
+    )
+    data: str = setting("phantom", "phantom, folder:..., iu-xray:..., padchest:..., ...", metavar="NAME:PATH")
+    dtype: str | None = setting(
+        None,
+        "precision of the frozen base; trained weights are float32 (default: bfloat16 on a GPU, float32 elsewhere)",
+        choices=("float32", "bfloat16", "float16"),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked command line."""
+
+    goal: Goal
+    method: type  # of METHODS
+    method_settings: Settings
+    data: DataSettings
+    config: TrainingConfig
+    machine: Machine
+    out: Path
+    resume: bool
+    preset: str | None
+    dry_run: bool
+
+    @property
+    def settings(self):
+        """All settings, flat: what the run's config.json records."""
+        parts = (self.goal, self.method_settings, self.data, self.config, self.machine)
+        return {name: value for part in parts for name, value in part.as_json().items()}
+
+
+def parse(arguments):
+    """The command line as a Plan. Raises: InputError, naming the flag."""
+    given = _given(arguments)
+    if "preset" in given and "resume" in given:
+        raise InputError("--resume takes its settings from the run; leave --preset out")
+    if "out" in given and "resume" in given:
+        raise InputError(f"--resume {given['resume']} continues in its own folder; leave --out {given['out']} out")
+    stored = read_record(given["resume"])["settings"] if "resume" in given else {}
+    embedded = not stored and is_embedded(given.get("base"))
+    preset = given.get("preset", "tiny" if embedded else None)
+    defaults = PRESETS.get(preset, {})
+    name = given.get("adapter", (defaults | stored).get("adapter", Goal.adapter))
+    method = METHODS[name]
+    defaults = method.defaults | defaults | defaults.get("methods", {}).get(name, {}) | stored
+    if "epochs" in given and "steps" not in given and not stored:
+        defaults.pop("steps", None)  # a preset's steps would cut the epochs that were asked for
+
+    parser = _parser()
+    add_flags(parser, method.settings_class, f"method: {name}")
+    _add_common_flags(parser)
+    parser.set_defaults(**{key: value for key, value in defaults.items() if key != "methods"})
+    args, unknown = parser.parse_known_args(arguments)
+    _refuse(unknown, name, parser)
+    return Plan(
+        goal=from_flags(Goal, args, adapter=name),
+        method=method,
+        method_settings=from_flags(method.settings_class, args),
+        data=from_flags(DataSettings, args),
+        config=from_flags(TrainingConfig, args),
+        machine=from_flags(Machine, args),
+        out=args.resume or args.out,
+        resume=args.resume is not None,
+        preset=preset,
+        dry_run=args.dry_run,
+    )
+
+
+def _parser(**options):
+    parser = Parser(prog="train.py", description="Fine-tune a Stable Diffusion model on images.", **options)
+    add_flags(parser, Goal, "what")
+    add = parser.add_argument_group("run").add_argument
+    presets = "a paper's settings, or those for the embedded base (its default); flags beside it win"
+    add("--preset", choices=tuple(PRESETS), help=presets)
+    add("--out", type=Path, default=Path("runs/latest"), help="folder of the run")
+    add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
+    add("--dry-run", action="store_true", help="print the settings and stop")
+    return parser
+
+
+def _add_common_flags(parser):
+    add_flags(parser, DataSettings, "data")
+    add_flags(parser, TrainingConfig, "training")
+    add_flags(parser, Machine, "machine")
+
+
+def _given(arguments):
+    """{name: value} of the flags that decide about other flags, as far as they are given."""
+    parser = _parser(add_help=False)
+    _add_common_flags(parser)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_known_args(arguments)[0])
+
+
+def _refuse(unknown, name, parser):
+    """Answer flags that the chosen method does not have."""
+    for word in unknown:
+        text = word.partition("=")[0]
+        owners = [
+            other
+            for other, method in METHODS.items()
+            if text in [flag(field.name) for field in dataclasses.fields(method.settings_class)]
+        ]
+        if owners:
+            raise InputError(f"{text} is a setting of --adapter {' and '.join(owners)}, not of {name}; leave it out")
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")

@@ -1,0 +1,78 @@
+"""Everything that changes while training, and what of it a saved state holds."""
+
+import contextlib
+
+import torch
+
+from minildm.optimizer import MovingAverage
+
+FP16_SCALE = 2.0**16  # initial scale of the loss, so that small gradients survive float16
+FP16_PATIENCE = 2000  # good steps before the scale doubles
+
+
+class State:
+    NUMBERS = ("step", "best", "bad_steps", "skipped", "loss_scale", "good_steps", "seconds")
+
+    def __init__(self, method, config):
+        self.method = method
+        self.step = 0
+        self.trained = method.trained()  # {name: parameter}, in the optimizer's order
+        self.optimizer = method.optimizer(config, self.trained)
+        self.average = MovingAverage(config.ema_decay)
+        self.average.add(self.trained)
+        self.best = None  # (validation loss, step)
+        self.bad_steps, self.skipped = 0, 0  # in a row; in all
+        in_float16 = next(method.model.parameters()).dtype == torch.float16
+        self.loss_scale = FP16_SCALE if in_float16 else 1.0
+        self.good_steps = 0  # since the loss scale changed
+        self.seconds = 0.0  # of training, over all sittings
+
+    def adopt_changes(self):
+        """Take in the parameters that the method has added, and the rows it has restarted."""
+        added = {name: p for name, p in self.method.trained().items() if name not in self.trained}
+        if added:
+            self.trained |= added
+            self.optimizer.add(list(added.values()), [self.method.rate(name) for name in added])
+            self.average.add(added)
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        for parameter, row, dim in self.optimizer.take_restarted():
+            self.average.restart(names[id(parameter)], parameter, row, dim)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Inside, the model has its averaged weights, where there is an average."""
+        self.average.swap(self.trained)
+        try:
+            yield
+        finally:
+            self.average.swap(self.trained)
+
+    def adjust_loss_scale(self, good):
+        """float16 only: halve the scale after an overflow, double it after many good steps."""
+        self.good_steps = self.good_steps + 1 if good else 0
+        if self.loss_scale == 1:
+            return
+        if not good:
+            self.loss_scale = max(self.loss_scale / 2, 2.0)
+        elif self.good_steps % FP16_PATIENCE == 0:
+            self.loss_scale *= 2
+
+    def state_dict(self):
+        return {name: getattr(self, name) for name in self.NUMBERS} | {
+            "method": self.method.state_dict(),
+            "trained": {name: parameter.detach() for name, parameter in self.trained.items()},
+            "average": dict(self.average.values),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state, config):
+        self.method.load_state_dict(state["method"])
+        parameters = self.method.trained()
+        self.trained = {name: parameters[name] for name in state["trained"]}  # the order they were added in
+        for name, values in state["trained"].items():
+            self.trained[name].data.copy_(values)
+        self.average.values = {name: values.to(self.trained[name].device) for name, values in state["average"].items()}
+        self.optimizer = self.method.optimizer(config, self.trained)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in self.NUMBERS:
+            setattr(self, name, state[name])
