@@ -54,7 +54,7 @@ def usable_device(name):
 
 
 def split_multiplier(adapter):
-    """Split "path:0.6" into (Path("path"), 0.6). Without a multiplier it is 1; a folder means its adapter.safetensors."""
+    """Split "path:0.6" into (Path("path"), 0.6); the multiplier is 1 by default. A folder: its adapter.safetensors."""
     path, colon, number = str(adapter).rpartition(":")
     try:
         path, multiplier = (path, float(number)) if colon else (number, 1.0)
