@@ -5,7 +5,7 @@ __all__ = ["LatentDiffusion", "load"]
 
 
 def __getattr__(name):
-    """The public names, imported when first used: torch takes two seconds, and not every command needs it."""
+    """Import a public name when it is first used: torch takes two seconds to import, and not every command needs it."""
     if name == "LatentDiffusion":
         from minildm.latent_diffusion import LatentDiffusion
 

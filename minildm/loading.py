@@ -1,5 +1,6 @@
-"""Which model, on which device, in which precision: find the base, load it, merge adapters into it."""
+"""Find the base model, load it on a device in a precision, and merge adapters into it."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,23 +10,25 @@ from minildm.adapters.files import merge_file
 from minildm.errors import InputError
 from minildm.latent_diffusion import LatentDiffusion
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-EMBEDDED = WEIGHTS / "tiny"  # the teaching model that every clone carries ...
-EMBEDDED_ADAPTER = EMBEDDED / "adapter.safetensors"  # ... and a SeLoRA adapter of it for chest radiographs
+PACKAGE = Path(__file__).resolve().parent  # an installed package carries the embedded model as minildm/tiny
+WEIGHTS = PACKAGE.parent / "weights"  # a checkout keeps it in weights/tiny, beside the user's own base models
+EMBEDDED = (WEIGHTS if (WEIGHTS / "tiny").is_dir() else PACKAGE) / "tiny"
+EMBEDDED_ADAPTER = EMBEDDED / "adapter.safetensors"  # SeLoRA for chest radiographs
 
 
 def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
-    """Load a Stable Diffusion v1.x / v2.x model.
+    """Load a Stable Diffusion v1.x or v2.x model.
 
     Args:
-        base: a single .safetensors (or .ckpt) file or a diffusers-layout folder; None = the one model in weights/.
-        adapters: files to merge, in order: "adapter.safetensors", or "adapter.safetensors:0.6" for 0.6 of its effect.
-        device: "cpu", "cuda", ...; None = a GPU where there is one.
+        base: a single .safetensors or .ckpt file, or a diffusers-layout folder; None = the model of `find_base`.
+        adapters: adapter files to merge, in order: "adapter.safetensors", or "adapter.safetensors:0.6" to scale its
+            change of the weights by 0.6.
+        device: "cpu", "cuda", ...; None = a GPU if there is one, else the CPU.
         dtype: of the networks; None = float16 on a GPU, float32 elsewhere.
-        prediction: "epsilon" or "v"; None = what a folder's scheduler says, "epsilon" for a single file, which cannot
-            say (v2.0 / v2.1 at 768 px need "v").
+        prediction: "epsilon" or "v"; None = what a folder's scheduler file says, and "epsilon" for a single file,
+            which cannot say (v2.0 and v2.1 at 768 px need "v").
     Returns: LatentDiffusion, frozen and in eval mode.
-    Raises: FileNotFoundError; InputError (a ValueError) for broken files and other models, naming the tensors.
+    Raises: FileNotFoundError; InputError (a ValueError) if a file is broken or holds another kind of model.
     """
     device = usable_device(device)
     if dtype is None:
@@ -38,52 +41,73 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
 
 
 def usable_device(name):
+    """The torch.device called ``name``; None = a GPU if there is one, else the CPU. Raises InputError if torch cannot
+    compute on it here."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
-        torch.empty(1, device=name).item()  # the meta device has no values
+        torch.empty(1, device=name).item()  # .item() also rejects the meta device, which stores no values
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own words for a device it lacks
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own message for a missing device
         raise InputError(
             f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]}); --device cpu always can"
         ) from None
 
 
 def split_multiplier(adapter):
-    """ "path:0.6" -> ("path", 0.6); "path" -> ("path", 1.0). A folder means the adapter.safetensors in it."""
+    """Split "path:0.6" into (Path("path"), 0.6); the multiplier is 1 by default. A folder: its adapter.safetensors."""
     path, colon, number = str(adapter).rpartition(":")
     try:
         path, multiplier = (path, float(number)) if colon else (number, 1.0)
-    except ValueError:  # the colon belongs to the path
+    except ValueError:  # the colon is part of the path
         path, multiplier = str(adapter), 1.0
     return (Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)), multiplier
 
 
-def find_base(folder=WEIGHTS):
-    """The base model in weights/: the one published model there, else the embedded weights/tiny.
+def weights_folders():
+    """Where `find_base` looks, in order: the folder named by the environment variable MINILDM_WEIGHTS, weights/ in the
+    current folder, weights/ of the repository, and the package, which holds the embedded model when installed."""
+    folders = [Path.cwd() / "weights", WEIGHTS, PACKAGE]
+    if named := os.environ.get("MINILDM_WEIGHTS"):
+        if not Path(named).is_dir():
+            raise FileNotFoundError(
+                f"the environment variable MINILDM_WEIGHTS is {named!r}, which is not a folder; set it to the folder "
+                "that holds your base model, or unset it"
+            )
+        folders.insert(0, Path(named).absolute())
+    return list(dict.fromkeys(folders))
 
-    Raises FileNotFoundError saying which file to put where; InputError if there are several to choose from.
+
+def find_base(*folders):
+    """The base model to use when none is named: that of the first folder that holds one.
+
+    Within a folder, a published model takes precedence over the embedded one (its subfolder ``tiny``).
+
+    Args: folders: where to look, in order; by default `weights_folders`.
+    Raises: FileNotFoundError naming the folders searched; InputError if the first folder with a model has several.
     """
-    found = [
-        path
-        for path in sorted(folder.glob("*"))
-        if path.name != "tiny" and (path.suffix in (".safetensors", ".ckpt") or (path / "unet").is_dir())
-    ]
-    if len(found) > 1:
-        raise InputError(
-            f"several base models in {folder}: {', '.join(path.name for path in found)}; choose one with "
-            "--base (or load(base))"
-        )
-    if found:
-        return found[0]
-    if (folder / "tiny" / "unet").is_dir():
-        return folder / "tiny"
+    folders = folders or weights_folders()
+    for folder in folders:
+        published = [
+            path
+            for path in sorted(folder.glob("*"))
+            if path.name != "tiny" and (path.suffix in (".safetensors", ".ckpt") or (path / "unet").is_dir())
+        ]
+        if len(published) > 1:
+            raise InputError(
+                f"several base models in {folder}: {', '.join(path.name for path in published)}; choose one with "
+                "--base (or load(base))"
+            )
+        if published:
+            return published[0]
+        if (folder / "tiny" / "unet").is_dir():
+            return folder / "tiny"
     raise FileNotFoundError(
-        f"no base model in {folder}: put v1-5-pruned-emaonly.safetensors (4.3 GB, "
-        "stable-diffusion-v1-5/stable-diffusion-v1-5 on Hugging Face), another SD v1.x / v2.x file "
-        "or a diffusers-layout folder there, or name one with --base (or load(base))"
+        f"no base model in {', '.join(map(str, folders))}: put v1-5-pruned-emaonly.safetensors (4.3 GB, "
+        "stable-diffusion-v1-5/stable-diffusion-v1-5 on Hugging Face), another SD v1.x or v2.x file, or a "
+        "diffusers-layout folder there, or name one with --base (or load(base))"
     )
 
 
 def is_embedded(base=None):
-    """Whether ``base`` (as in `load`) is the teaching model in weights/tiny."""
+    """Whether ``base`` (as in `load`) is the embedded model."""
     return (find_base() if base is None else Path(base)).resolve() == EMBEDDED.resolve()
