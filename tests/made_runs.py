@@ -5,12 +5,13 @@ import dataclasses
 import torch
 from peers import random_model
 
-from minildm.adapters import adapter_layers
+from minildm.adapters import METHODS, adapter_layers
 from minildm.config import ModelConfig
 from minildm.data.cache import CachedLatents
 from minildm.data.records import Record
 from minildm.training.config import TrainingConfig
-from minildm.training.finetune import Pictures, adapt
+from minildm.training.finetune import Samples, finetune
+from minildm.training.machine import Machine
 from minildm.training.run import Run
 
 
@@ -20,8 +21,8 @@ def small_model(v2=False, seed=0):
     return random_model(dataclasses.replace(config, unet=dataclasses.replace(config.unet, norm_groups=8)), seed)
 
 
-def pictures(n=12, seed=0, side=8):
-    """Moments as a VAE might give them: a common shape, and a little of each picture's own."""
+def samples(n=12, seed=0, side=8):
+    """Moments as a VAE might give them: a common shape, and some variation of each image."""
     generator = torch.Generator().manual_seed(seed)
     common = 4 * torch.randn(4, side, side, generator=generator)
     rows = {
@@ -32,37 +33,35 @@ def pictures(n=12, seed=0, side=8):
     }
     records = tuple(Record(f"{i:03}.png", f"p{i}") for i in range(n))
     prompts = tuple(f"chest x-ray, age {30 + i}" for i in range(n))
-    return Pictures(records, prompts, CachedLatents(rows, records, list(rows)))
+    return Samples(records, prompts, CachedLatents(rows, records, list(rows)))
 
 
-def settings(**changes):
-    return TrainingConfig(
-        **(
-            {
-                "steps": 12,
-                "batch_size": 4,
-                "lr": 1e-3,
-                "expand_interval": 4,
-                "validation_pairs": 6,
-                "validation_interval": 6,
-                "save_interval": 5,
-            }
-            | changes
-        )
-    )
+def settings(adapter="selora", **changes):
+    """(settings of the method, TrainingConfig) of a short run."""
+    method = METHODS[adapter].settings_class
+    short = {"steps": 12, "batch_size": 4, "lr": 1e-3, "validation_pairs": 6, "validation_interval": 6}
+    values = short | {"save_interval": 5, "expand_interval": 4} | changes
+    parts = []
+    for part in (method, TrainingConfig):
+        names = {field.name for field in dataclasses.fields(part)}
+        parts.append(part(**{name: value for name, value in values.items() if name in names}))
+    return parts
 
 
-def short_run(folder, resume=False, model=None, n=12, validation=4, workers=0, **changes):
-    """Train a small model's adapter. Returns: (model, State, Run)."""
-    config, model = settings(**changes), small_model() if model is None else model
-    run = Run(folder, {"seed": config.seed}, resume=resume)
+def training_config(**changes):
+    return settings(**changes)[1]
+
+
+def short_run(folder, resume=False, model=None, n=12, validation=4, workers=0, adapter="selora", **changes):
+    """Train a small model. Returns: (model, State, Run, the method)."""
+    method_settings, config = settings(adapter, **changes)
+    model = small_model() if model is None else model
+    run = Run(folder, {"seed": config.seed}, resume=resume, result=METHODS[adapter].result)
     run.begin()
-    data = pictures(n)
-    return (
-        model,
-        adapt(model, data, pictures(validation, seed=1), config, run, folder.parent / "cache", workers=workers),
-        run,
-    )
+    machine = Machine(cache=folder.parent / "cache", workers=workers)
+    data = samples(n), samples(validation, seed=1)
+    state, method = finetune(model, METHODS[adapter], method_settings, *data, config, run, machine)
+    return model, state, run, method
 
 
 def factors(model):
@@ -102,8 +101,10 @@ def full_size_run(folder):
     model = LatentDiffusion(config, **networks)
     run = Run(folder, {})
     run.begin()
-    training = settings(steps=3, batch_size=1, expand_interval=2, checkpointing=True, save_interval=3)
-    state = adapt(model, pictures(2, side=28), pictures(0), training, run, Path(folder).parent / "cache")
+    method, config = settings(steps=3, batch_size=1, expand_interval=2, checkpointing=True, save_interval=3)
+    machine = Machine(cache=Path(folder).parent / "cache")
+    data = samples(2, side=28), samples(0)
+    state, _ = finetune(model, METHODS["selora"], method, *data, config, run, machine)
     assert state.skipped == 0
     assert any("grown" in entry for entry in run.entries())
     print(run.entries()[-1]["memory_mb"] / 1000)

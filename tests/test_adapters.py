@@ -1,5 +1,6 @@
 """LoRA and SeLoRA: what goes where, what it changes, and the Fisher information against brute force."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from made_runs import small_model
 from peers import random_model, relative_error
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+from minildm import kernels
 from minildm.adapters import (
     adapter_layers,
     add_adapter,
@@ -23,18 +26,13 @@ from minildm.adapters import (
     save_adapter,
     target_paths,
 )
-from minildm.adapters.lora import kaiming_rows
+from minildm.adapters.fisher import LayerProbe
+from minildm.adapters.lora import LoRALinear, kaiming_rows
 from minildm.checkpoint import build_networks
 from minildm.config import ModelConfig, UNetConfig
 from minildm.errors import InputError
 from minildm.latent_diffusion import LatentDiffusion
 from minildm.loading import split_multiplier
-
-
-def small_model(v2=False):
-    """Norms of several channels a group: with one, the time embedding's shift cancels and has no gradient at all."""
-    config = ModelConfig.tiny(v2)
-    return random_model(dataclasses.replace(config, unet=dataclasses.replace(config.unet, norm_groups=8)))
 
 
 @pytest.fixture
@@ -54,6 +52,11 @@ def losses(model, latents, noise, timesteps, token_ids):
     noisy = model.schedule.add_noise(latents, noise, timesteps)
     prediction = model.unet(noisy, timesteps, model.text_encoder(token_ids))
     return F.mse_loss(prediction, noise, reduction="none").mean(dim=(1, 2, 3))
+
+
+def grow(layer, rows):
+    """Let a SeLoRA layer grow by rows (n, in). Returns: the places in their blocks."""
+    return [layer.grow(row)[2] for row in rows]
 
 
 def disturb(model, seed=3):
@@ -83,11 +86,13 @@ def test_layer_sets_of_sd15_have_the_published_counts(layers, unet, text):
         assert per_rank is None or sum(layer.in_features + layer.out_features for layer in sizes) == per_rank
 
 
-def test_the_papers_percentages_are_adaloras_at_rank_6_with_the_columns_swapped():
-    # SeLoRA (arXiv:2408.07196), Table 1: 0.216 % and 0.803 % of the parameters.
-    assert round(100 * 6 * 310_016 / 859_520_964, 3) == 0.216
-    # AdaLoRA keeps 6 more numbers (lora_E) in each of the 72 text layers.
-    assert round(100 * (6 * 165_888 + 6 * 72) / 123_060_480, 2) == 0.81
+def test_lora_of_rank_4_on_sd15_trains_the_published_percentages():
+    model = LatentDiffusion(ModelConfig(), **build_networks(ModelConfig()))
+    add_adapter(model, "lora", rank=4)
+    counts = parameter_counts(model)
+    assert counts["unet"][:2] == (4 * 426_496, 859_520_964 + 4 * 426_496)
+    assert counts["text_encoder"][:2] == (4 * 165_888, 123_060_480 + 4 * 165_888)
+    assert [round(counts[network][2], 4) for network in ("unet", "text_encoder")] == [0.1981, 0.5363]
 
 
 def test_a_new_adapter_changes_nothing(model, batch):
@@ -125,31 +130,52 @@ def test_merged_gives_the_same_and_leaves_plain_layers(model, batch, kind):
     torch.testing.assert_close(losses(model, *batch), before, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_equal_those_of_ordinary_autograd(model, batch):
-    """The adapter's own backward against plain tensor products."""
-    add_adapter(model, "lora", rank=2, alpha=3.0)
+@pytest.mark.parametrize(("kind", "rank"), [("lora", 2), ("selora", 2), ("selora", 11)])
+def test_the_fused_function_equals_the_plain_formula(model, batch, kind, rank):
+    """fused.py against the three lines of lora.py: outputs, and gradients of the adapter and of the input."""
+    add_adapter(model, kind, rank=rank, alpha=3.0)
     disturb(model)
-    losses(model, *batch).mean().backward()
-    ours = {path: (layer.lora_A.grad, layer.lora_B.grad) for path, layer in adapter_layers(model).items()}
-    for layer in adapter_layers(model).values():
-        layer.lora_A.grad = layer.lora_B.grad = None
-        layer.forward = lambda x, layer=layer: layer.base(x) + layer.scale * (x @ layer.lora_A.t()) @ layer.lora_B.t()
-    losses(model, *batch).mean().backward()
-    for path, layer in adapter_layers(model).items():
-        for mine, plain in zip(ours[path], (layer.lora_A.grad, layer.lora_B.grad)):
-            assert relative_error(mine, plain) < 1e-5, path
+    results = []
+    for mode in (contextlib.nullcontext, kernels.plain):
+        model.zero_grad()
+        latents = batch[0].clone().requires_grad_(True)
+        with mode():
+            loss = losses(model, latents, *batch[1:])
+            loss.mean().backward()
+        results.append([loss.detach(), latents.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(results[0]) > 100
+    for fused, plain in zip(*results):
+        assert relative_error(fused, plain) < 1e-5
+
+
+def test_the_fused_function_keeps_less_for_the_backward(model, batch):
+    add_adapter(model, "lora", rank=2)
+    kept = []
+    for mode in (contextlib.nullcontext, kernels.plain):
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with mode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = losses(model, *batch)
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in storages.values()))
+        del loss
+    assert kept[0] < kept[1]
 
 
 def test_percentages_count_what_is_in_use(model):
     add_adapter(model, "selora", rank=1)
-    own, base, percent = parameter_counts(model)["unet"]
+    trained, total, percent = parameter_counts(model)["unet"]
     layers = {path: layer for path, layer in adapter_layers(model).items() if path.startswith("unet.")}
-    assert own == sum(layer.base.in_features + layer.base.out_features for layer in layers.values())
-    assert base == sum(p.numel() for n, p in model.unet.named_parameters() if "lora_" not in n)
+    assert trained == sum(layer.base.in_features + layer.base.out_features for layer in layers.values())
+    assert total == trained + sum(p.numel() for n, p in model.unet.named_parameters() if "lora_" not in n)
     layer = next(iter(layers.values()))
-    layer.grow(torch.ones(layer.base.in_features, 9))  # ten rows in two blocks of eight
-    assert parameter_counts(model)["unet"][:2] == (own + 9 * (layer.base.in_features + layer.base.out_features), base)
-    assert percent == pytest.approx(100 * own / base)
+    grow(layer, torch.ones(9, layer.base.in_features))  # ten rows in two blocks of eight
+    added = 9 * (layer.base.in_features + layer.base.out_features)
+    assert parameter_counts(model)["unet"][:2] == (trained + added, total + added)
+    assert percent == pytest.approx(100 * trained / total)
 
 
 @pytest.mark.parametrize(
@@ -240,14 +266,14 @@ def test_the_gradients_are_the_same_with_the_probe_open(model, batch):
 
 
 def test_scores_add_up_over_micro_batches(model, batch):
-    """Two micro-batches of different size give what one batch gives, up to the loss's constant factor."""
+    """Two micro-batches of different sizes, weighted as the loop does it, give what one batch gives."""
     add_adapter(model, "selora", rank=1)
     disturb(model)
     with fisher_probe(model) as whole:
         losses(model, *batch).mean().backward()
-    with fisher_probe(model) as parts:
-        for some in (slice(0, 1), slice(1, 3)):
-            losses(model, *(tensor[some] for tensor in batch)).mean().backward()
+    with fisher_probe(model, batch_size=3) as parts:
+        for part in (slice(0, 1), slice(1, 3)):
+            (losses(model, *(tensor[part] for tensor in batch)).sum() / 3).backward()
     assert_scores_close(parts.scores(), whole.scores())
 
 
@@ -279,13 +305,13 @@ def test_the_expected_criterion_is_the_mean_over_rows(model, batch):
     with fisher_probe(model, expected=True) as expected:
         losses(model, *batch).mean().backward()
     added = dict.fromkeys(expected.scores(), 0.0)
-    draws = 80
+    tries = 80
     generator = torch.Generator().manual_seed(0)
-    for _ in range(draws):
+    for _ in range(tries):
         with fisher_probe(model, generator) as sampled:
             losses(model, *batch).mean().backward()
         for path, (original, more) in sampled.scores().items():
-            added[path] += (more - original) / draws
+            added[path] += (more - original) / tries
     close = [added[path] / (more - original) for path, (original, more) in expected.scores().items()]
     assert sum(close) / len(close) == pytest.approx(1, abs=0.05)
     assert min(close) > 0.4
@@ -307,16 +333,16 @@ def test_the_expected_ratio_at_the_start_is_2():
 
 
 def test_equal_information_in_every_row_gives_r_plus_1_over_r():
-    from minildm.adapters.fisher import LayerProbe
-
     torch.manual_seed(0)
     rank, d_in = 4, 64
-    A = kaiming_rows(rank, d_in, torch.Generator().manual_seed(0))
-    probe = LayerProbe(A[:1].t(), expected=False)  # the new row equals the first: the same information
+    layer = LoRALinear(torch.nn.Linear(d_in, 8), rank, 1.0, torch.Generator().manual_seed(0))
+    A = layer.lora_A.detach()
+    # The new row equals the first: the same information.
+    probe = LayerProbe(layer, A[:1].t(), torch.zeros(3, dtype=torch.float64), expected=False, batch_size=None)
     x, g = torch.randn(2, 3, d_in), torch.randn(2, 3, 8)
     G = g.transpose(1, 2) @ x
     per_row = (G @ A.t()).square().sum(dim=(0, 1))  # (rank,)
-    probe.gradients(x, g, torch.zeros(2, 3, rank), A, first=True)  # B = 0: A has no gradient
+    probe.add(x, g)  # B = 0: A has no gradient
     original, expanded = probe.score()
     assert expanded / original == pytest.approx(float(1 + per_row[0] / per_row.sum()), rel=1e-5)
 
@@ -327,7 +353,7 @@ def test_a_layer_without_gradient_has_no_score_and_does_not_grow(model, batch):
         (losses(model, *batch).mean() * 0).backward()
     scores = probe.scores()
     assert set(itertools.chain(*scores.values())) == {0.0}
-    assert layers_to_grow(scores, dict.fromkeys(scores, 1), dict.fromkeys(scores, 10), threshold=1.0) == []
+    assert layers_to_grow(scores, dict.fromkeys(scores, 1), dict.fromkeys(scores, (5, 5)), threshold=1.0) == []
 
 
 # --- growth ----------------------------------------------------------------------------------------------------------
@@ -338,7 +364,7 @@ def test_growth_does_not_change_the_output_by_a_bit(model, batch):
     generator = torch.Generator().manual_seed(7)
     for rank in (2, 7, 8, 9, 20):  # within a block, to its end, into the next ones
         for layer in adapter_layers(model).values():
-            layer.grow(kaiming_rows(rank - layer.rank, layer.base.in_features, generator).t())
+            grow(layer, kaiming_rows(rank - layer.rank, layer.base.in_features, generator))
             assert [factor.shape for factor in layer.factors()] == [
                 (rank, layer.base.in_features),
                 (layer.base.out_features, rank),
@@ -353,15 +379,13 @@ def test_growth_keeps_old_rows_and_inserts_the_tested_one(model):
         pass
     for path, layer in layers.items():
         A, B = (factor.clone() for factor in layer.factors())
-        assert layer.grow(probe.expansion(path)) == []
+        assert grow(layer, probe.expansion(path).t()) == [3]
         grown_A, grown_B = layer.factors()
         assert torch.equal(grown_A, torch.cat([A, probe.expansion(path).t()]))
         assert torch.equal(grown_B, torch.cat([B, torch.zeros(len(B), 1)], dim=1))
-        new = layer.grow(torch.ones(layer.base.in_features, 5))
-        assert [tuple(parameter.shape) for parameter in new] == [
-            (8, layer.base.in_features),
-            (layer.base.out_features, 8),
-        ]
+        assert grow(layer, torch.ones(5, layer.base.in_features)) == [4, 5, 6, 7, 0]  # 0: a new block
+        shapes = [(8, layer.base.in_features), (layer.base.out_features, 8)]
+        assert [tuple(parameter.shape) for parameter in layer.blocks()[-1]] == shapes
 
 
 def test_rows_that_are_not_in_use_stay_zero_under_adam(model, batch):
@@ -379,7 +403,7 @@ def test_rows_that_are_not_in_use_stay_zero_under_adam(model, batch):
 
 def test_the_global_cap_takes_the_highest_ratios_first():
     scores = {"a": (1.0, 1.3), "b": (1.0, 1.9), "c": (1.0, 1.05), "d": (1.0, 1.5), "e": (0.0, 0.0)}
-    ranks, costs = dict.fromkeys(scores, 1), dict.fromkeys(scores, 10)
+    ranks, costs = dict.fromkeys(scores, 1), dict.fromkeys(scores, (5, 5))
     assert layers_to_grow(scores, ranks, costs, 1.1) == ["b", "d", "a"]
     assert layers_to_grow(scores, ranks, costs, 1.1, max_parameters=70) == ["b", "d"]
     assert layers_to_grow(scores, ranks | {"b": 4}, costs, 1.1, max_rank=4) == ["d", "a"]
@@ -392,7 +416,7 @@ def test_a_saved_adapter_merges_to_the_same_model(model, batch, tmp_path, kind):
     plain = copy.deepcopy(model)
     layers = add_adapter(model, kind, rank=3, alpha=2.0)
     if kind == "selora":
-        next(iter(layers.values())).grow(torch.ones(next(iter(layers.values())).base.in_features, 1))
+        next(iter(layers.values())).grow(torch.ones(next(iter(layers.values())).base.in_features))
     disturb(model)
     save_adapter(model, tmp_path / "adapter.safetensors", settings={"steps": 10})
     about = merge_file(plain, tmp_path / "adapter.safetensors")

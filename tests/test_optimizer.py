@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minildm.optimizer import AdamW, clip_gradients
+from minildm.optimizer import AdamW, FusedAdamW, MovingAverage, clip_gradients
 
 SHAPES = ((4, 6), (5, 4), (3,))
 
@@ -17,8 +17,8 @@ def give_gradients(step, *lists):
     generator = torch.Generator().manual_seed(100 + step)
     for i in range(len(lists[0])):
         gradient = torch.randn(lists[0][i].shape, generator=generator)
-        for some in lists:
-            some[i].grad = gradient[: len(some[i])].clone()
+        for parameters_ in lists:
+            parameters_[i].grad = gradient[: len(parameters_[i])].clone()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -130,3 +130,73 @@ def test_clipping_leaves_small_gradients_and_0_is_off():
 def test_clipping_refuses_an_iterator():
     with pytest.raises(AssertionError, match="list"):
         clip_gradients(iter(parameters()), 1.0)
+
+
+def test_a_parameter_without_gradient_keeps_value_means_and_age():
+    ours = parameters()
+    optimizer = AdamW(ours, weight_decay=0.1)
+    for step in range(3):
+        give_gradients(step, ours)
+        optimizer.step(1e-2)
+    before = ours[1].detach().clone(), optimizer.means[1].clone(), optimizer.squares[1].clone()
+    give_gradients(3, ours)
+    ours[1].grad = None
+    optimizer.step(1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(before, (ours[1], optimizer.means[1], optimizer.squares[1])))
+    assert optimizer.ages == [4, 3, 4]
+
+
+def test_factors_scale_the_learning_rate_of_each_parameter():
+    ours, theirs = parameters(), parameters()
+    optimizer = AdamW(ours, [1.0, 0.1, 0.0], weight_decay=0.1)
+    groups = [{"params": [p], "lr": 1e-2 * factor} for p, factor in zip(theirs, (1.0, 0.1, 0.0))]
+    reference = torch.optim.AdamW(groups, weight_decay=0.1)
+    for step in range(5):
+        give_gradients(step, ours, theirs)
+        optimizer.step(1e-2)
+        reference.step()
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_fused_adamw_equals_adamw_and_continues_from_its_state(tmp_path, interrupted):
+    ours, theirs = parameters(), parameters()
+    optimizer, fused = AdamW(ours, [1, 2, 3], weight_decay=0.1), FusedAdamW(theirs, [1, 2, 3], weight_decay=0.1)
+    for step in range(8):
+        if interrupted and step == 4:
+            torch.save(fused.state_dict(), tmp_path / "state.pt")
+            fused = FusedAdamW(theirs, [1, 2, 3], weight_decay=0.1)
+            fused.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        give_gradients(step, ours, theirs)
+        optimizer.step(1e-2)
+        fused.step(1e-2)
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_moving_average_follows_its_formula_and_swaps():
+    (p,) = parameters(shapes=((4, 6),))
+    average, expected = MovingAverage(0.9), p.detach().clone()
+    average.add({"p": p})
+    for step in range(1, 30):
+        p.data += 0.1 * step
+        average.update(step, {"p": p})
+        decay = min(0.9, step / (step + 9))
+        expected = decay * expected + (1 - decay) * p.detach()
+    live = p.detach().clone()
+    average.swap({"p": p})
+    torch.testing.assert_close(p.detach(), expected)
+    average.swap({"p": p})
+    assert torch.equal(p.detach(), live)
+
+
+def test_a_row_that_restarts_has_its_present_value_as_average():
+    (p,) = parameters(shapes=((4, 6),))
+    average = MovingAverage(0.99)
+    average.add({"p": p})
+    before = p.detach().clone()
+    p.data[2] = 7.0
+    average.restart("p", p, 2, dim=0)
+    assert torch.equal(average.values["p"][2], torch.full((6,), 7.0))
+    assert torch.equal(average.values["p"][:2], before[:2])

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from made_runs import pictures, settings, small_model
+from made_runs import samples, small_model
+from made_runs import training_config as settings
 
 from minildm.adapters import add_adapter
 from minildm.data.cache import context_cache
 from minildm.data.loader import TrainingPairs
-from minildm.training.loop import backward
-from minildm.training.loss import Captions, checkpoint_blocks, draw, learning_rate, sample_losses, validation_loss
-from minildm.training.machine import forecast
+from minildm.training.loop import learning_rate
+from minildm.training.loss import Captions, denoising_losses, sample_randomness, validation_loss
+from minildm.training.machine import checkpoint_blocks, forecast
 
 SHAPE = (4, 8, 8)
 
@@ -27,18 +28,21 @@ def batch_of(data, indices, contexts=None):
     return torch.utils.data.default_collate([pairs[i] for i in indices])
 
 
-def test_a_samples_draws_depend_on_the_seed_and_its_number_alone():
-    together = draw(7, "sample", range(10, 16), SHAPE, 1000)
-    apart = [draw(7, "sample", [number], SHAPE, 1000) for number in range(10, 16)]
+def test_the_randomness_of_a_sample_depends_on_the_seed_and_its_id_alone():
+    together = sample_randomness(7, "sample", range(10, 16), SHAPE, 1000)
+    apart = [sample_randomness(7, "sample", [number], SHAPE, 1000) for number in range(10, 16)]
     for i, one in enumerate(apart):
         assert all(torch.equal(a[i], b[0]) for a, b in zip(together, one))
-    for other in (draw(8, "sample", [10], SHAPE, 1000), draw(7, "validation", [10], SHAPE, 1000)):
+    for other in (
+        sample_randomness(8, "sample", [10], SHAPE, 1000),
+        sample_randomness(7, "validation", [10], SHAPE, 1000),
+    ):
         assert not torch.equal(other.noise[0], together.noise[0])
     assert not torch.equal(together.noise, together.latent_noise)
 
 
-def test_draws_have_the_distributions_they_should():
-    many = draw(0, "sample", range(2000), (4, 2, 2), 1000)
+def test_randomness_has_the_right_distributions():
+    many = sample_randomness(0, "sample", range(2000), (4, 2, 2), 1000)
     assert many.timesteps.min() >= 0
     assert many.timesteps.max() < 1000
     assert many.timesteps.float().mean().item() == pytest.approx(499.5, abs=25)
@@ -48,22 +52,22 @@ def test_draws_have_the_distributions_they_should():
 
 @pytest.mark.parametrize("v2", [False, True])
 def test_the_loss_is_the_mean_squared_error_of_what_the_network_should_say(v2):
-    model, data = small_model(v2), pictures(3)
-    draws = draw(0, "sample", range(3), SHAPE, 1000)
-    losses = sample_losses(
-        model, batch_of(data, [0, 1, 2]), draws, Captions(model, data.prompts), settings(caption_dropout=0)
+    model, data = small_model(v2), samples(3)
+    randomness = sample_randomness(0, "sample", range(3), SHAPE, 1000)
+    losses = denoising_losses(
+        model, batch_of(data, [0, 1, 2]), randomness, Captions(model, data.prompts), settings(caption_dropout=0)
     )
     mean, logvar = (torch.stack(part) for part in zip(*(data.latents.moments(i) for i in range(3))))
-    latents = 0.18215 * (mean + logvar.exp().sqrt() * draws.latent_noise)
-    alpha_bar = model.schedule.alphas_cumprod[draws.timesteps][:, None, None, None]
-    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * draws.noise
-    target = alpha_bar.sqrt() * draws.noise - (1 - alpha_bar).sqrt() * latents if v2 else draws.noise
-    prediction = model.unet(noisy, draws.timesteps, model.encode_prompt(list(data.prompts)))
+    latents = 0.18215 * (mean + logvar.exp().sqrt() * randomness.latent_noise)
+    alpha_bar = model.schedule.alphas_cumprod[randomness.timesteps][:, None, None, None]
+    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * randomness.noise
+    target = alpha_bar.sqrt() * randomness.noise - (1 - alpha_bar).sqrt() * latents if v2 else randomness.noise
+    prediction = model.unet(noisy, randomness.timesteps, model.encode_prompt(list(data.prompts)))
     torch.testing.assert_close(losses, F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3)))
 
 
 def test_dropped_captions_are_the_empty_prompt(model, tmp_path):
-    data = pictures(3)
+    data = samples(3)
     dropped = torch.tensor([True, False, True])
     contexts = context_cache([*data.prompts, ""], model.tokenize, model.text_encoder, tmp_path)
     expected = model.encode_prompt(["", data.prompts[1], ""])
@@ -71,44 +75,36 @@ def test_dropped_captions_are_the_empty_prompt(model, tmp_path):
     cached = Captions(model, data.prompts, contexts)(batch_of(data, range(3), contexts), dropped)
     torch.testing.assert_close(running, expected)
     torch.testing.assert_close(cached, expected, rtol=0, atol=2e-3)  # the cache is float16
-    draws = draw(0, "sample", range(3000), (1, 1, 1), 1000)
-    assert (draws.caption < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    randomness = sample_randomness(0, "sample", range(3000), (1, 1, 1), 1000)
+    assert (randomness.caption < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.02)
 
 
 def test_min_snr_weighs_and_noise_offset_shifts_whole_channels(model):
-    data, captions = pictures(3), Captions(model, pictures(3).prompts)
-    draws, batch = draw(0, "sample", range(3), SHAPE, 1000), batch_of(pictures(3), [0, 1, 2])
-    plain = sample_losses(model, batch, draws, captions, settings(caption_dropout=0))
-    weighted = sample_losses(model, batch, draws, captions, settings(caption_dropout=0, min_snr_gamma=5.0))
-    torch.testing.assert_close(weighted, plain * model.schedule.min_snr_weight(draws.timesteps, 5.0))
-    shifted = draws._replace(noise=draws.noise + 0.1 * draws.offset)
+    data, captions = samples(3), Captions(model, samples(3).prompts)
+    randomness, batch = sample_randomness(0, "sample", range(3), SHAPE, 1000), batch_of(samples(3), [0, 1, 2])
+    plain = denoising_losses(model, batch, randomness, captions, settings(caption_dropout=0))
+    weighted = denoising_losses(model, batch, randomness, captions, settings(caption_dropout=0, min_snr_gamma=5.0))
+    torch.testing.assert_close(weighted, plain * model.schedule.min_snr_weight(randomness.timesteps, 5.0))
+    shifted = randomness._replace(noise=randomness.noise + 0.1 * randomness.offset)
     torch.testing.assert_close(
-        sample_losses(model, batch, draws, captions, settings(caption_dropout=0, noise_offset=0.1)),
-        sample_losses(model, batch, shifted, captions, settings(caption_dropout=0)),
+        denoising_losses(model, batch, randomness, captions, settings(caption_dropout=0, noise_offset=0.1)),
+        denoising_losses(model, batch, shifted, captions, settings(caption_dropout=0)),
     )
-    assert draws.offset.shape == (3, 4, 1, 1)
+    assert randomness.offset.shape == (3, 4, 1, 1)
     assert len(data.records) == 3
 
 
 @pytest.mark.parametrize("targets", [("unet",), ("unet", "text_encoder")])
 def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(targets):
     gradients = []
-    for micro in (4, 2, 1):
-        model, data = small_model(), pictures(4)
+    for size in (4, 3, 1):
+        model, data = small_model(), samples(4)
         add_adapter(model, "lora", rank=2, targets=targets)
-        config, captions = settings(micro_batch=micro), Captions(model, data.prompts)
-
-        class Still:
-            step, loss_scale = 3, 1.0
-
-        Still.config = config
-        backward(
-            Still,
-            batch_of(data, range(4)),
-            lambda part, numbers, model=model, captions=captions, config=config: sample_losses(
-                model, part, draw(0, "sample", numbers, SHAPE, 1000), captions, config
-            ),
-        )
+        captions = Captions(model, data.prompts)
+        for first in range(0, 4, size):
+            ids = range(first, min(first + size, 4))
+            randomness = sample_randomness(0, "sample", ids, SHAPE, 1000)
+            (denoising_losses(model, batch_of(data, ids), randomness, captions, settings()).sum() / 4).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other):
@@ -118,14 +114,14 @@ def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(targets):
 def test_gradients_are_the_same_with_checkpointing():
     gradients = []
     for again in (False, True):
-        model, data = small_model(), pictures(2)
+        model, data = small_model(), samples(2)
         add_adapter(model, "lora", rank=2)
         if again:
             checkpoint_blocks(model.unet, model.text_encoder)
-        sample_losses(
+        denoising_losses(
             model,
             batch_of(data, [0, 1]),
-            draw(0, "sample", range(2), SHAPE, 1000),
+            sample_randomness(0, "sample", range(2), SHAPE, 1000),
             Captions(model, data.prompts),
             settings(),
         ).mean().backward()
@@ -134,7 +130,7 @@ def test_gradients_are_the_same_with_checkpointing():
 
 
 def test_validation_is_fixed_and_independent_of_the_batch(model):
-    data = pictures(3)
+    data = samples(3)
     pairs, captions = TrainingPairs(data.records, data.prompts, latents=data.latents), Captions(model, data.prompts)
     first, again, other = (
         validation_loss(model, pairs, captions, settings(batch_size=size, noise_offset=offset))
@@ -156,12 +152,12 @@ def test_the_learning_rate_warms_up_and_follows_its_curve():
 
 def test_the_forecast_weighs_what_autograd_keeps():
     """Against the sum of all tensors that really are kept, each storage once."""
-    model, data = small_model(), pictures(1)
+    model, data = small_model(), samples(1)
     add_adapter(model, "lora", rank=2)
-    draws, captions = draw(0, "sample", [0], SHAPE, 1000), Captions(model, data.prompts)
+    randomness, captions = sample_randomness(0, "sample", [0], SHAPE, 1000), Captions(model, data.prompts)
 
     def loss():
-        return sample_losses(model, batch_of(data, [0]), draws, captions, settings())
+        return denoising_losses(model, batch_of(data, [0]), randomness, captions, settings())
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}

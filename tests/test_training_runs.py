@@ -17,8 +17,9 @@ from made_runs import small_model
 from peers import assert_says, write_folder
 
 import train
-from minildm.adapters import add_adapter, save_adapter
+from minildm.adapters import METHODS, add_adapter, save_adapter
 from minildm.errors import InputError
+from minildm.training.command_line import parse
 from minildm.training.config import PRESETS, TrainingConfig
 from minildm.training.run import Run
 
@@ -71,7 +72,7 @@ def weights(run):
 def assert_same_run(run, other):
     ours, theirs = weights(run), weights(other)
     assert ours["step"] == theirs["step"]
-    assert ours["ranks"] == theirs["ranks"]
+    assert ours["method"] == theirs["method"]
     assert list(ours["trained"]) == list(theirs["trained"])
     assert all(torch.equal(ours["trained"][name], theirs["trained"][name]) for name in ours["trained"])
     assert (run / "adapter.safetensors").read_bytes() == (other / "adapter.safetensors").read_bytes()
@@ -86,10 +87,10 @@ def test_a_run_says_what_it_made_and_what_to_type_next(place, capsys):
     train.main([*flags(place, steps=4), "--out", str(place / "said"), "--sample-interval", "4", "--samples", "2"])
     said = capsys.readouterr().out
     for words in (
-        "14 train, 2 validation, 4 test pictures",
+        "14 train, 2 validation, 4 test images",
         "memory: about",
         "selora on 62 layers",
-        "% of",
+        " %)",
         "validation loss:",
         "before",
         "peak memory",
@@ -194,15 +195,15 @@ def test_resuming_on_other_data_or_another_base_names_the_difference(place, whol
     shutil.copytree(whole, run)
     shutil.copytree(place / "data", place / "data2")
     settings = json.loads((run / "config.json").read_text())
-    settings["flags"]["data"] = f"folder:{place / 'data2'}"
+    settings["settings"]["data"] = f"folder:{place / 'data2'}"
     (run / "config.json").write_text(json.dumps(settings))
-    assert train.main(["--resume", str(run)]) == 0  # the same pictures elsewhere
+    assert train.main(["--resume", str(run)]) == 0  # the same images elsewhere
     text = (place / "data2" / "metadata.csv").read_text()
     (place / "data2" / "metadata.csv").write_text(text.replace("number 3", "number three"))
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(run)])
-    assert_says(error, "data = '20 pictures")
-    settings["flags"] |= {"data": f"folder:{place / 'data'}", "base": str(place / "other_base")}
+    assert_says(error, "data = '20 images")
+    settings["settings"] |= {"data": f"folder:{place / 'data'}", "base": str(place / "other_base")}
     (run / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(run)])
@@ -230,6 +231,29 @@ def test_a_run_that_another_process_writes_is_refused_until_that_one_ends(tmp_pa
             Run(tmp_path / "run", {}).begin()
         other.kill()
     Run(tmp_path / "run", {}).begin()
+
+
+def test_a_run_of_version_0_1_is_refused_by_name(place, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(json.dumps({"flags": record["settings"], "found": record["found"]}))
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(tmp_path / "old")])
+    assert_says(error, "minildm 0.1", "its adapter loads", "--out")
+
+
+def test_full_fine_tuning_from_the_command_line_ends_with_a_command_that_works(place, tmp_path, capsys):
+    values = flags(place, adapter="full", steps=2)
+    at = values.index("--expand-interval")
+    train.main([*values[:at], *values[at + 2 :], "--out", str(tmp_path / "run")])
+    import shlex
+
+    import sample
+
+    command = capsys.readouterr().out.splitlines()[-1].partition("sample.py ")[2]
+    extra = ["--steps", "1", "--out", str(tmp_path / "samples"), "--device", "cpu"]
+    assert sample.main([*shlex.split(command), *extra]) == 0
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 4
 
 
 def test_resuming_what_is_no_run_is_an_error(place, whole):
@@ -271,11 +295,12 @@ def test_an_adapter_can_be_trained_on_top_of_another(place, whole, tmp_path):
     ("changes", "words"),
     [
         ({"data": "folder:/nowhere"}, ("/nowhere",)),
-        ({"expand_threshold": 0.5}, ("lambda", "at least 1")),
+        ({"expand_threshold": 0.5}, ("--expand-threshold", "at least 1")),
         ({"rank": 0}, ("--rank",)),
         ({"rank": 999}, ("rank must be in [1, 32]", "999")),
-        ({"min_age": 200}, ("no usable picture",)),
-        ({"micro_batch": 3}, ("--micro-batch", "divide")),
+        ({"min_age": 200}, ("no usable image",)),
+        ({"micro_batch": 0}, ("--micro-batch", "at least 1")),
+        ({"adapter": "lora"}, ("--expand-interval is a setting of --adapter selora, not of lora",)),
     ],
 )
 def test_bad_flags_give_one_line_and_no_run(place, tmp_path, changes, words):
@@ -293,15 +318,43 @@ def test_dry_run_prints_the_settings_and_writes_nothing(place, tmp_path, capsys)
 
 
 def test_presets_are_the_papers_and_flags_beside_them_win():
-    args = train.parse(["--preset", "selora-iu"])
-    assert (args.size, args.lr, args.batch_size, args.epochs, args.layers) == (224, 1e-4, 8, 10, "paper")
-    assert (args.expand_threshold, args.expand_interval, args.split) == (1.1, 40, "80/16/4")
-    args = train.parse(["--preset", "selora-montgomery", "--batch-size", "2", "--steps", "7"])
-    assert (args.batch_size, args.epochs, args.steps, args.prompt_template) == (2, 100, 7, "montgomery")
-    assert train.parse(["--preset", "selora-384"]).size == 384
-    assert train.parse(["--preset", "nyu-lora"]).adapter == "lora"
-    for preset in PRESETS:
-        assert set(PRESETS[preset]) <= set(vars(args))
+    plan = parse(["--preset", "selora-iu"])
+    config, method = plan.config, plan.method_settings
+    assert (plan.data.size, config.lr, config.batch_size, config.epochs, method.layers) == (224, 1e-4, 8, 10, "paper")
+    assert (method.expand_threshold, method.expand_interval, plan.data.split) == (1.1, 40, "80/16/4")
+    plan = parse(["--preset", "selora-montgomery", "--batch-size", "2", "--steps", "7"])
+    assert (plan.config.batch_size, plan.config.epochs, plan.config.steps) == (2, 100, 7)
+    assert plan.data.prompt_template == "montgomery"
+    assert parse(["--preset", "selora-384"]).data.size == 384
+    plan = parse(["--preset", "nyu-lora"])
+    assert (plan.goal.adapter, plan.method_settings.rank) == ("lora", 4)
+
+
+def test_every_entry_of_a_preset_is_a_setting():
+    known = set()
+    for method in METHODS:
+        known |= parse(["--adapter", method]).settings.keys()
+    for preset in PRESETS.values():
+        assert preset.keys() - {"methods"} <= known
+        for method, values in preset.get("methods", {}).items():
+            assert values.keys() <= parse(["--adapter", method]).settings.keys()
+
+
+def test_a_value_comes_from_its_flag_then_the_preset_then_the_method_then_the_default():
+    assert parse(["--adapter", "full", "--base", "x"]).config.lr == 1e-5  # the method's
+    assert parse(["--adapter", "full", "--preset", "tiny"]).config.lr == 5e-4  # the preset's, for this method
+    assert parse(["--adapter", "lora", "--preset", "tiny"]).config.lr == 2e-3
+    assert parse(["--adapter", "full", "--preset", "tiny", "--lr", "0.5"]).config.lr == 0.5
+    assert parse(["--base", "x"]).config == TrainingConfig()
+    assert parse(["--preset", "tiny", "--epochs", "2"]).config.steps is None  # the epochs count
+
+
+@pytest.mark.parametrize("arguments", [["--epoch", "3"], ["--expand", "4"], ["--lr=1", "--sed", "1"]])
+def test_flags_are_not_abbreviated(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(arguments)
+    assert error.value.code == 2
+    assert_says(capsys.readouterr().err.strip(), "unknown arguments", "--help")
 
 
 def test_lengths_are_counted_in_epochs_or_steps():
@@ -309,9 +362,9 @@ def test_lengths_are_counted_in_epochs_or_steps():
     assert TrainingConfig(epochs=2).total_steps(100) == 25
     assert TrainingConfig(epochs=2, steps=7).total_steps(100) == 7
     assert TrainingConfig(epochs=0.5, batch_size=3).total_steps(10) == 2
-    assert TrainingConfig().validation_steps(1000) == 125
-    assert TrainingConfig().validation_steps(24) == 42  # epochs of 3 steps
-    assert TrainingConfig(validation_interval=5).validation_steps(24) == 5
+    assert TrainingConfig().steps_between_validations(1000) == 125
+    assert TrainingConfig().steps_between_validations(24) == 42  # epochs of 3 steps
+    assert TrainingConfig(validation_interval=5).steps_between_validations(24) == 5
 
 
 def test_a_run_needs_a_folder_it_can_write_to(tmp_path):

@@ -27,24 +27,19 @@ from minildm.settings import Settings, setting
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer, ``base``, with its adapter: (..., in) -> (..., out).
-
-    The rows of lora_A and the columns of lora_B lie in blocks. Plain LoRA has one block of ``rank`` rows; a layer whose
-    rank grows has zeros behind the first ``rank`` rows, and further blocks (selora.py).
-    """
+    """A frozen linear layer, ``base``, with its adapter: (..., in) -> (..., out)."""
 
     kind = "lora"
 
     def __init__(self, base, rank, scale, generator):
         super().__init__()
         self.base, self.rank, self.scale = base, rank, scale
-        device = base.weight.device
-        self.lora_A = nn.ParameterList([kaiming_rows(rank, base.in_features, generator).to(device)])
-        self.lora_B = nn.ParameterList([torch.zeros(base.out_features, rank, device=device)])
+        self.lora_A = nn.Parameter(kaiming_rows(rank, base.in_features, generator).to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
     def blocks(self):
-        """The products that dW is the sum of: [(A (rows, in), B (out, rows))], differentiable."""
-        return list(zip(self.lora_A, self.lora_B))
+        """The products that dW is the sum of, [(A (rows, in), B (out, rows))]: one here, several where ranks grow."""
+        return [(self.lora_A, self.lora_B)]
 
     def forward(self, x):
         if kernels.enabled and not torch.compiler.is_compiling():  # the same numbers in less memory

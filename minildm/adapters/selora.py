@@ -37,15 +37,19 @@ ROWS_PER_BLOCK = 8
 
 
 class SeLoRALinear(LoRALinear):
-    """LoRA with room to grow: ``rank`` of the rows in its blocks are in use."""
+    """LoRA with room to grow: lora_A and lora_B are lists of blocks, in which ``rank`` rows are in use."""
 
     kind = "selora"
 
     def __init__(self, base, rank, scale, generator):
         super().__init__(base, rank, scale, generator)
-        room = -rank % ROWS_PER_BLOCK
-        self.lora_A[0] = nn.Parameter(F.pad(self.lora_A[0].data, (0, 0, 0, room)))  # (8 n, in)
-        self.lora_B[0] = nn.Parameter(F.pad(self.lora_B[0].data, (0, room)))  # (out, 8 n)
+        room, A, B = -rank % ROWS_PER_BLOCK, self.lora_A.data, self.lora_B.data
+        del self.lora_A, self.lora_B
+        self.lora_A = nn.ParameterList([F.pad(A, (0, 0, 0, room))])  # (8 n, in)
+        self.lora_B = nn.ParameterList([F.pad(B, (0, room))])  # (out, 8 n)
+
+    def blocks(self):
+        return list(zip(self.lora_A, self.lora_B))
 
     def grow(self, row):
         """Append ``row`` (in,) to lora_A, over a zero column of lora_B.
