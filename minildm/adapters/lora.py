@@ -9,9 +9,8 @@ keeps its own precision; A and B are float32 and are cast to what passes through
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-
-from minildm.layers import linear
 
 
 class LoRALinear(nn.Module):
@@ -84,7 +83,7 @@ class AdaptedLinear(torch.autograd.Function):
         rows, g_rows = xs.flatten(0, 1), g.flatten(0, 1)  # all tokens of the batch
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = linear(dy.flatten(0, 1), ctx.layer.base.weight.to(ctx.dtype).t())  # dy W, (tokens, in)
+            dx = F.linear(dy.flatten(0, 1), ctx.layer.base.weight.to(ctx.dtype).t())  # dy W, (tokens, in)
         gradients = []
         for i, (A, B) in enumerate(zip(factors[::2], factors[1::2])):
             dh = g_rows @ B.to(ctx.dtype)  # (tokens, rank)
