@@ -1,16 +1,16 @@
-"""A user's mistake is answered in one line: what came, what was expected, what to do."""
+"""Errors for users: one line that says what came, what was expected and what to do."""
 
 import sys
 import warnings
 
 
 class InputError(ValueError):
-    """Something the user gave (a file, a flag, a prompt) cannot be used; the message says what to change."""
+    """A user's input (a file, a flag, a prompt) cannot be used; the message says what to change."""
 
 
 def exit_cleanly(main, *arguments):
-    """Run a command's ``main``: exit code 2 and one line for a user's mistake, 130 for Ctrl-C; our own bugs keep
-    their traceback. Warnings are one line as well."""
+    """Run a command's ``main`` and exit: code 2 and one line for a user's mistake, 130 for Ctrl-C, a traceback for our
+    own bugs. Warnings are printed as one line, too."""
     warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(message)}", file=sys.stderr)
     try:
         sys.exit(main(*arguments))
@@ -18,7 +18,7 @@ def exit_cleanly(main, *arguments):
         sys.exit(_fail(2, f"error: {error}"))
     except KeyboardInterrupt:
         sys.exit(_fail(130, "stopped by Ctrl-C"))
-    except BrokenPipeError:  # the reader (head, less) has gone
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         sys.stderr.close()
         sys.exit(0)
 

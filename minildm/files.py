@@ -1,4 +1,4 @@
-"""Files that are whole or absent: everything is written beside its place and then renamed."""
+"""Writing files so that none is ever left half-written: to a temporary name, then renamed."""
 
 import contextlib
 import hashlib
@@ -6,31 +6,33 @@ import os
 import shutil
 from pathlib import Path
 
-UMASK = os.umask(0)  # can only be read by setting it
+UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 
 
 @contextlib.contextmanager
 def written_beside(path):
-    """Yield a temporary path next to ``path``; rename it there when the block ends well, delete it when it does not.
+    """Yield a temporary path in the folder of ``path``. It is renamed to ``path`` if the block succeeds, else deleted.
 
-    The temporary name keeps the suffix, so writers that look at it (Pillow, numpy) behave the same.
+    The temporary name has the same suffix, which decides the format for some writers (Pillow, NumPy).
     """
     path = Path(path)
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield beside
-        beside.chmod(0o666 & ~UMASK)  # some writers make files that only their owner may read
+        beside.chmod(0o666 & ~UMASK)  # some writers create files that only their owner can read
         with open(beside, "rb") as file:
-            os.fsync(file.fileno())  # on the disk before the name points to it: survives a power cut
+            os.fsync(file.fileno())  # on disk before it gets its name, in case of a power cut
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
 def writable_folder(path, flag="--out"):
-    """Make ``path`` a folder and prove that files can be written there. Raises PermissionError / NotADirectoryError
-    in words before any work is done, not after. ``flag``: the one that named it."""
+    """Create the folder ``path`` if needed and check that files can be written to it, before any work is done.
+
+    Raises PermissionError or NotADirectoryError, naming ``flag``, the flag that gave the path.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -38,9 +40,7 @@ def writable_folder(path, flag="--out"):
         probe.touch()
         probe.unlink()
     except FileExistsError:
-        raise NotADirectoryError(
-            f"{path} is a file, but a folder for the results was expected; give another {flag}"
-        ) from None
+        raise NotADirectoryError(f"{path} is a file, expected a folder for the results; give another {flag}") from None
     except NotADirectoryError:
         raise NotADirectoryError(f"a parent of {path} is a file, not a folder; give another {flag}") from None
     except OSError as error:
@@ -49,7 +49,7 @@ def writable_folder(path, flag="--out"):
 
 
 def sha256(path, chunk_bytes=1 << 20):
-    """SHA-256 of a file's bytes, as 64 hex digits; constant memory."""
+    """SHA-256 of a file's bytes, 64 hex digits; in constant memory."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(chunk_bytes):

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import numbers
 import types
 import typing
 from pathlib import Path
@@ -64,7 +65,7 @@ def check(field, value):
     limits = {rule: rules[rule] for rule in tests if rules[rule] is not None}
     if not limits:
         return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)  # also NumPy's
     if not is_number or not all(tests[rule][1](value, limit) for rule, limit in limits.items()):
         wanted = " and ".join(f"{tests[rule][0]} {limit:g}" for rule, limit in limits.items())
         raise InputError(f"{flag(field.name)} must be a number {wanted}, got {value}")
@@ -83,8 +84,10 @@ class Parser(argparse.ArgumentParser):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        told = action.default in (None, False, ()) or "(default" in (action.help or "")
-        return action.help if told else super()._get_help_string(action)
+        no_default = action.default is None or action.default is False or action.default in ("", (), [])
+        if no_default or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def add_flags(parser, settings, title, skip=(), prefix=""):

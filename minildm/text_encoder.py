@@ -1,8 +1,8 @@
-"""The text encoder: token ids (B, 77) -> context (B, 77, D), one feature vector a token.
+"""The text encoder: token ids (B, 77) -> context (B, 77, D), one feature vector per token.
 
-The text half of CLIP (Radford et al. 2021, arXiv:2103.00020, section 2.4): a transformer that looks only backwards.
-SD 1.x: ViT-L/14's, 12 layers of 768, quick_gelu. SD 2.x: OpenCLIP ViT-H/14's, 24 layers of 1024, gelu; the output of
-the layer before the last is used, so the last one is not even built (n_layers = 23). Both end in the final layer norm.
+The text half of CLIP (Radford et al. 2021, arXiv:2103.00020, section 2.4), a transformer with causal attention.
+SD 1.x has that of ViT-L/14: 12 layers, width 768, quick_gelu. SD 2.x has that of OpenCLIP's ViT-H/14: 24 layers, width
+1024, gelu, of which it uses the output of the 23rd, so only 23 are built. Both end with the final layer norm.
 """
 
 import torch
@@ -14,12 +14,12 @@ from minildm.layers import attend
 
 
 def quick_gelu(x):
-    """OpenAI's cheaper GELU: x sigmoid(1.702 x) (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
+    """An approximation of GELU: x sigmoid(1.702 x) (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class CausalAttention(nn.Module):
-    """Each token looks at itself and the tokens before it: (B, 77, D) -> (B, 77, D)."""
+    """Self-attention of each token to itself and the tokens before it: (B, 77, D) -> (B, 77, D)."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -59,12 +59,12 @@ class EncoderLayer(nn.Module):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
-        if not self.weight.is_meta:  # a normal draw without memory would import 2 s of torch for nothing
+        if not self.weight.is_meta:  # normal_ on the meta device makes torch import more of itself: 2 s for nothing
             nn.init.normal_(self.weight, std=0.02)
 
 
 class Embeddings(nn.Module):
-    """Token plus position: (B, 77) -> (B, 77, D)."""
+    """Token embedding plus position embedding: (B, 77) -> (B, 77, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -79,7 +79,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.text_model = nn.Module()  # the checkpoints' prefix
+        self.text_model = nn.Module()  # a prefix in the checkpoints' names
         self.text_model.embeddings = Embeddings(config)
         self.text_model.encoder = nn.Module()
         self.text_model.encoder.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_layers))

@@ -1,9 +1,9 @@
-"""Prompts to token ids: CLIP's byte-pair encoding (Radford et al. 2021, arXiv:2103.00020), as open_clip does it.
+"""Prompts -> token ids: CLIP's byte-pair encoding (Radford et al. 2021, arXiv:2103.00020), by open_clip.
 
-open_clip's cleaning is the rule (ftfy repairs broken unicode, HTML entities are resolved, white space folded, lower
-case); Hugging Face's tokenizer differs from it only for what is repaired (curly quotes, ligatures, entities, control
-characters), for a Greek sigma that ends a word in capitals, and for a literal ``<|startoftext|>`` or ``<|endoftext|>``.
-What is ours: the padding token, which differs between SD 1.x and 2.x, and saying what is cut.
+open_clip cleans prompts first: ftfy repairs broken Unicode, HTML entities are resolved, white space is collapsed and
+letters become lower case. Hugging Face's tokenizer cleans less, so it differs on curly quotes, ligatures, entities,
+control characters, a Greek sigma that ends a word in capitals, and a literal ``<|startoftext|>`` or ``<|endoftext|>``.
+Added here: the padding token, which differs between SD 1.x and 2.x, and a warning that names what is cut.
 """
 
 import functools
@@ -21,7 +21,7 @@ BEGIN, END = 49406, 49407  # <|startoftext|>, <|endoftext|>
 
 @functools.cache
 def _byte_pair_encoder():
-    """open_clip's tokenizer, loaded by file: ``import open_clip`` would bring torchvision and timm, 3 s more."""
+    """open_clip's tokenizer, loaded from its file: ``import open_clip`` also imports torchvision and timm, 3 s more."""
     package = importlib.util.find_spec("open_clip")
     if package is None:
         raise ModuleNotFoundError("the tokenizer comes from open_clip: pip install open-clip-torch")
@@ -29,7 +29,7 @@ def _byte_pair_encoder():
     spec = importlib.util.spec_from_file_location("minildm_open_clip_tokenizer", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module._tokenizer  # built when the module loads; a second one would cost 0.2 s
+    return module._tokenizer  # the one built on import; another would take 0.2 s
 
 
 class Tokenizer:
@@ -39,15 +39,15 @@ class Tokenizer:
         self.pad_token_id = pad_token_id
 
     def encode(self, prompt):
-        """The prompt's token ids, a list of any length, without begin and end."""
+        """The prompt's token ids, a list of any length, without the begin and end tokens."""
         return _byte_pair_encoder().encode(prompt)
 
     def cut(self, prompt):
-        """The end of the prompt that does not fit and is therefore not read; '' if all of it fits."""
+        """The end of the prompt that the model will not see; '' if the whole prompt fits."""
         return _byte_pair_encoder().decode(self.encode(prompt)[MAX_TOKENS - 2 :]).strip()
 
     def __call__(self, prompts):
-        """(B, 77) int64 for a list of B prompts. Warns, naming what is cut, when a prompt has over 75 tokens."""
+        """A list of B prompts -> token ids (B, 77) int64. Warns if a prompt has over 75 tokens, naming what is cut."""
         token_ids = torch.full((len(prompts), MAX_TOKENS), self.pad_token_id, dtype=torch.int64)
         for row, prompt in zip(token_ids, prompts):
             tokens = self.encode(prompt)

@@ -1,6 +1,6 @@
-"""The denoising U-Net of Stable Diffusion: noisy latents, timesteps and text features -> predicted noise (or v).
+"""The denoising U-Net of Stable Diffusion: noisy latents, timesteps and text features -> predicted noise or v.
 
-Rombach et al. 2022, arXiv:2112.10752. For SD 1.5, 512 px (859,520,964 parameters), the way down and up is
+Rombach et al. 2022, arXiv:2112.10752. SD 1.5 at 512 px (859,520,964 parameters) has these levels:
 
     level  width  latents    down                          up
     0      320    64 x 64    resnet + attention, twice     resnet + attention, three times
@@ -9,7 +9,7 @@ Rombach et al. 2022, arXiv:2112.10752. For SD 1.5, 512 px (859,520,964 parameter
     3      1280   8 x 8      resnet, twice                 resnet, three times
            1280   8 x 8      middle: resnet, attention, resnet
 
-Every output on the way down is kept as a skip connection and concatenated, last first, on the way up.
+Every output of the down path becomes a skip connection, which the up path concatenates to its input, last first.
 """
 
 import torch
@@ -38,7 +38,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # widths of the skip connections, in the order they are made
+        skips = [widths[0]]  # widths of the skip connections, in the order of their creation
         for level, width in enumerate(widths):
             block = nn.Module()
             block.resnets = nn.ModuleList(resnet(skips[-1] if i == 0 else width, width) for i in range(n_blocks))
@@ -54,7 +54,7 @@ class UNet(nn.Module):
         self.mid_block.resnets = nn.ModuleList([resnet(widths[-1], widths[-1]), resnet(widths[-1], widths[-1])])
         self.mid_block.attentions = nn.ModuleList([transformer(len(widths) - 1)])
 
-        self.up_blocks = nn.ModuleList()  # coarsest first, one block deeper than the way down
+        self.up_blocks = nn.ModuleList()  # coarsest level first; one block more than the down path
         channels = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
             block = nn.Module()
@@ -72,17 +72,17 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.latent_channels, 3, padding=1)
 
     def forward(self, latents, timesteps, context):
-        """Predict the noise in ``latents`` (or v).
+        """Predict the noise in ``latents``, or v.
 
         Args:
             latents: noisy scaled latents, (B, 4, h, w), any h and w.
-            timesteps: (B,) int64, or one integer for all.
+            timesteps: (B,) int64, or one integer for the whole batch.
             context: text features, (B, 77, context_dim).
         Returns: prediction, (B, 4, h, w).
         """
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(latents.shape[0])
         sinusoids = timestep_embedding(timesteps, self.config.widths[0]).to(latents.dtype)
-        time = F.silu(self.time_embedding(sinusoids))  # (B, time_dim); every resnet begins with this SiLU: done once
+        time = F.silu(self.time_embedding(sinusoids))  # (B, time_dim); every resnet starts with this SiLU
 
         x = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
         skips = [x]
@@ -106,6 +106,6 @@ class UNet(nn.Module):
                 if hasattr(block, "attentions"):
                     x = block.attentions[i](x, context)
             if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, size=skips[-1].shape[2:])  # odd sizes: the skip knows what was halved
+                x = block.upsamplers[0](x, size=skips[-1].shape[2:])  # 2x would be wrong after an odd size was halved
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))

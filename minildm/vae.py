@@ -1,8 +1,8 @@
-"""The autoencoder that makes diffusion cheap: images (B, 3, H, W) in [-1, 1] <-> codes z (B, 4, H/8, W/8).
+"""The autoencoder: images (B, 3, H, W) in [-1, 1] <-> codes z (B, 4, H/8, W/8).
 
-The KL-regularised autoencoder of Rombach et al. 2022, arXiv:2112.10752, section 3.1. The codes here are raw: scaling
-them to unit variance is `LatentDiffusion`'s business. Two details that reimplementations get wrong and that cost 0.1
-and 1e-4 of error: the downsampler pads right and bottom only, and every norm has eps 1e-6.
+The KL-regularised autoencoder of Rombach et al. 2022, arXiv:2112.10752, section 3.1. Codes z are raw; the latents that
+the U-Net sees are z times the scaling factor. Two details are easily missed: the downsampler pads right and bottom only
+(else a relative error of 0.1), and every norm has eps 1e-6 (else 1e-4).
 """
 
 import torch
@@ -15,13 +15,13 @@ EPS = 1e-6
 
 
 class Gaussian:
-    """A diagonal Gaussian over codes: what the encoder says about an image. ``mean``, ``logvar``: (B, 4, h, w)."""
+    """The encoder's output: a diagonal Gaussian over codes. ``mean``, ``logvar``: (B, 4, h, w)."""
 
     def __init__(self, mean, logvar):
         self.mean, self.logvar = mean, logvar.clamp(-30.0, 20.0)
 
     def sample(self, generator=None):
-        """mean + std * noise, (B, 4, h, w). The noise comes from ``generator``'s device in float32."""
+        """mean + std * noise, (B, 4, h, w). The noise is float32, sampled on ``generator``'s device."""
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean)
         return self.mean + (0.5 * self.logvar).exp() * noise
@@ -39,7 +39,7 @@ class VAEDownsample(nn.Module):
 
 
 class VAEAttention(nn.Module):
-    """One head of self-attention over all positions: (B, C, h, w) -> (B, C, h, w). Unlike the U-Net's, with biases."""
+    """Self-attention over all positions, one head, with biases: (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -66,7 +66,7 @@ class MidBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution (or none at the coarsest / finest level)."""
+    """Residual blocks at one resolution, then down- or upsampling (neither at the last level)."""
 
     def __init__(self, c_in, c_out, n_blocks, groups, downsample=False, upsample=False):
         super().__init__()
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)  # mean and log variance
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)  # mean and log-variance
 
     def forward(self, images):
         x = self.conv_in(images)  # (B, 128, H, W)

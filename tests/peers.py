@@ -1,25 +1,30 @@
-"""The same model by other hands: diffusers' and transformers' networks with our weights, and files in every layout.
+"""Reference networks of diffusers and transformers around our weights, and checkpoints in every layout.
 
-Random weights are scaled so that activations stay of order one through the whole network, and some norms are made to
-see small activations, or a wrong eps would hide.
+Random weights are scaled so that activations stay of order one through the whole network. `quieten` makes the norms see
+small activations, because otherwise a wrong eps would not show.
 """
 
 import functools
+import gzip
+import importlib.util
 import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from minildm import checkpoint
-from minildm import config as settings
-from minildm.checkpoint import single_file
+from minildm.checkpoint import folder, single_file
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.latent_diffusion import LatentDiffusion
+from minildm.text_encoder import TextEncoder
+from minildm.unet import UNet
+from minildm.vae import VAE
 
-PARITY = 1e-5  # relative, float32: what every network must reach
+PARITY = 1e-5  # largest relative error of a network in float32
 
-# config.json as published with stable-diffusion-v1-5 and stable-diffusion-2-1 (only what shapes the networks).
+# config.json as published with stable-diffusion-v1-5 and stable-diffusion-2-1, reduced to what defines the networks.
 _CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 SD15_UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -107,15 +112,20 @@ SD15_SCHEDULER = {
 
 
 def assert_says(error, *parts):
-    """An error is one line and contains every part."""
+    """Assert that an error is one line and contains every part."""
     message = str(error.value if hasattr(error, "value") else error)
     assert "\n" not in message, message
     for part in parts:
         assert str(part) in message, f"{part!r} is not in: {message}"
 
 
+def noise(*shape, seed=0):
+    """Seeded standard normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def single_file_config(v2=False):
-    """A small model whose sizes a single file can express: 8 heads everywhere, or heads of 64 channels."""
+    """A small model whose heads are those that a single file implies: 8 everywhere, or 64 channels each for v2."""
     if v2:
         return ModelConfig(
             UNetConfig.tiny(
@@ -147,18 +157,18 @@ def single_file_config(v2=False):
 
 @functools.cache
 def shared_model(v2=False):
-    """One random model for many tests; nobody may change it."""
+    """One random model for many tests, which must not change it."""
     return random_model(single_file_config(v2), seed=3 if v2 else 1)
 
 
 def relative_error(ours, theirs):
-    """Largest deviation over the reference's largest value."""
+    """Largest deviation from the reference, divided by the reference's largest value."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
 
 
 def randomize(module, seed=0):
-    """Seeded weights: linear and convolution weights keep the variance of what passes, norms are 1 + noise."""
+    """Seeded weights: linear and convolution weights preserve the variance of their input, norms are 1 + noise."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -175,9 +185,9 @@ def randomize(module, seed=0):
 
 
 def quieten(module, factor=0.03):
-    """Scale what feeds the norms (first and residual-branch layers, embeddings), so that they see a standard deviation
-    of about ``factor`` and a wrong eps shows: at 0.03, eps 1e-5 instead of 1e-6 changes a norm's output by 5e-3."""
-    loud = (
+    """Scale the layers that feed the norms (first and residual-branch layers, embeddings), so that the norms' input has
+    a standard deviation of about ``factor``. At 0.03, eps 1e-5 instead of 1e-6 changes a norm's output by 5e-3."""
+    feeding = (
         "conv_in",
         "conv1",
         "conv2",
@@ -192,14 +202,14 @@ def quieten(module, factor=0.03):
         "position_embedding",
     )
     for name, part in module.named_modules():
-        if name.endswith(loud):
+        if name.endswith(feeding):
             for parameter in part.parameters(recurse=False):
                 parameter.data = parameter.data * factor
     return module
 
 
 def set_eps(module, eps, kind=nn.GroupNorm, where=""):
-    """Give the norms of a kind whose name contains ``where`` another eps. Says how many; none is an error."""
+    """Give the norms of a kind whose name contains ``where`` another eps. There must be at least one."""
     norms = [part for name, part in module.named_modules() if isinstance(part, kind) and where in name]
     assert norms, f"no {kind.__name__} in {where!r}"
     for norm in norms:
@@ -208,7 +218,7 @@ def set_eps(module, eps, kind=nn.GroupNorm, where=""):
 
 def random_network(config, seed=0, quiet=False):
     """A U-Net, VAE or text encoder of this config with random weights; ``quiet``: its norms see small activations."""
-    build = {UNetConfig: checkpoint.UNet, VAEConfig: checkpoint.VAE, TextEncoderConfig: checkpoint.TextEncoder}
+    build = {UNetConfig: UNet, VAEConfig: VAE, TextEncoderConfig: TextEncoder}
     network = randomize(build[type(config)](config), seed).eval().requires_grad_(False)
     return quieten(network) if quiet else network
 
@@ -223,22 +233,22 @@ def random_model(config, seed=0):
 
 
 def diffusers_unet(unet, document=None):
-    """diffusers' network of the same config (or of a published one) around the very same tensors."""
+    """diffusers' U-Net with the same config (or a published one, ``document``) around the same tensors."""
     from diffusers import UNet2DConditionModel
 
-    return _peer(lambda: UNet2DConditionModel.from_config(document or settings.unet_to_json(unet.config)), unet)
+    return _peer(lambda: UNet2DConditionModel.from_config(document or folder.unet_to_json(unet.config)), unet)
 
 
 def diffusers_vae(vae, document=None):
     from diffusers import AutoencoderKL
 
-    return _peer(lambda: AutoencoderKL.from_config(document or settings.vae_to_json(vae.config)), vae)
+    return _peer(lambda: AutoencoderKL.from_config(document or folder.vae_to_json(vae.config)), vae)
 
 
 def transformers_text_encoder(text_encoder, document=None):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    document = document or settings.text_encoder_to_json(text_encoder.config)
+    document = document or folder.text_encoder_to_json(text_encoder.config)
     return _peer(
         lambda: CLIPTextModel(CLIPTextConfig(**{k: v for k, v in document.items() if k != "architectures"})),
         text_encoder,
@@ -253,14 +263,14 @@ def _peer(build, ours):
         state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     peer.load_state_dict(state, strict=True, assign=True)
     for name, buffer in list(peer.named_buffers()):
-        if name.endswith("position_ids"):  # not in the state, so still without memory
+        if name.endswith("position_ids"):  # not in the state dict, so still on the meta device
             owner = peer.get_submodule(name.rpartition(".")[0])
             owner.position_ids = torch.arange(buffer.shape[-1])[None]
     return peer.eval()
 
 
 def diffusers_scheduler(sampler, prediction="epsilon", karras=False, **changes):
-    """diffusers' scheduler of this name, derived from SD v1.5's published scheduler file."""
+    """diffusers' scheduler for our sampler, derived from SD v1.5's published scheduler file."""
     import diffusers
 
     names = {"epsilon": "epsilon", "v": "v_prediction"}
@@ -280,7 +290,7 @@ def diffusers_scheduler(sampler, prediction="epsilon", karras=False, **changes):
 
 
 def single_file_state(model, extras=True):
-    """The model's tensors under single-file names, with what published files carry besides."""
+    """The model's tensors under single-file names; ``extras``: with the unused tensors of published files."""
     state = {}
     ours_networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
     ours = {name: network.state_dict() for name, network in ours_networks.items()}
@@ -340,26 +350,27 @@ def edit_json(path, **changes):
 
 
 def write_tokenizer(folder):
-    """vocab.json and merges.txt for transformers' tokenizer, from open_clip's file of merges."""
-    import gzip
-    import importlib.util
-    from pathlib import Path
-
-    from minildm.tokenizer import _byte_pair_encoder
-
-    folder.mkdir(parents=True, exist_ok=True)
+    """vocab.json and merges.txt for transformers' tokenizer, made like CLIP's own from open_clip's list of merges."""
     package = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0])
-    packed = (package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    merges = gzip.decompress(packed).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {names.get(token, token): i for token, i in _byte_pair_encoder().encoder.items()}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = gzip.decompress((package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    names = [
+        *symbols,
+        *(symbol + "</w>" for symbol in symbols),
+        *(merge.replace(" ", "") for merge in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
     return folder
 
 
 def diffusers_pipeline(folder):
-    """diffusers' StableDiffusionPipeline with DDIM, from a folder that holds a tokenizer too."""
+    """diffusers' StableDiffusionPipeline with DDIM, from a folder that also holds a tokenizer."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion files in every layout: what loads, what is refused, and how much memory it takes."""
+"""Checkpoints in every layout: what loads, what is refused, and how much memory loading takes."""
 
 import gc
 import json
@@ -16,16 +16,15 @@ from safetensors.torch import load_file, save_file
 import minildm
 from minildm import checkpoint
 from minildm.checkpoint import TensorFile, build_networks, inspect, load_networks, save_folder, single_file
-from minildm.config import (
-    ModelConfig,
-    ScheduleConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
+from minildm.checkpoint.folder import (
     text_encoder_from_json,
+    text_encoder_to_json,
     unet_from_json,
+    unet_to_json,
     vae_from_json,
+    vae_to_json,
 )
+from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
 
 VERSIONS = pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
@@ -37,7 +36,7 @@ def load(path, dtype=torch.float32, prediction=None):
 
 
 def assert_same_weights(loaded, model, via=torch.float32):
-    """The very values, after a stay in a file of precision ``via``, and the exact key set."""
+    """Assert equal names and equal values, after those of ``model`` were rounded to ``via``, the file's precision."""
     ours, theirs = loaded.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -57,7 +56,7 @@ def test_a_single_file_loads(v2, dtype, extras, tmp_path):
 
 
 @FLOATS
-def test_tensors_come_in_the_wanted_dtype_frozen_and_channels_last(dtype, tmp_path):
+def test_parameters_have_the_requested_dtype_are_frozen_and_channels_last(dtype, tmp_path):
     loaded = load(peers.write_single_file(shared_model(), tmp_path / "model.safetensors"), dtype)
     assert loaded.dtype == dtype and not loaded.training
     for name, parameter in loaded.named_parameters():
@@ -102,7 +101,7 @@ def test_a_text_encoder_without_its_prefix_loads(tmp_path):
     assert_same_weights(load(folder), model)
 
 
-def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
+def test_loaded_weights_do_not_depend_on_the_file_any_more(tmp_path):
     path = peers.write_single_file(shared_model(), tmp_path / "model.safetensors")
     loaded = load(path)
     path.write_bytes(bytes(path.stat().st_size))
@@ -113,8 +112,8 @@ def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
     "v2, prediction, size",
     [(False, None, 512), (False, "v", 512), (True, None, 512), (True, "epsilon", 512), (True, "v", 768)],
 )
-def test_a_single_file_predicts_epsilon_unless_the_user_says_v(v2, prediction, size, tmp_path):
-    """Of the v2 files, those that predict v were trained at 768 px."""
+def test_a_single_file_predicts_epsilon_unless_the_user_requests_v(v2, prediction, size, tmp_path):
+    """The v2 models that predict v were trained at 768 px."""
     path = peers.write_single_file(shared_model(v2), tmp_path / "model.safetensors")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -134,8 +133,8 @@ def test_a_moving_average_in_the_file_is_not_used(tmp_path):
     assert_same_weights(load(tmp_path / "full.safetensors"), model)
 
 
-def test_v2_files_without_the_unused_last_layer_load_whole(tmp_path):
-    """Files that were converted from a folder hold only the layers in use, and no text_projection."""
+def test_v2_files_without_the_unused_last_layer_load_with_all_their_layers(tmp_path):
+    """Files that were converted from a folder hold only the layers that are used, and no text_projection."""
     model = shared_model(v2=True)
     path = peers.write_single_file(model, tmp_path / "model.safetensors", extras=False)
     loaded = load(path)
@@ -168,7 +167,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_sizes_are_read_off_the_tensors(name, tmp_path):
+def test_sizes_are_read_off_the_shapes_of_tensors(name, tmp_path):
     config = replace(single_file_config(), unet=SHAPES[name])
     model = peers.random_model(config, seed=5)
     loaded = load(peers.write_single_file(model, tmp_path / "model.safetensors"))
@@ -176,12 +175,10 @@ def test_sizes_are_read_off_the_tensors(name, tmp_path):
     assert_same_weights(loaded, model)
 
 
-# --- the table of names, against other people's ----------------------------------------------------------------------
+# --- the table of names against other implementations ----------------------------------------------------------------
 def converted_by_diffusers(state, config):
-    """diffusers' own conversion of a single file: {network: its state dict}."""
+    """A single file converted by diffusers: {network: state dict}."""
     from diffusers.loaders import single_file_utils as converters
-
-    from minildm.config import text_encoder_to_json, unet_to_json, vae_to_json
 
     converted = {
         "unet": converters.convert_ldm_unet_checkpoint(dict(state), unet_to_json(config.unet)),
@@ -194,7 +191,7 @@ def converted_by_diffusers(state, config):
         with torch.device("meta"):
             peer = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in document.items() if k != "architectures"}))
         text = converters.convert_open_clip_checkpoint(peer, dict(state))
-        unused = f".layers.{config.text_encoder.n_layers}."  # diffusers knows only SD 2's own 24th layer as unused
+        unused = f".layers.{config.text_encoder.n_layers}."  # diffusers drops only layer 24, SD 2's own last one
         converted["text_encoder"] = {
             name: tensor for name, tensor in text.items() if unused not in name and "text_projection" not in name
         }
@@ -236,8 +233,8 @@ def test_diffusers_converts_full_size_names_to_ours(v2):
 
 
 def test_full_size_names_are_those_of_the_published_file():
-    """Spot checks where a converter would forgive: it takes an upsampler at position 1 or 2. From CompVis' own modules
-    (ldm/modules/diffusionmodules/openaimodel.py: an upsampler stands after the resnet and the attention, if any)."""
+    """Checks what diffusers' converter does not: it accepts an upsampler at position 1 or 2. In CompVis' own code
+    (ldm/modules/diffusionmodules/openaimodel.py) an upsampler follows the resnet and the attention, if there is one."""
     config = full_size_config(v2=False)
     names = single_file.names(config, build_networks(config))
     unet = {theirs: ours for ours, (theirs, _) in names["unet"].items()}
@@ -253,8 +250,8 @@ def test_full_size_names_are_those_of_the_published_file():
     }
 
 
-def test_a_text_tower_of_open_clip_itself_loads_and_agrees(tmp_path):
-    """SD 2.x's text encoder by its makers: names, fused projections, and the output of the layer before the last."""
+def test_a_text_encoder_made_by_open_clip_loads_and_gives_the_same_features(tmp_path):
+    """Checks the names, the fused projections and the output of the layer before the last."""
     import open_clip
 
     torch.manual_seed(0)
@@ -297,7 +294,7 @@ def test_a_folder_loads(v2, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".fp16.safetensors", ".bin", ".fp16.bin"])
-def test_a_folder_loads_whatever_its_files_are_called(suffix, tmp_path):
+def test_a_folder_loads_under_every_published_file_name(suffix, tmp_path):
     model = shared_model()
     folder = peers.write_folder(model, tmp_path / "model", torch.float16)
     for path in folder.glob("*/*.safetensors"):
@@ -311,8 +308,8 @@ def test_a_folder_loads_whatever_its_files_are_called(suffix, tmp_path):
 
 
 def test_a_folder_of_the_first_releases_loads(tmp_path):
-    """The VAE's attention was called query, key, value, proj_attn; the text encoder carried position_ids; heads were
-    one number; the VAE's config named no scaling factor."""
+    """Their VAE's attention has query, key, value and proj_attn, the text encoder has position_ids, the number of heads
+    is one integer, and the VAE's config has no scaling factor."""
     model = shared_model()
     folder = peers.write_folder(model, tmp_path / "model")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -350,7 +347,7 @@ def test_a_folder_with_the_vae_attention_as_convolutions_loads(tmp_path):
     assert_same_weights(load(folder), model)
 
 
-def test_a_folder_says_its_prediction_type_and_the_user_may_overrule_it(tmp_path):
+def test_a_folder_states_its_prediction_type_and_the_user_can_override_it(tmp_path):
     folder = peers.write_folder(shared_model(v2=True), tmp_path / "model")
     assert load(folder).schedule.prediction == "epsilon"
     peers.edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
@@ -359,7 +356,7 @@ def test_a_folder_says_its_prediction_type_and_the_user_may_overrule_it(tmp_path
 
 
 @pytest.mark.parametrize("v2, pad", [(False, 49407), (True, 0)], ids=["v1", "v2"])
-def test_padding_is_known_with_and_without_a_tokenizer_folder(v2, pad, tmp_path):
+def test_the_padding_token_is_known_with_and_without_a_tokenizer_folder(v2, pad, tmp_path):
     folder = peers.write_folder(shared_model(v2), tmp_path / "model")
     assert load(folder).tokenizer.pad_token_id == pad
     file = folder / "tokenizer" / "special_tokens_map.json"
@@ -369,7 +366,7 @@ def test_padding_is_known_with_and_without_a_tokenizer_folder(v2, pad, tmp_path)
     assert load(folder).tokenizer.pad_token_id == pad
 
 
-def test_a_folder_may_hold_more_than_we_read(tmp_path):
+def test_a_folder_may_hold_other_parts_and_keys(tmp_path):
     folder = peers.write_folder(shared_model(), tmp_path / "model")
     for name in ("safety_checker", "feature_extractor"):
         (folder / name).mkdir()
@@ -378,7 +375,7 @@ def test_a_folder_may_hold_more_than_we_read(tmp_path):
     assert_same_weights(load(folder), shared_model())
 
 
-# --- what we write ---------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 @FLOATS
 @VERSIONS
 def test_a_saved_folder_round_trips(v2, dtype, tmp_path):
@@ -394,7 +391,7 @@ def test_a_saved_folder_round_trips(v2, dtype, tmp_path):
     assert not [path for path in (tmp_path / "saved").rglob(".*")]  # nothing half-written is left
 
 
-def test_saving_keeps_the_model_as_it_is(tmp_path):
+def test_saving_does_not_change_the_model(tmp_path):
     model = peers.random_model(ModelConfig.tiny(), seed=4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     peers.write_folder(model, tmp_path / "saved", torch.float16)
@@ -444,7 +441,7 @@ def refusal(path, error=InputError, **options):
     return caught
 
 
-def test_a_base_that_is_not_there_is_named(tmp_path):
+def test_a_missing_base_is_named(tmp_path):
     assert_says(
         refusal(tmp_path / "nothing.safetensors", FileNotFoundError),
         tmp_path / "nothing.safetensors",
@@ -495,7 +492,7 @@ def test_a_download_that_was_cut_short_is_refused(kept, tmp_path):
 
 
 class Callback:
-    """Stands for pytorch_lightning's callbacks in the published full checkpoints."""
+    """Represents pytorch_lightning's callbacks in the published full checkpoints."""
 
 
 def test_a_pickle_that_would_run_code_is_refused_with_the_reason(tmp_path, monkeypatch):
@@ -521,13 +518,13 @@ def test_a_malicious_pickle_does_not_run(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_pickle_of_something_else_is_refused(tmp_path):
+def test_a_pickle_without_tensors_is_refused(tmp_path):
     torch.save([1, 2, 3], tmp_path / "list.ckpt")
     assert_says(refusal(tmp_path / "list.ckpt"), "holds a list", "expected a dictionary of tensors")
 
 
 def other_models():
-    """{what it is: (its tensors, what the refusal says)}; names as published."""
+    """{kind of model: (its tensors, part of the error)}; names as published."""
     t = torch.zeros(2, 2)
     sd = peers.single_file_state(shared_model())
     unet = {name: tensor for name, tensor in sd.items() if name.startswith("model.diffusion_model.")}
@@ -593,7 +590,6 @@ def single_file_without(tmp_path, *names, v2=False, **more):
 @VERSIONS
 def test_any_missing_tensor_is_named(v2, tmp_path, monkeypatch):
     path = peers.write_single_file(shared_model(v2), tmp_path / "model.safetensors")
-    names = TensorFile(path).shapes
     for gone in sorted(peers.single_file_state(shared_model(v2), extras=False))[::29]:
 
         class FileWithout(TensorFile):
@@ -601,8 +597,7 @@ def test_any_missing_tensor_is_named(v2, tmp_path, monkeypatch):
                 super().__init__(path)
                 del self.shapes[gone]
 
-        assert gone in names
-        monkeypatch.setattr(checkpoint, "TensorFile", FileWithout)
+        monkeypatch.setattr(checkpoint.load, "TensorFile", FileWithout)
         assert_says(refusal(path), path, gone)
 
 
@@ -615,7 +610,7 @@ def test_every_missing_tensor_is_named_at_once(tmp_path):
     assert_says(refusal(single_file_without(tmp_path, *gone)), "3 missing", *gone)
 
 
-def test_every_tensor_too_many_is_named(tmp_path):
+def test_every_surplus_tensor_is_named(tmp_path):
     more = {
         "model.diffusion_model.label_emb.0.0.weight": torch.zeros(2),
         "first_stage_model.extra": torch.zeros(2),
@@ -625,7 +620,7 @@ def test_every_tensor_too_many_is_named(tmp_path):
     assert_says(refusal(single_file_without(tmp_path, **more)), "4 not used by the model", *more)
 
 
-def test_missing_surplus_and_misshapen_tensors_are_told_together(tmp_path):
+def test_missing_surplus_and_misshapen_tensors_are_named_together(tmp_path):
     gone, shape = "first_stage_model.post_quant_conv.bias", "model.diffusion_model.out.2.weight"
     path = single_file_without(tmp_path, gone, **{"model.surplus": torch.zeros(1), shape: torch.zeros(4, 32, 1, 1)})
     assert_says(
@@ -650,7 +645,7 @@ def test_a_tensor_of_another_shape_is_named(name, shape, tmp_path):
     assert_says(refusal(path), "1 of another shape", name)
 
 
-def test_a_width_that_makes_no_network_is_refused_with_the_file(tmp_path):
+def test_impossible_widths_are_refused_with_the_name_of_the_file(tmp_path):
     name = "first_stage_model.encoder.down.0.block.0.conv2.weight"
     path = single_file_without(tmp_path, **{name: torch.zeros(33, 32, 3, 3)})
     assert_says(refusal(path), path, "norm_groups = 32 does not divide the width 33")
@@ -694,7 +689,7 @@ def test_a_folder_without_a_config_says_which(missing, tmp_path):
     assert_says(refusal(folder, FileNotFoundError), folder / missing, "is missing")
 
 
-def test_a_folder_without_weights_says_which_were_expected(tmp_path):
+def test_a_folder_without_weights_says_which_files_were_expected(tmp_path):
     folder = peers.write_folder(shared_model(), tmp_path / "model")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert_says(refusal(folder, FileNotFoundError), folder / "vae", "diffusion_pytorch_model.safetensors", ".bin")
@@ -714,7 +709,7 @@ def test_a_broken_config_is_named(file, content, says, tmp_path):
     assert_says(refusal(folder), folder / file, says)
 
 
-def test_a_config_that_is_no_text_is_named(tmp_path):
+def test_a_binary_config_is_named(tmp_path):
     folder = peers.write_folder(shared_model(), tmp_path / "model")
     (folder / "unet" / "config.json").write_bytes(b"\xff\xfe\x00{}")
     assert_says(refusal(folder), folder / "unet" / "config.json", "not valid JSON")
@@ -772,7 +767,7 @@ def test_an_unknown_prediction_type_is_refused_with_the_choices(tmp_path):
     assert_says(refusal(path, prediction="x0"), "'epsilon' or 'v'", "'x0'")
 
 
-def test_looking_at_a_file_reads_no_tensor(tmp_path):
+def test_inspecting_a_file_gives_its_shapes_and_config(tmp_path):
     path = peers.write_single_file(shared_model(), tmp_path / "model.safetensors")
     assert TensorFile(path).shapes["betas"] == (1000,)
     assert inspect(path).config == shared_model().config
@@ -795,7 +790,7 @@ print((memory("VmHWM") - before) / weights)
 
 
 def peak_over_weights(path, dtype):
-    """Peak growth of a fresh process' resident memory while it loads, over the size of what it loaded."""
+    """The growth of a new process's resident memory at its peak while loading, divided by the size of the weights."""
     done = subprocess.run([sys.executable, "-c", MEASURE, str(path), dtype], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -819,7 +814,7 @@ def half_gigabyte(tmp_path_factory):
         path.unlink()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process' memory from Linux' /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process from Linux's /proc")
 @pytest.mark.parametrize(
     "file, wanted",
     [("fp32", "float32"), ("fp32", "bfloat16"), ("fp16", "float32"), ("fp16", "float16"), ("ckpt", "float32")],
@@ -828,9 +823,9 @@ def test_loading_takes_little_more_memory_than_the_weights(half_gigabyte, file, 
     assert 0.9 < peak_over_weights(half_gigabyte[file], wanted) <= 1.15
 
 
-# --- Stable Diffusion v1.5 at its own size ---------------------------------------------------------------------------
+# --- Stable Diffusion v1.5 at full size ------------------------------------------------------------------------------
 def fill_cheaply(model, seed=0):
-    """Give 1.07 billion parameters fp16 values in seconds: slices of one pool of random numbers, scaled as usual."""
+    """Give 1.07 billion parameters fp16 values within seconds: slices of one pool of random numbers, scaled as usual."""
     pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(seed)).half()
     start = 0
     for name, parameter in model.named_parameters():
@@ -853,7 +848,7 @@ def fill_cheaply(model, seed=0):
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory):
-    """A full-size SD v1.5 of random weights in fp16, as a single file and as a folder (2.1 GB each)."""
+    """A full-size SD v1.5 with random weights in fp16, as a single file and as a folder (2.1 GB each)."""
     folder = tmp_path_factory.mktemp("sd15")
     config = full_size_config(v2=False)
     model = fill_cheaply(minildm.LatentDiffusion(config, **build_networks(config)))
@@ -908,6 +903,6 @@ def test_full_size_sd15_loads_from_both_layouts_and_agrees_with_diffusers(sd15):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process' memory from Linux' /proc")
-def test_full_size_sd15_loads_lean(sd15):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process from Linux's /proc")
+def test_loading_full_size_sd15_takes_little_more_memory_than_the_weights(sd15):
     assert 0.9 < peak_over_weights(sd15[0], "bfloat16") <= 1.15

@@ -1,38 +1,42 @@
-"""Settings of the networks: published config.json files in, the same out, and everything else refused."""
+"""Settings: published config.json files are read and written back, anything else is refused."""
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import peers
 import pytest
 from peers import assert_says
 
-from minildm import config as settings
-from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minildm.checkpoint import folder
+from minildm.config import ModelConfig, SamplingSettings, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
+from minildm.samplers import SAMPLERS
+from minildm.settings import as_json
 
 READERS = {
-    "unet": (settings.unet_from_json, settings.unet_to_json),
-    "vae": (settings.vae_from_json, settings.vae_to_json),
-    "text_encoder": (settings.text_encoder_from_json, settings.text_encoder_to_json),
-    "schedule": (settings.schedule_from_json, settings.schedule_to_json),
+    "unet": (folder.unet_from_json, folder.unet_to_json),
+    "vae": (folder.vae_from_json, folder.vae_to_json),
+    "text_encoder": (folder.text_encoder_from_json, folder.text_encoder_to_json),
+    "schedule": (folder.schedule_from_json, folder.schedule_to_json),
 }
 
 
 def test_the_defaults_are_sd_15_as_published():
-    assert settings.unet_from_json(peers.SD15_UNET) == UNetConfig()
-    assert settings.vae_from_json(peers.SD15_VAE) == VAEConfig()
-    assert settings.text_encoder_from_json(peers.SD15_TEXT) == TextEncoderConfig()
-    assert settings.schedule_from_json(peers.SD15_SCHEDULER) == ScheduleConfig()
+    assert folder.unet_from_json(peers.SD15_UNET) == UNetConfig()
+    assert folder.vae_from_json(peers.SD15_VAE) == VAEConfig()
+    assert folder.text_encoder_from_json(peers.SD15_TEXT) == TextEncoderConfig()
+    assert folder.schedule_from_json(peers.SD15_SCHEDULER) == ScheduleConfig()
     assert ModelConfig().image_size == 512
 
 
 def test_sd_21_is_read_as_published():
-    unet = settings.unet_from_json(peers.SD21_UNET)
+    unet = folder.unet_from_json(peers.SD21_UNET)
     assert unet == UNetConfig(n_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True, latent_size=96)
     assert [width // heads for width, heads in zip(unet.widths, unet.n_heads)] == [64] * 4
-    assert settings.text_encoder_from_json(peers.SD21_TEXT) == TextEncoderConfig(1024, 23, 16, 4096, "gelu")
-    schedule = settings.schedule_from_json(peers.SD15_SCHEDULER | {"prediction_type": "v_prediction"})
+    assert folder.text_encoder_from_json(peers.SD21_TEXT) == TextEncoderConfig(1024, 23, 16, 4096, "gelu")
+    schedule = folder.schedule_from_json(peers.SD15_SCHEDULER | {"prediction_type": "v_prediction"})
     assert schedule == ScheduleConfig(prediction="v")
 
 
@@ -40,17 +44,17 @@ def test_sd_21_is_read_as_published():
 @pytest.mark.parametrize(
     "config", [ModelConfig(), ModelConfig.tiny(), ModelConfig.tiny(v2=True)], ids=["SD 1.5", "tiny", "tiny v2"]
 )
-def test_a_config_survives_its_json(network, config):
+def test_a_config_survives_a_round_trip_through_json(network, config):
     read, write = READERS[network]
     part = getattr(config, network)
     assert read(json.loads(json.dumps(write(part)))) == part
 
 
-def test_the_number_of_heads_may_have_its_right_name():
-    document = settings.unet_to_json(UNetConfig.tiny())
+def test_the_number_of_heads_is_read_under_both_of_its_names():
+    document = folder.unet_to_json(UNetConfig.tiny())
     del document["attention_head_dim"]
-    assert settings.unet_from_json(document | {"num_attention_heads": 2}).n_heads == (2, 2)
-    assert settings.unet_from_json(document | {"num_attention_heads": None, "attention_head_dim": [4, 8]}).n_heads == (
+    assert folder.unet_from_json(document | {"num_attention_heads": 2}).n_heads == (2, 2)
+    assert folder.unet_from_json(document | {"num_attention_heads": None, "attention_head_dim": [4, 8]}).n_heads == (
         4,
         8,
     )
@@ -58,17 +62,17 @@ def test_the_number_of_heads_may_have_its_right_name():
 
 @pytest.mark.parametrize(
     "fixed, network",
-    [(settings._UNET_FIXED, "unet"), (settings._VAE_FIXED, "vae"), (settings._SCHEDULE_FIXED, "schedule")],
+    [(folder.UNET_FIXED, "unet"), (folder.VAE_FIXED, "vae"), (folder.SCHEDULE_FIXED, "schedule")],
     ids=["unet", "vae", "schedule"],
 )
-def test_every_other_value_of_what_sd_fixes_is_refused_by_name(fixed, network):
+def test_any_other_value_of_a_fixed_key_is_refused_by_name(fixed, network):
     read, write = READERS[network]
     document = write(getattr(ModelConfig(), network))
-    for key, allowed in fixed.items():
-        assert read(document | {key: allowed[0]}) == getattr(ModelConfig(), network)
+    for key, value in fixed.items():
+        assert read(document | {key: value}) == getattr(ModelConfig(), network)
         with pytest.raises(InputError) as caught:
             read(document | {key: "something else"})
-        assert_says(caught, key, "'something else'", repr(allowed[0]))
+        assert_says(caught, key, "'something else'", repr(value))
 
 
 @pytest.mark.parametrize(
@@ -92,17 +96,30 @@ def test_every_other_value_of_what_sd_fixes_is_refused_by_name(fixed, network):
         ),
     ],
 )
-def test_settings_that_make_no_network_are_refused(build, says):
+def test_impossible_networks_are_refused(build, says):
     with pytest.raises(InputError) as caught:
         build()
     assert_says(caught, says)
 
 
 @pytest.mark.parametrize("v2", [False, True])
-def test_settings_are_frozen_and_become_json(v2):
+def test_settings_are_frozen_and_can_be_written_as_json(v2):
     config = ModelConfig.tiny(v2=v2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.unet.context_dim = 5
-    document = json.loads(json.dumps(settings.to_json(config)))
+    document = as_json(config)
     assert document["unet"]["widths"] == [32, 64]
     assert document["pad_token_id"] == (0 if v2 else 49407)
+
+
+def test_sampling_settings_name_the_samplers_that_exist():
+    choices = next(field for field in dataclasses.fields(SamplingSettings) if field.name == "sampler").metadata[
+        "choices"
+    ]
+    assert list(choices) == list(SAMPLERS)
+
+
+def test_settings_do_not_import_torch():
+    code = "import sys, minildm.config, minildm.sampling; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

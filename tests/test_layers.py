@@ -1,4 +1,4 @@
-"""The building blocks, one by one, against their definitions."""
+"""The building blocks and the faster kernels, one by one, against their definitions."""
 
 import math
 
@@ -6,26 +6,22 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import PARITY, relative_error
+from benchmarks.trace_calls import guided_ddim_step, trace
+from peers import PARITY, noise, relative_error
 
+from minildm import kernels
 from minildm.layers import (
     GEGLU,
     Attention,
     Downsample,
-    Linear,
     ResnetBlock,
     SpatialTransformer,
     Upsample,
     attend,
-    attend_by_products,
     timestep_embedding,
     to_map,
     to_tokens,
 )
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("dim", [2, 32, 320])
@@ -37,7 +33,7 @@ def test_timestep_embedding_matches_diffusers(dim):
     torch.testing.assert_close(timestep_embedding(timesteps, dim), theirs, rtol=0, atol=0)
 
 
-def test_timestep_embedding_is_cosines_then_sines_of_falling_frequencies():
+def test_timestep_embedding_is_cosines_then_sines_of_decreasing_frequencies():
     t, dim = 999, 8
     angles = [t * 10000 ** (-i / (dim // 2)) for i in range(dim // 2)]
     expected = torch.tensor([[*map(math.cos, angles), *map(math.sin, angles)]])
@@ -55,65 +51,7 @@ def test_attention_is_the_softmax_of_scaled_products_head_by_head():
         torch.testing.assert_close(out[..., part], weights @ value[..., part])
 
 
-@pytest.mark.parametrize("queries, keys", [(64, 77), (300, 300), (1200, 77), (600, 600), (512, 513)])
-@pytest.mark.parametrize("d_head", [8, 40])
-def test_attention_in_blocks_is_attention(queries, keys, d_head):
-    """Below and above the size at which blocks begin, and where the last block is not full."""
-    query, key, value = (noise(2, 3, n, d_head, seed=n + i) for i, n in enumerate((queries, keys, keys)))
-    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    assert relative_error(attend_by_products(query, key, value), exact) <= PARITY
-    given = [x.clone().requires_grad_(True) for x in (query, key, value)]
-    grads = torch.autograd.grad(attend_by_products(*given).square().sum(), given)
-    for ours, theirs in zip(grads, torch.autograd.grad(F.scaled_dot_product_attention(*given).square().sum(), given)):
-        assert relative_error(ours, theirs) <= PARITY
-    half = [x.bfloat16() for x in (query, key, value)]
-    theirs = relative_error(F.scaled_dot_product_attention(*half), exact)
-    assert relative_error(attend_by_products(*half), exact) <= max(2 * theirs, 2 * torch.finfo(torch.bfloat16).eps)
-
-
-@pytest.mark.parametrize("tokens", [2, 77, 300])
-def test_causal_attention_by_products_is_causal_attention(tokens):
-    given = [noise(2, 3, tokens, 20, seed=tokens + i).requires_grad_(True) for i in range(3)]
-    exact = F.scaled_dot_product_attention(*(x.double() for x in given), is_causal=True)
-    assert relative_error(attend_by_products(*given, causal=True), exact) <= PARITY
-    ours, theirs = (
-        torch.autograd.grad(out.double().square().sum(), given)
-        for out in (attend_by_products(*given, causal=True), exact)
-    )
-    assert max(map(relative_error, ours, theirs)) <= PARITY
-    half = [x.detach().bfloat16().transpose(1, 2).flatten(2) for x in given]  # (B, L, 60)
-    assert relative_error(attend(*half, n_heads=3, causal=True).unflatten(-1, (3, 20)).transpose(1, 2), exact) <= 0.02
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(2, 5, 16), (4096, 160), (1, 4096, 160), (2, 2048, 160)])
-def test_a_linear_layer_is_torchs_at_any_size(shape, bias, two_threads):
-    """Large products of float32 take another way on a CPU; values and gradients must not show it."""
-    ours, theirs = Linear(shape[-1], 192, bias=bias), torch.nn.Linear(shape[-1], 192, bias=bias)
-    theirs.load_state_dict(ours.state_dict())
-    x = noise(*shape)
-    outputs, gradients = [], []
-    for layer in (ours, theirs):
-        given = x.clone().requires_grad_(True)
-        out = layer(given)
-        assert out.is_contiguous()
-        out.square().mean().backward()
-        outputs.append(out.detach())
-        gradients.append((given.grad, *(parameter.grad for parameter in layer.parameters())))
-    assert relative_error(*outputs) <= PARITY
-    for our, their in zip(*gradients):
-        assert relative_error(our, their) <= PARITY
-
-
-def test_attention_without_context_looks_at_itself():
+def test_attention_without_context_is_self_attention():
     attention = peers.randomize(Attention(16, 2))
     x = noise(1, 5, 16)
     torch.testing.assert_close(attention(x), attention(x, x), rtol=0, atol=0)
@@ -128,7 +66,7 @@ def test_geglu_matches_diffusers():
     assert relative_error(ours(x), theirs(x)) <= PARITY
 
 
-def test_a_linear_projection_is_the_convolution_with_the_same_numbers():
+def test_a_linear_projection_equals_the_convolution_with_the_same_weights():
     conv = peers.randomize(SpatialTransformer(32, 4, 24, 8, linear_projection=False))
     linear = SpatialTransformer(32, 4, 24, 8, linear_projection=True)
     linear.load_state_dict(
@@ -139,7 +77,7 @@ def test_a_linear_projection_is_the_convolution_with_the_same_numbers():
 
 
 @pytest.mark.parametrize("h, w, half", [(8, 8, (4, 4)), (7, 30, (4, 15)), (9, 13, (5, 7)), (1, 1, (1, 1))])
-def test_downsampling_halves_rounding_up_and_upsampling_takes_the_size_back(h, w, half):
+def test_downsampling_halves_rounding_up_and_upsampling_restores_a_given_size(h, w, half):
     x = noise(1, 8, h, w)
     down = Downsample(8)(x)
     assert down.shape[2:] == half
@@ -147,14 +85,14 @@ def test_downsampling_halves_rounding_up_and_upsampling_takes_the_size_back(h, w
     assert Upsample(8)(down).shape[2:] == (2 * half[0], 2 * half[1])
 
 
-def test_upsampling_repeats_pixels_before_it_convolves():
+def test_upsampling_repeats_pixels_then_convolves():
     up = Upsample(4)
     x = noise(1, 4, 3, 5)
     expected = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), up.conv.weight, up.conv.bias, padding=1)
     torch.testing.assert_close(up(x), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_resnet_block_adds_the_time_at_every_position():
+def test_a_resnet_block_adds_the_time_embedding_at_every_position():
     block = peers.randomize(ResnetBlock(8, 8, 4, 1e-5, time_dim=6))
     block.conv1.weight.data.zero_(), block.conv1.bias.data.zero_()
     x, time = noise(2, 8, 4, 4), noise(2, 6)
@@ -171,11 +109,70 @@ def test_a_resnet_block_has_a_shortcut_only_where_the_width_changes(c_out, has_s
     assert block(noise(1, 8, 3, 3)).shape == (1, c_out, 3, 3)
 
 
-def test_maps_and_tokens_are_two_views_of_the_same_memory():
+def test_maps_and_tokens_are_views_of_the_same_memory():
     x = noise(2, 3, 4, 5).to(memory_format=torch.channels_last)
     tokens = to_tokens(x)
     assert tokens.shape == (2, 20, 3)
-    assert torch.equal(tokens[1, 7], x[1, :, 1, 2])  # row by row: position 7 of rows of 5 is (1, 2)
+    assert torch.equal(tokens[1, 7], x[1, :, 1, 2])  # row by row: position 7 in rows of 5 is (1, 2)
     back = to_map(tokens, 4, 5)
     assert torch.equal(back, x)
     assert back.data_ptr() == tokens.data_ptr() == x.data_ptr()
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("queries, keys", [(64, 77), (300, 300), (1200, 77), (600, 600), (512, 513)])
+@pytest.mark.parametrize("d_head", [8, 40])
+def test_attention_by_products_equals_its_plain_twin(queries, keys, d_head):
+    """Below and above the size at which it works in blocks, and with an incomplete last block."""
+    inputs = [noise(2, 3, n, d_head, seed=n + i) for i, n in enumerate((queries, keys, keys))]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in inputs))
+    assert relative_error(kernels.attention_by_products(*inputs), exact) <= PARITY
+    inputs = [x.requires_grad_(True) for x in inputs]
+    ours, theirs = (
+        torch.autograd.grad(attention(*inputs).square().sum(), inputs)
+        for attention in (kernels.attention_by_products, F.scaled_dot_product_attention)
+    )
+    assert max(map(relative_error, ours, theirs)) <= PARITY
+    half = [x.detach().bfloat16() for x in inputs]
+    theirs = relative_error(F.scaled_dot_product_attention(*half), exact)
+    ours = relative_error(kernels.attention_by_products(*half), exact)
+    assert ours <= max(2 * theirs, 2 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("tokens", [2, 77, 300])
+def test_causal_attention_by_products_equals_its_plain_twin(tokens):
+    inputs = [noise(2, 3, tokens, 20, seed=tokens + i).requires_grad_(True) for i in range(3)]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in inputs), is_causal=True)
+    ours = kernels.attention_by_products(*inputs, is_causal=True)
+    assert relative_error(ours, exact) <= PARITY
+    ours, theirs = (torch.autograd.grad(out.double().square().sum(), inputs) for out in (ours, exact))
+    assert max(map(relative_error, ours, theirs)) <= PARITY
+    half = [x.detach().bfloat16().transpose(1, 2).flatten(2) for x in inputs]  # (B, L, 60)
+    assert relative_error(attend(*half, n_heads=3, causal=True).unflatten(-1, (3, 20)).transpose(1, 2), exact) <= 0.02
+
+
+def test_kernels_run_for_bfloat16_on_a_cpu_but_not_in_plain_blocks(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("a kernel ran")
+
+    monkeypatch.setattr(kernels, "attention_by_products", fail)
+    inputs = [noise(1, 7, 12, seed=i) for i in range(3)]
+    half = [x.bfloat16() for x in inputs]
+    attend(*inputs, n_heads=3)  # float32 has no kernel
+    with pytest.raises(AssertionError, match="a kernel ran"):
+        attend(*half, n_heads=3)
+    with kernels.plain():
+        attend(*half, n_heads=3)
+        with kernels.plain():
+            pass
+        assert not kernels.enabled
+    with pytest.raises(ZeroDivisionError), kernels.plain():
+        1 / 0  # noqa: B018
+    assert kernels.enabled
+
+
+# --- how deep a reader must go ---------------------------------------------------------------------------------------
+def test_one_guided_ddim_step_crosses_four_files_and_seven_nested_calls():
+    files, depth, stack = trace(guided_ddim_step())
+    assert len(files) <= 4, files
+    assert depth <= 7, stack

@@ -1,11 +1,11 @@
-"""The samplers against diffusers' schedulers, and against data whose best denoiser is known in closed form."""
+"""The samplers against diffusers' schedulers, and on data whose optimal denoiser has a closed form."""
 
 import math
 
 import peers
 import pytest
 import torch
-from peers import relative_error
+from peers import noise, relative_error
 
 from minildm.config import UNetConfig
 from minildm.samplers import SAMPLERS, guide
@@ -15,32 +15,28 @@ TRAJECTORY = 1e-4
 PREDICTIONS = pytest.mark.parametrize("prediction", ["epsilon", "v"])
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def cheap_denoiser(latents, t):
-    """Neither linear nor even in the latents, and different at every timestep."""
+    """Not linear in the latents, not an even function of them, and different at every timestep."""
     t = float(t) / 1000
     return torch.tanh(latents * (0.5 + t)) + 0.3 * torch.cos(3 * latents + 5 * t)
 
 
 def run_ours(sampler, denoise, latents, schedule, steps, seed=11, **options):
-    """(all latents, all timesteps)."""
+    """Returns: (the latents after every network call, the timesteps of the calls)."""
     generator, timesteps = torch.Generator().manual_seed(seed), []
 
-    def watched(x, t):
+    def recording(x, t):
         timesteps.append(t)
         return denoise(x, t)
 
     path = SAMPLERS[sampler](
-        watched, latents, schedule, steps, lambda: torch.randn(latents.shape, generator=generator), **options
+        recording, latents, schedule, steps, lambda: torch.randn(latents.shape, generator=generator), **options
     )
     return list(path), timesteps
 
 
 def run_diffusers(sampler, denoise, latents, prediction, steps, seed=11, eta=0.0, karras=False):
-    # Where every timestep is used there is no room for the published file's offset of 1.
+    # All 1000 timesteps leave no room for the published file's offset of 1.
     scheduler = peers.diffusers_scheduler(sampler, prediction, karras, **({"steps_offset": 0} if steps == 1000 else {}))
     scheduler.set_timesteps(steps)
     generator, path = torch.Generator().manual_seed(seed), []
@@ -78,9 +74,9 @@ KINDS = pytest.mark.parametrize("kind", CASES)
         (kind, steps)
         for kind in CASES
         for steps in (1, 2, 3, 4, 5, 20, 37, 50, 300, 600, 999)
-        if not ("karras" in kind and steps == 1)
+        if not ("karras" in kind and steps == 1)  # 0 / 0 in diffusers
     ],
-)  # which is 0 / 0 in diffusers
+)
 def test_trajectories_match_diffusers(kind, steps, prediction):
     latents, sampler = noise(2, 4, 3, 5), kind.partition(",")[0]
     assert_same_trajectory(
@@ -156,7 +152,7 @@ def test_timesteps_are_the_published_ones(sampler, steps, timesteps):
 
 # --- guidance --------------------------------------------------------------------------------------------------------
 class CountingUNet:
-    """Remembers the batch sizes it was called with; its output is the context's mean."""
+    """Records the batch sizes of its calls; its output is the context's mean."""
 
     def __init__(self):
         self.batches = []
@@ -184,7 +180,7 @@ def test_guidance_extrapolates_from_the_negative_half_to_the_prompts(guidance):
     torch.testing.assert_close(prediction[:, 0, 0, 0], u + guidance * (c - u))
 
 
-def test_the_network_is_fed_in_its_own_precision_and_answers_in_float32():
+def test_the_network_gets_its_own_precision_and_the_prediction_is_float32():
     seen = []
 
     def unet(latents, t, context):
@@ -199,7 +195,7 @@ def test_the_network_is_fed_in_its_own_precision_and_answers_in_float32():
 
 # --- properties ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "kind, steps, draws",
+    "kind, steps, calls",
     [
         ("ddim", 20, 0),
         ("ddim, eta 0.7", 20, 20),
@@ -210,23 +206,23 @@ def test_the_network_is_fed_in_its_own_precision_and_answers_in_float32():
         ("dpm++", 20, 0),
     ],
 )
-def test_noise_is_drawn_once_a_stochastic_step_while_t_is_positive(kind, steps, draws):
-    drawn = []
+def test_noise_is_sampled_once_per_stochastic_step_while_t_is_positive(kind, steps, calls):
+    made = []
 
-    def draw_noise():
-        drawn.append(1)
+    def sample_noise():
+        made.append(1)
         return torch.zeros(1, 4, 1, 1)
 
     list(
         SAMPLERS[kind.partition(",")[0]](
-            cheap_denoiser, noise(1, 4, 1, 1), NoiseSchedule(), steps, draw_noise, **CASES[kind]
+            cheap_denoiser, noise(1, 4, 1, 1), NoiseSchedule(), steps, sample_noise, **CASES[kind]
         )
     )
-    assert len(drawn) == draws
+    assert len(made) == calls
 
 
 @KINDS
-def test_a_sampler_leaves_its_initial_latents_alone(kind):
+def test_a_sampler_does_not_change_its_initial_latents(kind):
     latents = noise(1, 4, 2, 2)
     before = latents.clone()
     path, _ = run_ours(kind.partition(",")[0], cheap_denoiser, latents, NoiseSchedule(), 5, **CASES[kind])
@@ -235,9 +231,9 @@ def test_a_sampler_leaves_its_initial_latents_alone(kind):
 
 
 @pytest.mark.parametrize("kind", ["ddim", "ddim, eta 0.7", "ddpm", "dpm++"])
-def test_epsilon_and_v_networks_that_agree_draw_the_same(kind):
-    """PLMS combines the outputs as the network gives them, as diffusers does, so there it matters which they are; the
-    noise levels of Karras' spacing lie between those of the timesteps, where epsilon and v do not convert exactly."""
+def test_equivalent_epsilon_and_v_networks_give_the_same_samples(kind):
+    """Not PLMS, which combines epsilon or v as they are, like diffusers. Not Karras' spacing, whose noise levels lie
+    between those of the timesteps, where epsilon and v do not convert exactly."""
     schedule = NoiseSchedule("v")
 
     def as_v(latents, t):  # v = (epsilon - sqrt(1 - alpha_bar) z_t) / sqrt(alpha_bar)
@@ -259,7 +255,7 @@ def test_ddim_with_eta_one_is_ddpm_until_the_last_step():
         assert relative_error(ours, theirs) <= 1e-9
 
 
-# Data N(0, c): z_t has variance alpha_bar c + 1 - alpha_bar, and the best guess of the noise is linear in z_t.
+# Data N(0, c): z_t has variance alpha_bar c + 1 - alpha_bar, and the best prediction of the noise is linear in z_t.
 def variance_at(alpha_bar, c):
     return alpha_bar * c + 1 - alpha_bar
 
@@ -277,8 +273,8 @@ def gaussian_denoiser(schedule, c):
 
 def ode_error(sampler, steps, c, prediction="epsilon", **options):
     """Relative error of a deterministic sampler against the exact probability-flow ODE, along which z_t divided by its
-    standard deviation stays the same (Song et al. 2021, arXiv:2011.13456, Eq. 13). DPM-Solver++'s jump from its last
-    timestep to z_0 is a guess of the mean, not a step along the ODE, and is left out."""
+    standard deviation is constant (Song et al. 2021, arXiv:2011.13456, Eq. 13). DPM-Solver++'s jump from its last
+    timestep to z_0 predicts the mean instead of following the ODE, so it is left out."""
     schedule = NoiseSchedule(prediction)
     path, timesteps = run_ours(
         sampler, gaussian_denoiser(schedule, c), torch.ones(1, 1, 1, 1, dtype=torch.float64), schedule, steps, **options
@@ -304,9 +300,9 @@ def test_deterministic_samplers_solve_the_ode(sampler, steps, prediction, tolera
 
 
 @pytest.mark.parametrize("c", [0.25, 4.0])
-def test_ddim_is_of_first_order_and_dpm_solver_of_second(c):
+def test_ddim_is_of_first_order_and_dpm_solver_of_second_order(c):
     assert 1.7 < ode_error("ddim", 50, c) / ode_error("ddim", 100, c) < 2.3
-    # Karras' spacing ends at the same noise level for any number of steps. 4^2 = 16, less the rounding of timesteps.
+    # Karras' spacing ends at the same noise level for any number of steps. Order 2: 4^2 = 16, less rounded timesteps.
     assert 11 < ode_error("dpm++", 20, c, karras=True) / ode_error("dpm++", 80, c, karras=True) < 17
 
 
@@ -315,7 +311,7 @@ def test_twenty_steps_of_dpm_solver_beat_twenty_of_ddim(c):
     assert ode_error("dpm++", 20, c) < ode_error("ddim", 20, c) / 10
 
 
-def test_the_last_step_of_dpm_solver_is_the_predicted_picture():
+def test_the_last_step_of_dpm_solver_is_the_predicted_z_0():
     schedule, seen = NoiseSchedule(), []
 
     def denoise(latents, t):
@@ -330,9 +326,9 @@ def test_the_last_step_of_dpm_solver_is_the_predicted_picture():
 @PREDICTIONS
 @pytest.mark.parametrize("c", [0.25, 4.0])
 @pytest.mark.parametrize("sampler, options", [("ddpm", {}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.5})])
-def test_stochastic_samplers_give_the_data_its_variance(sampler, options, c, prediction):
+def test_stochastic_samplers_reproduce_the_variance_of_the_data(sampler, options, c, prediction):
     schedule = NoiseSchedule(prediction)
-    latents = noise(1, 4, 128, 128)  # 65,536 independent numbers: the variance is known to 0.6 %
+    latents = noise(1, 4, 128, 128)  # 65,536 independent numbers: their variance has an error of 0.6 %
     path, _ = run_ours(sampler, gaussian_denoiser(schedule, c), latents, schedule, 500, **options)
     assert path[-1].var().item() == pytest.approx(c, rel=0.03)
     assert abs(path[-1].mean().item()) < 4 * math.sqrt(c / latents.numel())

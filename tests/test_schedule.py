@@ -4,7 +4,7 @@ import numpy as np
 import peers
 import pytest
 import torch
-from peers import relative_error
+from peers import noise, relative_error
 
 from minildm.schedule import NoiseSchedule
 
@@ -12,11 +12,7 @@ EVERY = torch.arange(1000)
 PREDICTIONS = pytest.mark.parametrize("prediction", ["epsilon", "v"])
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_betas_are_squares_of_an_even_row():
+def test_square_roots_of_betas_are_evenly_spaced():
     betas = (np.sqrt(0.00085) + np.arange(1000) / 999 * (np.sqrt(0.012) - np.sqrt(0.00085))) ** 2
     alphas_cumprod = np.cumprod(1 - betas)
     schedule = NoiseSchedule()
@@ -32,7 +28,7 @@ def test_tables_match_diffusers():
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=2e-5, atol=0)  # a float32 product
 
 
-def test_a_shorter_schedule_with_other_betas_keeps_its_form():
+def test_a_shorter_schedule_with_other_betas_has_the_same_form():
     schedule = NoiseSchedule(n_timesteps=10, beta_start=0.01, beta_end=0.04)
     assert schedule.n_timesteps == len(schedule.betas) == 10
     torch.testing.assert_close(schedule.betas[[0, 9]], torch.tensor([0.01, 0.04]))
@@ -102,8 +98,8 @@ def test_snr_matches_diffusers_and_its_definition():
 
 @PREDICTIONS
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_weighs_the_error_of_the_clean_latents(prediction, gamma):
-    """Hang et al. 2023, section 3.4: whatever the network predicts, an error of z_0 shall count min(SNR, gamma)."""
+def test_min_snr_weights_the_error_of_the_clean_latents(prediction, gamma):
+    """Hang et al. 2023, section 3.4: whatever the network predicts, an error of z_0 has the weight min(SNR, gamma)."""
     schedule = NoiseSchedule(prediction)
     timesteps = torch.arange(0, 1000, 37)
     weights = schedule.min_snr_weight(timesteps, gamma)
@@ -125,13 +121,13 @@ def test_min_snr_weights_match_diffusers_training_scripts(prediction):
     torch.testing.assert_close(NoiseSchedule(prediction).min_snr_weight(EVERY), weights, rtol=1e-3, atol=0)
 
 
-def test_min_snr_gamma_is_five_unless_said_otherwise():
+def test_min_snr_gamma_defaults_to_five():
     schedule = NoiseSchedule()
     assert torch.equal(schedule.min_snr_weight(EVERY), schedule.min_snr_weight(EVERY, gamma=5.0))
     assert not torch.equal(schedule.min_snr_weight(EVERY), schedule.min_snr_weight(EVERY, gamma=4.0))
 
 
-def test_posterior_variance_is_that_of_ddpm_eq_7():
+def test_posterior_variance_matches_ddpm_eq_7():
     schedule = NoiseSchedule()
     alpha_bar = np.array(schedule.alpha_bar)
     before = np.concatenate([[1.0], alpha_bar[:-1]])
@@ -164,3 +160,22 @@ def test_a_timestep_outside_the_schedule_is_refused(name, timesteps):
 def test_an_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="'epsilon' or 'v', got 'sample'"):
         NoiseSchedule("sample")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_schedule_does_not_make_the_cpu_wait_for_a_gpu():
+    schedule = NoiseSchedule("v")
+    latents, eps = noise(3, 4, 2, 2).cuda(), noise(3, 4, 2, 2, seed=1).cuda()
+    on_cpu = torch.tensor([0, 500, 999])
+    on_gpu = on_cpu.cuda()
+    schedule.snr(on_gpu)  # the first use copies the tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [schedule.add_noise(latents, eps, timesteps) for timesteps in (on_cpu, on_gpu)]
+        targets = [schedule.target(latents, eps, timesteps) for timesteps in (on_cpu, on_gpu)]
+        weights = schedule.min_snr_weight(on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(*results) and torch.equal(*targets)
+    assert relative_error(weights.cpu(), schedule.min_snr_weight(on_cpu)) <= 1e-6

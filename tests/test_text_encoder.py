@@ -1,4 +1,4 @@
-"""The text encoder against transformers' CLIPTextModel (both activations) and open_clip's own text tower."""
+"""The text encoder against transformers' CLIPTextModel. (Against open_clip's text tower: test_checkpoint.py.)"""
 
 import copy
 
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from peers import PARITY, relative_error
 from torch import nn
 
-from minildm.config import TextEncoderConfig, text_encoder_from_json
+from minildm.checkpoint.folder import text_encoder_from_json
+from minildm.config import TextEncoderConfig
 from minildm.text_encoder import TextEncoder
 
 LAYOUTS = {
@@ -65,7 +66,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_tolerance_catches(mistake, monkeypatch):
     text_encoder = peers.random_network(LAYOUTS["v1-shaped"], seed=2, quiet=True)
-    for layer in text_encoder.text_model.encoder.layers:  # small inputs for the norms, yet every branch is heard
+    for layer in text_encoder.text_model.encoder.layers:  # small inputs for the norms, but no negligible branch
         layer.self_attn.out_proj.weight.data *= 5
         layer.mlp.fc2.weight.data *= 5
     peer = peers.transformers_text_encoder(text_encoder)
@@ -77,7 +78,7 @@ def test_the_tolerance_catches(mistake, monkeypatch):
         assert relative_error(wrong(token_ids()), right) > 2 * PARITY
 
 
-def test_a_token_sees_only_what_stands_before_it():
+def test_a_token_attends_only_to_tokens_before_it():
     text_encoder = peers.random_network(LAYOUTS["v1-shaped"], seed=3)
     ids = token_ids(1)
     other = ids.clone()

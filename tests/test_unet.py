@@ -54,14 +54,14 @@ def test_unet_matches_diffusers(name, quiet):
 
 @pytest.mark.parametrize("h, w", [(8, 24), (24, 8), (28, 28), (9, 13), (7, 30), (8, 8), (10, 11)])
 def test_unet_matches_diffusers_at_any_size(h, w):
-    """28 halves to 14, 7 and 4, so that the way up has to know what was halved; likewise the odd sizes."""
+    """28 is halved to 14, 7 and 4, so 2x upsampling would miss the skip's size; the same for odd sizes."""
     config = LAYOUTS["four levels as in SD 1.5"]
     unet = peers.random_network(config, seed=2)
     latents, context = inputs(config, h=h, w=w)
     assert errors(unet, peers.diffusers_unet(unet), latents, 37, context) <= PARITY
 
 
-def test_every_image_of_a_batch_has_its_own_timestep():
+def test_each_image_of_a_batch_has_its_own_timestep():
     config = LAYOUTS["v2-shaped"]
     unet = peers.random_network(config, seed=3)
     latents, context = inputs(config, batch=4)
@@ -94,7 +94,7 @@ def pad_like_the_vae(monkeypatch, unet):
     unet.down_blocks[0].downsamplers[0].forward = lambda x: conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def one_head_less(monkeypatch, unet):
+def half_as_many_heads(monkeypatch, unet):
     for module in unet.modules():
         if isinstance(module, minildm.layers.Attention):
             module.n_heads //= 2
@@ -117,7 +117,7 @@ MISTAKES = {
     "eps 1e-6 in the layer norms": lambda _, unet: peers.set_eps(unet, 1e-6, nn.LayerNorm),
     "sines before cosines": swap_sines,
     "padding right and bottom only": pad_like_the_vae,
-    "half as many heads": one_head_less,
+    "half as many heads": half_as_many_heads,
     "quick_gelu in the feed-forward layers": quick_gelu,
 }
 
@@ -137,7 +137,7 @@ def test_the_tolerance_catches_a(mistake, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["v1-shaped", "v2-shaped"])
 def test_half_precision_rounds_no_worse_than_diffusers(name, dtype):
-    """Both against float32; the sinusoids of a timestep near 1000 are off by whole periods if they are made in half."""
+    """Both against float32. In half precision, the sinusoids of a timestep near 1000 would be off by whole periods."""
     config = LAYOUTS[name]
     unet = peers.random_network(config, seed=6)
     latents, context = inputs(config, h=16, w=16)
@@ -160,7 +160,7 @@ def test_unet_leaves_its_inputs_alone():
     assert torch.equal(latents, before[0]) and torch.equal(context, before[1])
 
 
-def test_unet_reads_its_latents_in_any_memory_layout():
+def test_unet_accepts_latents_in_any_memory_layout():
     config = LAYOUTS["v1-shaped"]
     unet = peers.random_network(config, seed=8)
     latents, context = inputs(config)
@@ -172,7 +172,7 @@ def test_unet_reads_its_latents_in_any_memory_layout():
 
 
 def test_gradients_reach_every_parameter_and_match_diffusers():
-    config = LAYOUTS["narrowing, three blocks a level"]  # where no group is one channel: that hides biases
+    config = LAYOUTS["narrowing, three blocks a level"]  # norms over one channel would hide biases
     unet = peers.random_network(config, seed=9).requires_grad_(True)
     peer = copy.deepcopy(peers.diffusers_unet(unet)).requires_grad_(True)
     latents, context = inputs(config)
@@ -189,7 +189,7 @@ def test_gradients_reach_every_parameter_and_match_diffusers():
 def test_full_size_parameters_are_those_of_diffusers(document, size):
     from diffusers import UNet2DConditionModel
 
-    from minildm.config import unet_from_json
+    from minildm.checkpoint.folder import unet_from_json
 
     with torch.device("meta"):
         ours, theirs = UNet(unet_from_json(document)), UNet2DConditionModel.from_config(document)

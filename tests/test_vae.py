@@ -6,9 +6,10 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import PARITY, relative_error
+from peers import PARITY, noise, relative_error
 
-from minildm.config import VAEConfig, vae_from_json
+from minildm.checkpoint.folder import vae_from_json
+from minildm.config import VAEConfig
 from minildm.vae import VAE, Gaussian
 
 LAYOUTS = {
@@ -17,10 +18,6 @@ LAYOUTS = {
     "uneven": VAEConfig.tiny(widths=(24, 48, 24, 72), norm_groups=12, latent_channels=3),
 }
 SIZES = [(64, 64), (32, 88), (8, 8), (56, 24)]
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -51,7 +48,7 @@ def pad_all_around(vae):
         level.downsamplers[0].forward = lambda x, conv=conv: F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
 
 
-# The two mistakes that readable reimplementations in the wild make, norm by norm.
+# The two usual mistakes of reimplementations, norm by norm.
 ENCODER_MISTAKES = {
     "padding on all sides": pad_all_around,
     "eps 1e-5 in the encoder's resnets": lambda vae: peers.set_eps(vae, 1e-5, where="encoder.down_blocks"),
@@ -69,17 +66,18 @@ DECODER_MISTAKES = {
 def test_the_tolerance_catches(mistake):
     config = LAYOUTS["tiny"]
     vae = peers.random_network(config, seed=2, quiet=True)
-    if "attention" in mistake:  # its residual branch is scaled down to keep the norms' input small: let it be heard
+    if "attention" in mistake:  # its residual branch was scaled down for the norms' sake, too much to show a wrong eps
         for part in (vae.encoder, vae.decoder):
             part.mid_block.attentions[0].to_out[0].weight.data *= 30
     peer = peers.diffusers_vae(vae)
-    error, given = (
-        (encoder_error, noise(1, 3, 32, 32)) if mistake in ENCODER_MISTAKES else (decoder_error, noise(1, 4, 4, 4))
-    )
-    assert error(vae, peer, given) <= PARITY
+    if mistake in ENCODER_MISTAKES:
+        error, inputs = encoder_error, noise(1, 3, 32, 32)
+    else:
+        error, inputs = decoder_error, noise(1, 4, 4, 4)
+    assert error(vae, peer, inputs) <= PARITY
     wrong = copy.deepcopy(vae)
     (ENCODER_MISTAKES | DECODER_MISTAKES)[mistake](wrong)
-    assert error(wrong, peer, given) > 2 * PARITY
+    assert error(wrong, peer, inputs) > 2 * PARITY
 
 
 def test_log_variance_is_clamped_as_in_diffusers():
@@ -92,7 +90,7 @@ def test_log_variance_is_clamped_as_in_diffusers():
     assert ours.logvar.min() == -30 and ours.logvar.max() == 20
 
 
-def test_a_code_is_drawn_as_in_diffusers():
+def test_sampling_a_code_matches_diffusers():
     vae = peers.random_network(LAYOUTS["tiny"], seed=4)
     images = noise(2, 3, 32, 32)
     with torch.no_grad():
@@ -101,15 +99,15 @@ def test_a_code_is_drawn_as_in_diffusers():
     assert relative_error(ours, theirs.sample(torch.Generator().manual_seed(7))) <= PARITY
 
 
-def test_a_gaussian_has_the_mean_and_variance_it_says():
+def test_samples_of_a_gaussian_have_its_mean_and_variance():
     mean, logvar = torch.full((1, 4, 128, 128), 2.0), torch.full((1, 4, 128, 128), 0.25).log()
-    drawn = Gaussian(mean, logvar).sample(torch.Generator().manual_seed(0))
-    assert drawn.mean() == pytest.approx(2.0, abs=4 * 0.5 / drawn.numel() ** 0.5)
-    assert drawn.var() == pytest.approx(0.25, rel=4 * (2 / drawn.numel()) ** 0.5)
+    samples = Gaussian(mean, logvar).sample(torch.Generator().manual_seed(0))
+    assert samples.mean() == pytest.approx(2.0, abs=4 * 0.5 / samples.numel() ** 0.5)
+    assert samples.var() == pytest.approx(0.25, rel=4 * (2 / samples.numel()) ** 0.5)
 
 
-def test_half_precision_draws_the_float32_noise():
-    """The same generator gives the same picture whatever the precision of the networks."""
+def test_half_precision_uses_the_noise_of_float32():
+    """One seed gives one image, whatever the precision of the networks."""
     mean, logvar = noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1)
     exact = Gaussian(mean, logvar).sample(torch.Generator().manual_seed(0))
     half = Gaussian(mean.half(), logvar.half()).sample(torch.Generator().manual_seed(0))
@@ -133,14 +131,16 @@ def test_half_precision_rounds_no_worse_than_diffusers(dtype):
 
 
 def test_gradients_match_diffusers():
-    vae = peers.random_network(LAYOUTS["uneven"], seed=6).requires_grad_(True)  # no group is one channel: hides biases
+    vae = peers.random_network(LAYOUTS["uneven"], seed=6).requires_grad_(
+        True
+    )  # norms over one channel would hide biases
     peer = copy.deepcopy(peers.diffusers_vae(vae)).requires_grad_(True)
     images = noise(1, 3, 16, 16)
     vae.decode(vae.encode(images).mean).square().mean().backward()
     peer.decode(peer.encode(images).latent_dist.mean).sample.square().mean().backward()
     theirs = dict(peer.named_parameters())
     for name, parameter in vae.named_parameters():
-        if not name.endswith("to_k.bias"):  # shifts all scores of a query alike: its gradient is rounding
+        if not name.endswith("to_k.bias"):  # shifts all of a query's scores equally: its gradient is rounding noise
             assert relative_error(parameter.grad, theirs[name].grad) <= 1e-4, name
 
 

@@ -1,15 +1,14 @@
-"""Published Stable Diffusion files <-> the networks' tensors."""
+"""Published Stable Diffusion checkpoints <-> the networks' tensors.
 
-from minildm.checkpoint.load import (
-    NETWORKS,
-    Checkpoint,
-    Source,
-    TensorFile,
-    build_networks,
-    inspect,
-    load_networks,
-    save_folder,
-)
+- load.py: which layout a checkpoint has (`inspect`), then its tensors into networks (`load_networks`)
+- folder.py: the diffusers layout, a folder of config.json and tensor files; reading it and writing it (`save_folder`)
+- single_file.py: the layout of CompVis and Stability AI, one file; names, sizes, and which other models are refused
+- tensors.py: a file of tensors, safetensors or pickle (`TensorFile`)
+"""
+
+from minildm.checkpoint.folder import save_folder
+from minildm.checkpoint.load import NETWORKS, Checkpoint, build_networks, inspect, load_networks
+from minildm.checkpoint.tensors import Source, TensorFile
 
 __all__ = [
     "NETWORKS",

@@ -1,92 +1,128 @@
-"""Single-file checkpoints (CompVis, Stability): what their tensors are called, and what sizes their shapes tell.
+"""The single-file layout of CompVis and Stability AI: names, sizes read off shapes, and which other models are refused.
 
 ``model.diffusion_model.*`` is the U-Net, ``first_stage_model.*`` the VAE, ``cond_stage_model.*`` the text encoder:
-CLIP in transformers' names (SD 1.x) or OpenCLIP in its own, with q, k and v fused into one tensor (SD 2.x).
+CLIP with transformers' names (SD 1.x), or OpenCLIP with its own names and q, k and v fused into one tensor (SD 2.x).
+
+The tensors do not show the number of heads or the prediction type. SD 1.x has 8 heads everywhere, SD 2.x heads of 64
+channels; v-prediction must be requested by the user.
 """
 
 import re
+import warnings
+from dataclasses import replace
 
-from minildm import config as settings
+from minildm.checkpoint.tensors import Source
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
 
 
-def read_config(file):
-    """Read the networks' sizes off the shapes of a single file's tensors."""
-    shapes = file.shapes
+# --- sizes -----------------------------------------------------------------------------------------------------------
+def read_config(file, prediction=None):
+    """The ModelConfig of a TensorFile. ``prediction``: "epsilon" or "v" if the user says so, else None.
 
-    def shape(name):
-        if name not in shapes:
-            raise InputError(f"{file.path}: tensor {name} is missing; the file is not a whole Stable Diffusion model")
-        return shapes[name]
+    Raises InputError if the file holds another kind of model, or only a part of one.
+    """
+    _refuse_other_models(file)
+    config = ModelConfig(_unet_config(file), _vae_config(file), _text_encoder_config(file))
+    if not _is_open_clip(file):
+        return config
+    if prediction is None:
+        warnings.warn(
+            "an SD v2 single file does not say what the U-Net predicts; assuming epsilon and 512 px. The 768 px models "
+            'need prediction="v" (--prediction v)',
+            stacklevel=5,
+        )
+    if prediction == "v":  # the v2.x models that predict v are those for 768 px
+        config = replace(config, unet=replace(config.unet, latent_size=96))
+    return replace(config, pad_token_id=0)
 
-    def size(name, axis=0):
-        if len(shape(name)) <= axis:
-            raise InputError(
-                f"{file.path}: tensor {name} has the shape {shapes[name]}; the file is damaged or not a "
-                "Stable Diffusion model"
-            )
-        return shapes[name][axis]
 
-    def count(pattern):
-        """1 + the largest number where the pattern has its group."""
-        return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
-
-    unet = "model.diffusion_model"
-    if (channels := size(f"{unet}.input_blocks.0.0.weight", axis=1)) != 4:
-        raise InputError(f"{file.path}: {settings.other_inputs(channels)}")
-    # Walk down: every level is n_blocks blocks and, but for the last level, one strided convolution.
-    blocks = count(rf"{unet}\.input_blocks\.(\d+)\.")
-    downs = [i for i in range(blocks) if any(name.startswith(f"{unet}.input_blocks.{i}.0.op.") for name in shapes)]
-    n_blocks = (downs[0] if downs else blocks) - 1
-    firsts = [1 + level * (n_blocks + 1) for level in range(len(downs) + 1)]
-    widths = tuple(size(f"{unet}.input_blocks.{i}.0.out_layers.0.weight") for i in firsts)
-    attention = tuple(any(name.startswith(f"{unet}.input_blocks.{i}.1.") for name in shapes) for i in firsts)
-    context = next((n for n in shapes if n.startswith(unet) and n.endswith("attn2.to_k.weight")), None)
-    if context is None:
+def _unet_config(file):
+    unet, names = "model.diffusion_model", file.shapes
+    if (channels := _size(file, f"{unet}.input_blocks.0.0.weight", axis=1)) != 4:
+        raise InputError(f"{file.path}: {other_input_channels(channels)}")
+    # input_blocks are numbered through all levels: a convolution, then for each level n_blocks blocks and (except for
+    # the last level) a downsampler.
+    n_input_blocks = _count(file, rf"{unet}\.input_blocks\.(\d+)\.")
+    downsamplers = [
+        i for i in range(n_input_blocks) if any(name.startswith(f"{unet}.input_blocks.{i}.0.op.") for name in names)
+    ]
+    n_blocks = (downsamplers[0] if downsamplers else n_input_blocks) - 1
+    first_blocks = [1 + level * (n_blocks + 1) for level in range(len(downsamplers) + 1)]  # of each level
+    widths = tuple(_size(file, f"{unet}.input_blocks.{i}.0.out_layers.0.weight") for i in first_blocks)
+    cross = next((name for name in names if name.startswith(unet) and name.endswith("attn2.to_k.weight")), None)
+    if cross is None:
         raise InputError(f"{file.path}: no cross-attention in the U-Net; it is not a text-to-image model")
-    linear = len(shape(f"{context.split('.transformer_blocks')[0]}.proj_in.weight")) == 2
-
-    v2 = any(name.startswith("cond_stage_model.model.") for name in shapes)
-    if v2:
-        text = "cond_stage_model.model"
-        width, mlp = size(f"{text}.ln_final.weight"), size(f"{text}.transformer.resblocks.0.mlp.c_fc.weight")
-        n_layers = count(rf"{text}\.transformer\.resblocks\.(\d+)\.")
-        if f"{text}.text_projection" in shapes or n_layers == 24:  # a whole text tower, whose last layer is not used;
-            n_layers -= 1  # files converted from a folder hold only what is used
-        vocabulary = size(f"{text}.token_embedding.weight")
-    else:
-        text = "cond_stage_model.transformer.text_model"
-        text = text if any(name.startswith(f"{text}.") for name in shapes) else "cond_stage_model.transformer"
-        width, mlp = size(f"{text}.final_layer_norm.weight"), size(f"{text}.encoder.layers.0.mlp.fc1.weight")
-        n_layers = count(rf"{re.escape(text)}\.encoder\.layers\.(\d+)\.")
-        vocabulary = size(f"{text}.embeddings.token_embedding.weight")
-
-    vae = "first_stage_model"
-    levels = count(rf"{vae}\.encoder\.down\.(\d+)\.")
-    vae_widths = tuple(size(f"{vae}.encoder.down.{i}.block.0.conv2.weight") for i in range(levels))
-    return ModelConfig(
-        unet=UNetConfig(
-            widths=widths,
-            attention=attention,
-            layers_per_block=n_blocks,
-            n_heads=tuple(max(w // 64, 1) for w in widths) if v2 else (8,) * len(widths),
-            context_dim=size(context, axis=1),
-            linear_projection=linear,
-        ),
-        vae=VAEConfig(widths=vae_widths, layers_per_block=count(rf"{vae}\.encoder\.down\.0\.block\.(\d+)\.")),
-        text_encoder=TextEncoderConfig(
-            width=width,
-            n_layers=n_layers,
-            n_heads=max(width // 64, 1),
-            mlp_width=mlp,
-            activation="gelu" if v2 else "quick_gelu",
-            vocabulary=vocabulary,
-        ),
-        pad_token_id=0 if v2 else 49407,
+    proj_in = _shape(file, f"{cross.split('.transformer_blocks')[0]}.proj_in.weight")
+    return UNetConfig(
+        widths=widths,
+        attention=tuple(any(name.startswith(f"{unet}.input_blocks.{i}.1.") for name in names) for i in first_blocks),
+        layers_per_block=n_blocks,
+        n_heads=tuple(max(width // 64, 1) for width in widths) if _is_open_clip(file) else (8,) * len(widths),
+        context_dim=_size(file, cross, axis=1),
+        linear_projection=len(proj_in) == 2,
     )
 
 
+def _vae_config(file):
+    vae = "first_stage_model.encoder.down"
+    n_levels = _count(file, rf"{re.escape(vae)}\.(\d+)\.")
+    return VAEConfig(
+        widths=tuple(_size(file, f"{vae}.{level}.block.0.conv2.weight") for level in range(n_levels)),
+        layers_per_block=_count(file, rf"{re.escape(vae)}\.0\.block\.(\d+)\."),
+    )
+
+
+def _text_encoder_config(file):
+    if _is_open_clip(file):
+        text = "cond_stage_model.model"
+        n_layers = _count(file, rf"{re.escape(text)}\.transformer\.resblocks\.(\d+)\.")
+        # SD 2.x does not use the last layer. Published files hold it; those converted from a folder do not.
+        if f"{text}.text_projection" in file.shapes or n_layers == 24:
+            n_layers -= 1
+        width = _size(file, f"{text}.ln_final.weight")
+        mlp_width = _size(file, f"{text}.transformer.resblocks.0.mlp.c_fc.weight")
+        vocabulary, activation = _size(file, f"{text}.token_embedding.weight"), "gelu"
+    else:
+        text = "cond_stage_model.transformer" + ("" if _lacks_prefix(file) else ".text_model")
+        n_layers = _count(file, rf"{re.escape(text)}\.encoder\.layers\.(\d+)\.")
+        width = _size(file, f"{text}.final_layer_norm.weight")
+        mlp_width = _size(file, f"{text}.encoder.layers.0.mlp.fc1.weight")
+        vocabulary, activation = _size(file, f"{text}.embeddings.token_embedding.weight"), "quick_gelu"
+    return TextEncoderConfig(width, n_layers, max(width // 64, 1), mlp_width, activation, vocabulary)
+
+
+def _is_open_clip(file):
+    """Whether the text encoder is OpenCLIP's, which means SD 2.x."""
+    return any(name.startswith("cond_stage_model.model.") for name in file.shapes)
+
+
+def _lacks_prefix(file):
+    """Whether the text encoder was saved by transformers 5, which leaves ``text_model.`` out of the names."""
+    return not any(name.startswith("cond_stage_model.transformer.text_model.") for name in file.shapes)
+
+
+def _shape(file, name):
+    if name not in file.shapes:
+        raise InputError(f"{file.path}: tensor {name} is missing; the file is not a whole Stable Diffusion model")
+    return file.shapes[name]
+
+
+def _size(file, name, axis=0):
+    shape = _shape(file, name)
+    if len(shape) <= axis:
+        raise InputError(
+            f"{file.path}: tensor {name} has the shape {shape}; the file is damaged or not a Stable Diffusion model"
+        )
+    return shape[axis]
+
+
+def _count(file, pattern):
+    """1 + the largest number that the pattern's group matches in any name."""
+    return 1 + max((int(match[1]) for name in file.shapes if (match := re.match(pattern, name))), default=-1)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
 RESNET_PARTS = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -124,8 +160,25 @@ OPEN_CLIP_PARTS = [
 ]
 
 
+def find_tensors(file, config, networks):
+    """Where a TensorFile holds each parameter of ``networks``.
+
+    Returns: ({network: {parameter: Source}}, tensors that nobody needs and published files do not have).
+    """
+    no_prefix = not _is_open_clip(file) and _lacks_prefix(file)
+    sources = {
+        network: {
+            parameter: Source(file, name.replace("text_model.", "") if no_prefix else name, third)
+            for parameter, (name, third) in table.items()
+        }
+        for network, table in names(config, networks).items()
+    }
+    used = {source.name for table in sources.values() for source in table.values()}
+    return sources, [name for name in file.shapes if name not in used and not is_known_extra(name, config)]
+
+
 def names(config, networks):
-    """{network: {our parameter name: (single-file name, None or which third of it)}} for a model's networks."""
+    """{network: {our parameter name: (single-file name, None or which third of that tensor)}}."""
     ours = {network: module.state_dict() for network, module in networks.items()}
     v2 = config.text_encoder.activation == "gelu"
     unet_modules = _unet_modules(config.unet)
@@ -140,7 +193,7 @@ def names(config, networks):
 
 
 def _unet_modules(config):
-    """Our block -> the single file's, which numbers all blocks of the way down (and up) in one row."""
+    """Our module -> the single file's, which numbers the blocks of all levels consecutively."""
     table = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
@@ -161,7 +214,9 @@ def _unet_modules(config):
         for i in range(n + 1):
             table[f"up_blocks.{level}.resnets.{i}"] = f"output_blocks.{up + i}.0"
             table[f"up_blocks.{level}.attentions.{i}"] = f"output_blocks.{up + i}.1"
-        position = 2 if config.attention[levels - 1 - level] else 1  # after the resnet and the attention, if any
+        position = (
+            2 if config.attention[levels - 1 - level] else 1
+        )  # after the resnet and the attention, if there is one
         table[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{up + n}.{position}.conv"
     return table
 
@@ -176,7 +231,7 @@ def _unet_name(name, modules):
 
 
 def _vae_name(name, config):
-    if match := re.match(r"decoder\.up_blocks\.(\d+)", name):  # the single file counts the decoder's levels backwards
+    if match := re.match(r"decoder\.up_blocks\.(\d+)", name):  # the single file numbers the decoder's levels backwards
         level = len(config.widths) - 1 - int(match[1])
         name = f"decoder.up_blocks.{level}{name[match.end() :]}"
     for ours, theirs in VAE_PARTS:
@@ -195,17 +250,54 @@ def _open_clip_name(name):
 
 
 def is_known_extra(name, config):
-    """Tensors that published single files carry and that no network here reads: training's moving average (the main
-    weights of "ema-only" files already are the average), schedule tables, and the unused ends of the text encoders."""
-    last_block = f"cond_stage_model.model.transformer.resblocks.{config.text_encoder.n_layers}."  # of a whole tower
+    """Whether published files carry a tensor that the networks do not need: training's moving average (the main weights
+    of an "ema-only" file are that average already), schedule tables, and the unused end of the text encoder."""
+    last_block = f"cond_stage_model.model.transformer.resblocks.{config.text_encoder.n_layers}."
+    unused_ends = [f"cond_stage_model.model.{end}" for end in ("logit_scale", "text_projection", "attn_mask")]
     return (
         name.startswith(("model_ema.", "first_stage_model.loss.", last_block))
         or name.endswith("position_ids")
-        or name
-        in (
-            "cond_stage_model.model.logit_scale",
-            "cond_stage_model.model.text_projection",
-            "cond_stage_model.model.attn_mask",
-        )
-        or "." not in name
-    )  # betas, alphas_cumprod, sqrt_..., posterior_..., lvlb_weights, logvar, scale_factor
+        or name in unused_ends
+        or "." not in name  # betas, alphas_cumprod, sqrt_..., posterior_..., lvlb_weights, logvar, scale_factor
+    )
+
+
+# --- other models ----------------------------------------------------------------------------------------------------
+def _refuse_other_models(file):
+    def has(part):
+        return any(part in name for name in file.shapes)
+
+    def refuse(kind, advice):
+        raise InputError(f"{file.path} is {kind}, not a Stable Diffusion v1.x / v2.x model; {advice}")
+
+    if has("lora_") or has("hada_") or has(".lora."):
+        refuse("an adapter (LoRA)", "it changes a base model and cannot be used alone: give the base here")
+    if has("conditioner.embedders."):
+        refuse("an SDXL model (base or refiner)", "use a v1.x or v2.x checkpoint")
+    if has("model.diffusion_model.joint_blocks") or has("double_blocks."):
+        refuse("a diffusion transformer (SD 3, Flux)", "use a v1.x or v2.x checkpoint")
+    if has("model.diffusion_model.input_blocks."):
+        absent = [name for name in ("first_stage_model.", "cond_stage_model.") if not has(name)]
+        if absent:
+            refuse(f"a U-Net without {' and '.join(absent)}*", "use the file that holds all three networks")
+        return
+    if has("down_blocks.0.") and has("time_embedding."):
+        refuse("the U-Net of a diffusers folder", "give the folder that holds unet/, vae/ and text_encoder/")
+    if has("decoder.conv_in") or has("decoder.mid"):
+        refuse("a VAE alone", "give the file or folder that holds all three networks")
+    if has("text_model.encoder.layers"):
+        refuse("a text encoder alone", "give the file or folder that holds all three networks")
+    first = ", ".join(sorted(file.shapes)[:3]) or "none"
+    refuse(
+        f"something else (its tensors: {first}, ...)",
+        "expected model.diffusion_model.*, first_stage_model.*, cond_stage_model.*",
+    )
+
+
+def other_input_channels(channels):
+    """The error for a U-Net whose input does not have 4 channels: which model it is and what to use instead."""
+    kind = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth-guided model", 7: "an upscaler"}
+    return (
+        f"the U-Net reads {channels} channels ({kind.get(channels, 'not a text-to-image model')}), expected 4; "
+        "use the text-to-image checkpoint of the same release"
+    )
