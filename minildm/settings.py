@@ -30,6 +30,7 @@ def setting(default, help, choices=None, at_least=None, above=None, at_most=None
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, **limits})
 
 
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Base of the settings dataclasses: checks every field when an object is made."""
 

@@ -181,7 +181,7 @@ def test_percentages_count_what_is_in_use(model):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"kind": "loha"}, "lora, selora"),
+        ({"kind": "loha"}, "selora, lora"),
         ({"rank": 0}, r"\[1, "),
         ({"rank": 10_000}, r"\[1, "),
         ({"layers": "all"}, "all-linear"),

@@ -53,7 +53,7 @@ def test_the_loss_falls_ranks_grow_and_all_is_logged(tmp_path):
 
 
 def test_the_kept_adapter_is_the_best_on_validation(tmp_path):
-    model, state, run, method = short_run(tmp_path / "run", steps=18)
+    model, state, run, _ = short_run(tmp_path / "run", steps=18)
     plain = small_model()
     about = merge_file(plain, run.result)
     assert about["kind"] == "selora"
@@ -107,7 +107,7 @@ def test_workers_change_nothing(tmp_path):
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, monkeypatch):
     """Ctrl-C twice, at steps that are no save's; growth into a second block lies on the way."""
     changes = {"adapter": kind, "rank": 7, "steps": 16, "expand_interval": 3, "warmup": 4, "lr_schedule": "cosine"}
-    model, state, run, method = short_run(tmp_path / "whole", **changes)
+    model, state, run, _method = short_run(tmp_path / "whole", **changes)
     ordinary = loop.train_step
 
     def press_at(*steps):
@@ -165,7 +165,7 @@ def bad_at(monkeypatch, numbers):
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
     bad_at(monkeypatch, (3, 4, 8))  # call 0 is the forecast's
-    model, state, run, method = short_run(tmp_path / "run", steps=10, validation=0)
+    model, state, run, _method = short_run(tmp_path / "run", steps=10, validation=0)
     assert (state.step, state.skipped, state.bad_steps) == (10, 3, 0)
     assert {age for age in state.optimizer.ages if isinstance(age, int)} == {7}
     assert all(tensor.isfinite().all() for tensor in factors(model))
@@ -261,7 +261,7 @@ def test_a_base_in_half_precision_trains_a_float32_adapter(tmp_path, dtype):
     model = small_model()
     model.unet.to(dtype)
     model.text_encoder.to(dtype)
-    model, state, run, method = short_run(tmp_path / "run", model=model, steps=24, lr=3e-3)
+    model, state, run, _method = short_run(tmp_path / "run", model=model, steps=24, lr=3e-3)
     validation = [entry["validation"] for entry in run.entries() if "validation" in entry]
     assert min(validation) < validation[0]
     assert {tensor.dtype for tensor in factors(model)} == {torch.float32}
@@ -439,7 +439,7 @@ def test_every_method_stops_and_continues_bit_for_bit(tmp_path, adapter, monkeyp
 
 def test_the_moving_average_of_a_grown_row_starts_at_its_value(tmp_path):
     """Within a block as well as in a new one: the average of the tested row K is K, not 0."""
-    model, state, _, method = short_run(
+    _model, state, _, method = short_run(
         tmp_path / "run", steps=4, rank=7, expand_interval=2, expand_threshold=1.0, ema_decay=0.99, lr=1e-6
     )
     for path, layer in method.layers.items():
