@@ -1,13 +1,14 @@
-"""Made pictures and small made data sets in their publishers' layouts: no patient's data is in this repository."""
+"""Synthetic images and small synthetic data sets in their publishers' layouts. The repository holds no patient data."""
 
 import csv
+import io
 
 import numpy as np
 from PIL import Image
 
 
-def picture(seed=0, side=64):
-    """A smooth random grey picture with a light column in a dark field, uint8 (side, side)."""
+def grey_image(seed=0, side=64):
+    """A smooth random grey image with a light column on a dark field, uint8 (side, side)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(40, 140, (6, 6), dtype=np.uint8))
     grey = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)).astype(int)
@@ -17,8 +18,39 @@ def picture(seed=0, side=64):
 
 def save(path, seed=0, side=64):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(seed, side)).save(path)
+    Image.fromarray(grey_image(seed, side)).save(path)
     return path
+
+
+def encoded(image, kind="PNG", **options):
+    """The bytes of a Pillow image as a file of this kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def dicom(values, stored=16, photometric="MONOCHROME2", **elements):
+    """The bytes of a DICOM file with grey values (uint16, int16 or uint8). Needs pydicom.
+
+    Args: stored: BitsStored; elements: further header elements by keyword.
+    """
+    import pydicom
+
+    header = pydicom.Dataset()
+    header.file_meta = pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    header.Rows, header.Columns = values.shape
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, photometric
+    header.BitsAllocated, header.BitsStored, header.HighBit = values.itemsize * 8, stored, stored - 1
+    header.PixelRepresentation = int(values.dtype.kind == "i")
+    for name, value in elements.items():
+        setattr(header, name, value)
+    header.PixelData = values.tobytes()
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, header, enforce_file_format=True)
+    return buffer.getvalue()
 
 
 def write_csv(path, header, rows, delimiter=","):
@@ -30,27 +62,20 @@ def write_csv(path, header, rows, delimiter=","):
     return path
 
 
-def folder(root, n=30, pictures_a_patient=1):
-    """``n`` pictures with metadata.csv: file_name, patient_id, age, sex, view, finding, text."""
+def folder(root, n=30, images_per_patient=1):
+    """``n`` images with metadata.csv: file_name, patient_id, age, sex, view, finding, text."""
+    findings = ("Edema|Effusion", "Edema", "No Finding")
     rows = []
     for i in range(n):
-        save(root / "images" / f"{i:03}.png", seed=i)
-        rows.append(
-            [
-                f"images/{i:03}.png",
-                f"p{i // pictures_a_patient}",
-                30 + i,
-                "MF"[i % 2],
-                "PA",
-                ("Edema|Effusion", "Edema", "No Finding")[i % 3],
-                f"a chest x-ray, number {i}",
-            ]
-        )
+        name = f"images/{i:03}.png"
+        save(root / name, seed=i)
+        patient, sex, finding = f"p{i // images_per_patient}", "MF"[i % 2], findings[i % 3]
+        rows.append([name, patient, 30 + i, sex, "PA", finding, f"a chest x-ray, number {i}"])
     write_csv(root / "metadata.csv", ["file_name", "patient_id", "age", "sex", "view", "finding", "text"], rows)
     return root
 
 
-PADCHEST = [
+PADCHEST = [  # the first column has no name
     "",
     "ImageID",
     "ImageDir",
@@ -70,62 +95,22 @@ PADCHEST = [
 
 
 def padchest(root, images=True):
-    """The example of the report, a lateral view, a child, and one of the files known to be broken."""
+    """A complete row, a lateral view, a child, one of the files known to be broken, and a row with missing values."""
     broken = "216840111366964013829543166512013353113303615_02-092-190.png"
+    granuloma = [
+        "sin hallazg .",
+        "Physician",
+        "['calcified granuloma', ' calcified granuloma', '']",
+        "['loc right upper lobe']",
+    ]
+    normal = ["Physician", "['normal']", "[]"]
+    pattern = ["RNN_model", "['alveolar pattern', 'exclude']", "['loc  tracheal, loc  left']"]
     rows = [
-        [
-            0,
-            "a_1.png",
-            "0.0",
-            "20140915",
-            "7",
-            "1967.0",
-            "M",
-            "POSTEROANTERIOR",
-            "PA",
-            "No",
-            "DX",
-            "sin hallazg .",
-            "Physician",
-            "['calcified granuloma', ' calcified granuloma', '']",
-            "['loc right upper lobe']",
-        ],
-        [
-            1,
-            "a_2.png",
-            "0.0",
-            "20140915",
-            "7",
-            "1967.0",
-            "M",
-            "LATERAL",
-            "L",
-            "No",
-            "DX",
-            "",
-            "Physician",
-            "['normal']",
-            "[]",
-        ],
-        [
-            2,
-            "b_1.png",
-            "1.0",
-            "20160422",
-            "8",
-            "2011.0",
-            "F",
-            "",
-            "AP_horizontal",
-            "PED",
-            "CR",
-            "",
-            "RNN_model",
-            "['alveolar pattern', 'exclude']",
-            "['loc  tracheal, loc  left']",
-        ],
-        [3, broken, "1.0", "20100101", "9", "1950.0", "M", "", "PA", "No", "CR", "", "RNN_model", "", ""],
-        [4, "c_1.png", "1.0", "20100101", "10", "nan", "None", "", "PA", "No", "CR", "", "RNN_model", "", ""],
+        ["0", "a_1.png", "0.0", "20140915", "7", "1967.0", "M", "POSTEROANTERIOR", "PA", "No", "DX", *granuloma],
+        ["1", "a_2.png", "0.0", "20140915", "7", "1967.0", "M", "LATERAL", "L", "No", "DX", "", *normal],
+        ["2", "b_1.png", "1.0", "20160422", "8", "2011.0", "F", "", "AP_horizontal", "PED", "CR", "", *pattern],
+        ["3", broken, "1.0", "20100101", "9", "1950.0", "M", "", "PA", "No", "CR", "", "RNN_model", "", ""],
+        ["4", "c_1.png", "1.0", "20100101", "10", "nan", "None", "", "PA", "No", "CR", "", "RNN_model", "", ""],
     ]
     write_csv(root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", PADCHEST, rows)
     if images:
@@ -202,15 +187,9 @@ def mimic(root):
         ["subject_id", "study_id", "Edema", "No Finding", "Pneumonia"],
         [[10000032, 50414267, "", "1.0", ""], [10000764, 57375967, "1.0", "", "-1.0"]],
     )
-    for seed, name in enumerate(
-        (
-            "p10/p10000032/s50414267/d1.jpg",
-            "p10/p10000032/s50414267/d2.jpg",
-            "p10/p10000764/s57375967/d3.jpg",
-            "p10/p10000764/s57375968/d4.jpg",
-        )
-    ):
-        save(root / "files" / name, seed)
+    names = ("10000032/s50414267/d1", "10000032/s50414267/d2", "10000764/s57375967/d3", "10000764/s57375968/d4")
+    for seed, name in enumerate(names):
+        save(root / "files" / "p10" / f"p{name}.jpg", seed)
     report = root / "files" / "p10" / "p10000032" / "s50414267.txt"
     report.write_text(
         "            FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  ___F with cough\n\n"

@@ -10,8 +10,6 @@ import pytest
 from PIL import Image
 
 from minildm.data import check
-from minildm.data.records import open_data_set
-from minildm.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +30,7 @@ def test_a_sound_data_set_passes(tmp_path, capsys):
     assert "next: python -m minildm prompts folder:" in capsys.readouterr().out
 
 
-def test_everything_that_is_wrong_is_found_at_once(tmp_path, capsys):
+def test_all_faults_and_suspicious_images_are_found_at_once(tmp_path, capsys):
     root = made_data.folder(tmp_path / "data", 40)
     (root / "images" / "004.png").write_bytes(b"")
     (root / "images" / "005.png").write_bytes((root / "images" / "006.png").read_bytes()[:200])
@@ -43,23 +41,19 @@ def test_everything_that_is_wrong_is_found_at_once(tmp_path, capsys):
     long = " ".join(f"finding number {i}" for i in range(40))
     (root / "metadata.csv").write_text(table.replace('a chest x-ray, number 1"', f'The XXXX is clear. {long}"'))
     code, report = run(tmp_path, f"folder:{root}", "--split", "70/10/20")
-    assert code == 1 and "2 pictures cannot be decoded" in report["faults"][0]
+    assert code == 1 and "2 images cannot be decoded" in report["faults"][0]
     assert [line.rsplit("/", 1)[1][:7] for line in report["broken"]] == ["004.png", "005.png"]
     assert report["identical"] == [["images/010.png", "images/011.png"]]
     flagged = report["flagged"]
     assert flagged["images/011.png"] == ["the same file as images/010.png"]
-    assert flagged["images/013.png"] == ["nearly the same picture as images/012.png"]
+    assert flagged["images/013.png"] == ["nearly the same image as images/012.png"]
     assert flagged["images/020.png"][0].startswith("low contrast")
     assert report["captions"]["cut"] == 1 and report["captions"]["deidentification_marks"] == 1
     assert report["captions"]["longest_loses"].startswith("finding number")
-    sides = {
-        name: split
-        for a, split_a, b, split_b in report["splits"]["leaks"]
-        for name, split in ((a, split_a), (b, split_b))
-    }
-    assert all(name in ("images/010.png", "images/011.png", "images/012.png", "images/013.png") for name in sides)
+    leaked = {name for a, _, b, _ in report["splits"]["leaks"] for name in (a, b)}
+    assert leaked <= {"images/010.png", "images/011.png", "images/012.png", "images/013.png"}
     printed = capsys.readouterr().out
-    assert "would fail: 2 pictures cannot be decoded" in printed and "1 (2.5%) are longer than 77" in printed
+    assert "a run would fail: 2 images cannot be decoded" in printed and "1 (2.5%) are longer than 77" in printed
     assert run(tmp_path, f"folder:{root}", "--skip-bad")[0] == 0
 
 
@@ -71,14 +65,14 @@ def test_leaks_across_patients_are_reported(tmp_path):
     assert len(report["splits"]["leaks"]) == 24 * 6 + 5 * 1  # train x (validation + test), validation x test
 
 
-def test_a_run_that_would_have_an_empty_split_or_no_prompts_fails_the_check(tmp_path):
+def test_an_empty_split_and_empty_prompts_fail_the_check(tmp_path):
     root = made_data.folder(tmp_path / "data", 5)
     assert "the test split is empty" in run(tmp_path, f"folder:{root}")[1]["faults"][0]
     code, report = run(tmp_path, f"folder:{root}", "--prompt-template", "{loc}")
     assert code == 1 and any("5 of 5 prompts are empty" in fault for fault in report["faults"])
 
 
-def test_what_was_flagged_can_be_excluded(tmp_path):
+def test_flagged_txt_can_be_passed_to_exclude(tmp_path):
     root = made_data.folder(tmp_path / "data", 30)
     Image.new("L", (64, 64), 90).save(root / "images" / "020.png")
     run(tmp_path, f"folder:{root}")
@@ -103,7 +97,17 @@ def test_the_commands_run_and_a_mistake_is_one_line(tmp_path):
 def test_prompts_shows_what_is_cut(tmp_path, capsys):
     made_data.save(tmp_path / "a.png").with_suffix(".txt").write_text("lung " * 80, encoding="utf-8")
     assert check.show_prompts([f"folder:{tmp_path}"]) == 0
-    assert capsys.readouterr().out.endswith("[not read: lung lung lung lung lung]\n")
+    assert capsys.readouterr().out.endswith("[cut: lung lung lung lung lung]\n")
+
+
+def test_images_are_checked_at_512_pixels_and_flags_are_not_abbreviated(tmp_path, capsys):
+    data = f"folder:{made_data.folder(tmp_path / 'data', 30)}"
+    assert check.main([data, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["transform"].startswith("reading 1, 512 px, ")
+    for command in (check.main, check.show_prompts):
+        with pytest.raises(SystemExit):
+            command([data, "--siz", "64"])
+    assert "unrecognized arguments: --siz" in capsys.readouterr().err
 
 
 def test_the_real_chest_x_rays_pass(shared_data, tmp_path):
@@ -115,17 +119,16 @@ def test_the_real_chest_x_rays_pass(shared_data, tmp_path):
     assert 90 < sum(sheet.crop((0, 0, sheet.width, 6 * check.THUMBNAIL)).resize((1, 1)).getdata()) < 170
 
 
-def test_an_output_folder_that_cannot_be_written_is_said_first(tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_an_error_before_any_work(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises((InputError, NotADirectoryError)):
+    with pytest.raises(NotADirectoryError, match="is a file, but a folder for the results was expected"):
         check.main(["folder:/nowhere", "--out", str(tmp_path / "file")])
 
 
 def test_the_classes_to_balance_by_are_counted_and_an_unknown_field_is_a_fault(tmp_path):
     root = made_data.folder(tmp_path / "data", 30)
-    field = next(iter(open_data_set(f"folder:{root}").records[0].fields))
-    _, report = run(tmp_path, f"folder:{root}", "--balance", field)
-    assert sum(report["classes"].values()) >= 30
+    code, report = run(tmp_path, f"folder:{root}", "--balance", "finding")
+    assert code == 0 and report["classes"] == {"Edema": 20, "Effusion": 10, "No Finding": 10}
     code, report = run(tmp_path, f"folder:{root}", "--balance", "nonsense")
-    assert code == 1
-    assert "nonsense" in report["faults"][0] and field in report["faults"][0]
+    assert code == 1 and report["classes"] is None
+    assert "nonsense" in report["faults"][0] and "finding" in report["faults"][0]

@@ -1,4 +1,4 @@
-"""Caption fields -> prompts, checked character by character against what the papers print."""
+"""Caption fields -> prompts, checked character by character against the papers' prompts."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minildm.data.open import open_data_set
 from minildm.data.prompts import TEMPLATES, check_template, prompts_for, render
-from minildm.data.records import open_data_set
 from minildm.errors import InputError
 
 FIELDS = {
@@ -26,7 +26,7 @@ def without(*names):
     return {name: value for name, value in FIELDS.items() if name not in names}
 
 
-def test_the_reports_prompts_character_by_character():
+def test_the_chest_x_ray_levels_are_as_documented_character_by_character():
     assert render("plain", FIELDS) == "chest x-ray"
     assert render("person", FIELDS) == "chest x-ray, age 47 male"
     assert render("view", FIELDS) == "chest x-ray, age 47 male, view PA, projection PA, modality DX"
@@ -42,7 +42,7 @@ def test_the_selora_papers_prompts_character_by_character():
     assert render("findings", {"findings": "The heart is normal, lungs clear."}) == "The heart is normal, lungs clear."
 
 
-def test_padchest_rows_give_the_reports_longest_prompt(tmp_path):
+def test_padchest_rows_give_the_full_prompt(tmp_path):
     data_set = open_data_set(f"padchest:{made_data.padchest(tmp_path)}")
     assert prompts_for(data_set) == [
         "chest x-ray, age 47 male, view PA, projection PA, modality DX, diagnosis calcified granuloma, "
@@ -76,27 +76,27 @@ def test_a_missing_field_leaves_no_hole(missing, prompt):
         ("{sex}, {view}, {loc}", ("sex",), "PA, right upper lobe"),
         ("{sex}, {view}, {loc}", ("view",), "male, right upper lobe"),
         (" age:{age}, gender:{Sex}", ("age",), " gender:Male"),
-        ("a film, {sex}, of a chest", ("sex",), "a film, of a chest"),
+        ("an x-ray, {sex}, of a chest", ("sex",), "an x-ray, of a chest"),
     ],
 )
-def test_templates_of_other_shapes_leave_no_hole_either(template, missing, prompt):
+def test_templates_of_other_shapes_leave_no_hole(template, missing, prompt):
     assert render(template, without(*missing)) == prompt
 
 
 @given(st.sets(st.sampled_from(sorted(FIELDS))), st.sampled_from(sorted(TEMPLATES)))
 def test_no_template_ever_leaves_a_stray_comma_or_blank(missing, template):
-    prompt = render(template, {**without(*missing)})
-    body = prompt.removeprefix(" ") if TEMPLATES[template].startswith(" ") else prompt
+    prompt = render(template, without(*missing))
+    body = prompt.removeprefix(" ") if TEMPLATES[template].startswith(" ") else prompt  # that blank is the template's
     assert "  " not in body and ",," not in body and ", ," not in body and body == body.strip(" ,")
 
 
-def test_every_subset_of_fields_of_the_full_prompt_reads_as_its_parts():
+def test_the_full_prompt_with_any_subset_of_fields_is_the_list_of_their_parts():
     for count in range(len(FIELDS) + 1):
         for names in itertools.combinations(FIELDS, count):
-            kept = {name: FIELDS[name] for name in names}
-            person = " ".join(part for part in ("age 47" if "age" in kept else "", kept.get("sex", "")) if part)
-            rest = [f"{name} {kept[name]}" for name in list(FIELDS)[2:] if name in kept]
-            assert render("full", kept) == ", ".join(part for part in ("chest x-ray", person, *rest) if part)
+            fields = {name: FIELDS[name] for name in names}
+            person = " ".join(part for part in ("age 47" * ("age" in fields), fields.get("sex", "")) if part)
+            others = [f"{name} {fields[name]}" for name in list(FIELDS)[2:] if name in fields]
+            assert render("full", fields) == ", ".join(part for part in ("chest x-ray", person, *others) if part)
 
 
 def test_an_unknown_field_lists_the_known_ones(tmp_path):
@@ -104,7 +104,7 @@ def test_an_unknown_field_lists_the_known_ones(tmp_path):
     with pytest.raises(InputError, match=r"unknown field \{agee\} .* known: age, diagnosis, finding, findings,"):
         prompts_for(data_set, "chest x-ray, age {agee}")
     assert prompts_for(data_set, "x-ray, {finding} in {sex}")[1] == "x-ray, Edema in female"
-    with pytest.raises(InputError, match=r"a brace that is no field"):
+    with pytest.raises(InputError, match=r"a brace that is not part of a field"):
         check_template("chest {", data_set.records)
     with pytest.raises(InputError, match=r"neither a prompt template nor one of: plain, person, view"):
         check_template("fulll", data_set.records)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minildm.data.open import DataSettings, open_data_set
 from minildm.data.prompts import prompts_for
 from minildm.data.reading import Transform, read
-from minildm.data.records import open_data_set
 from minildm.data.sets import phantom as phantom_set
 from minildm.errors import InputError
 from minildm.teaching import phantom
@@ -153,7 +153,7 @@ def test_a_bad_size_is_refused():
 
 
 def test_the_data_set_opens_with_prompts_in_the_full_grammar():
-    data_set = open_data_set("phantom", views="all")
+    data_set = open_data_set("phantom", DataSettings(views="all"))
     assert len(data_set) == phantom_set.N_RECORDS == len({record.patient for record in data_set.records})
     prompts = prompts_for(data_set)
     one = next(i for i, record in enumerate(data_set.records) if record.fields.get("loc") == "left")

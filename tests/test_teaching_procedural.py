@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from minildm.data.open import DataSettings, open_data_set
 from minildm.data.prompts import prompts_for
 from minildm.data.reading import Transform, read
-from minildm.data.records import open_data_set
 from minildm.data.sets.procedural import records
 from minildm.errors import InputError
 from minildm.teaching import procedural
@@ -66,12 +66,12 @@ def test_records_are_drawn_at_any_size():
 
 def test_the_data_set_opens_by_its_name(monkeypatch):
     monkeypatch.setattr(records, "__defaults__", (60, 0))  # of 40,000, whose captions take half a minute
-    data = open_data_set("procedural", limit=20)
-    assert len(data) == 20 and data.notes == ("20 of 60 drawn with seed 0 (--limit)",)
+    data = open_data_set("procedural", DataSettings(limit=20))
+    assert len(data) == 20 and data.notes == ("20 of 60 sampled with seed 0 (--limit)",)
     made = {record.name: record.fields["text"] for record in records()[0]}
     assert prompts_for(data) == [made[record.name] for record in data.records]
     pixels, picture, _ = read(data.records[0], Transform(40))
-    assert pixels.shape == (40, 40, 3) and picture.kind == "drawn"
+    assert pixels.shape == (40, 40, 3) and picture.kind == "rendered"
 
 
 def test_no_caption_speaks_of_a_chest():

@@ -1,16 +1,16 @@
 """The latent cache: what the frozen VAE (and a frozen text encoder) makes of the data, computed once.
 
-A latent row is the VAE's mean and logvar in float16, (8, size/8, size/8): drawing z from them stays random, at every
-epoch. A context row is the text encoder's output, (77, D). Rows lie in safetensors shards of up to 128, read through
-the page cache (memory-mapped), so memory held does not grow with the data.
+A latent row is the VAE's mean and logvar in float16, (8, size/8, size/8), so z can be sampled anew at every epoch. A
+context row is the text encoder's output, (77, D). Rows lie in safetensors files (shards) of up to 128 rows that are
+memory-mapped, so memory use does not grow with the data.
 
-Keys are contents: a shard folder's name is the hash of its recipe (transform, VAE weights), a row's key the hash of the
-file's bytes. What does not match is not found, so nothing stale is ever used. To look a file up without reading it
-again, its hash is remembered with its size, times and inode, as git does.
+Everything is found by content. A cache folder's name is the hash of its recipe (transform, VAE weights), a row's key is
+the hash of the image file's bytes. What has changed has another hash, so nothing stale is ever used. To avoid reading
+every file again, hashes are remembered with the file's size, times and inode, as git does.
 
-Building is a walk over blocks of 128 records. A block is locked (``flock``: given back when a process dies) and written
-whole or not at all, so a build may be killed at any time, and several processes, or the ranks of a distributed run,
-that build at once share the blocks out between them.
+Records are encoded in blocks of 128. A block is locked (``flock``, which the system releases when a process dies) and
+its shard is written whole or not at all. A build may therefore be killed at any time, and processes that build at the
+same time, such as the ranks of a distributed run, share the blocks among them.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from minildm.data.reading import read, to_tensor
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 
-SHARD_ROWS = 128  # records: what an interruption can cost, and what is held in memory while building
-SETTLED = 2.0  # seconds: a younger file could change again within the clock's resolution, its hash is not remembered
+ROWS_PER_SHARD = 128  # an interruption loses at most this many; a build holds this many in memory
+SETTLED_SECONDS = 2.0  # a file changed later than this could change again within the clock's resolution
 
 
 def weights_fingerprint(module):
-    """SHA-256 over a module's weights (names, types, shapes, bytes), wherever they were loaded from. 64 hex digits."""
+    """SHA-256, 64 hex digits, of a module's weights (names, types, shapes, bytes), whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -46,20 +46,24 @@ def weights_fingerprint(module):
     return digest.hexdigest()
 
 
+# --- rows on disk -----------------------------------------------------------------------------------------------------
 class Rows:
-    """A folder of shards: rows of one shape in float16, found by their 32-byte key."""
+    """A folder of shards: float16 rows of one shape, found by their 32-byte key.
+
+    Args: folder: of all caches; recipe: text that names everything the rows depend on besides their key.
+    """
 
     def __init__(self, folder, recipe):
-        self.folder = writable_folder(Path(folder) / hashlib.sha256(recipe.encode()).hexdigest()[:24], "--cache")
+        self.folder = writable_folder(Path(folder) / _short_hash(recipe), "--cache")
         if not (self.folder / "recipe.txt").is_file():
             with written_beside(self.folder / "recipe.txt") as path:
                 path.write_text(recipe + "\n", encoding="utf-8")
         self.shards = {}  # file name -> tensor (n, ...), memory-mapped
-        self.place = {}  # key -> (file name, row)
+        self.locations = {}  # key -> (file name, row)
         self.refresh()
 
     def refresh(self):
-        """Take in the shards that this or another process has finished since."""
+        """Add the shards that this or another process has written since."""
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             if path.name not in self.shards:
                 try:
@@ -67,55 +71,60 @@ class Rows:
                         keys, self.shards[path.name] = shard.get_tensor("keys"), shard.get_tensor("rows")
                 except Exception as error:
                     raise InputError(
-                        f"{path} is not a whole cache file ({error}); delete it, it will be built again"
+                        f"{path} is not a complete cache file ({error}); delete it, it will be built again"
                     ) from None
                 for row, key in enumerate(keys.numpy()):
-                    self.place[key.tobytes()] = (path.name, row)
+                    self.locations[key.tobytes()] = (path.name, row)
 
     def __contains__(self, key):
-        return key in self.place
+        return key in self.locations
 
     def __getitem__(self, key):
-        """The row in float32, a copy."""
-        name, row = self.place[key]
+        """A copy of the row, float32."""
+        name, row = self.locations[key]
         return self.shards[name][row].float()
 
     def add(self, keys, rows):
-        """Write rows (n, ...) under ``keys`` as one shard."""
+        """Write ``rows`` (n, ...) under ``keys`` as one shard."""
         if not torch.isfinite(rows).all() or rows.abs().max() > torch.finfo(torch.float16).max:
-            raise InputError("the network gave values float16 cannot hold; run it in float32 (--dtype float32)")
+            raise InputError("the network returned values that float16 cannot hold; run it with --dtype float32")
         tensors = {
             "keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32).copy()),
             "rows": rows.half().contiguous(),
         }
-        name = hashlib.sha256(b"".join(keys)).hexdigest()[:24]
-        with written_beside(self.folder / f"{name}.safetensors") as path:
+        with written_beside(self.folder / f"{_short_hash(b''.join(keys))}.safetensors") as path:
             save_file(tensors, path)
         self.refresh()
 
-    def need(self, count, row_bytes):
-        """Stop before the work begins if ``count`` rows will not fit on the disk."""
+    def require_space(self, count, row_bytes):
+        """Raise InputError before any work is done if ``count`` more rows do not fit on the disk."""
         needed, free = int(count * row_bytes * 1.02), shutil.disk_usage(self.folder).free
         if needed > free:
             raise InputError(
-                f"the cache needs {needed / 1e9:.2f} GB for {count:,} rows, {self.folder} has "
-                f"{free / 1e9:.2f} GB free; make room or give another --cache"
+                f"the cache needs {needed / 1e9:.2f} GB for {count:,} rows, {self.folder} has {free / 1e9:.2f} GB "
+                "free; free some space or give another --cache"
             )
 
     @contextlib.contextmanager
     def locked(self, name, wait):
-        """Hold a block's lock. Yields False, without it, if another process has it and ``wait`` is off."""
+        """Hold the lock ``name``. Yields False, without it, if another process holds it and ``wait`` is False."""
         with open(self.folder / f"{name}.lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
                 return
-            yield True  # closing the file gives the lock back
+            yield True  # closing the file releases the lock
 
 
+def _short_hash(content):
+    """The 24 hex digits that name a folder or file."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:24]
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------
 class CachedLatents:
-    """Moments of the pictures of a data set, in its order. ``records``: those that could be read."""
+    """The VAE's moments for ``records``, in their order. ``keys``: the record's key in ``rows``."""
 
     def __init__(self, rows, records, keys):
         self.rows, self.records, self.keys = rows, records, keys
@@ -124,109 +133,118 @@ class CachedLatents:
         return len(self.records)
 
     def moments(self, i):
-        """Record i's (mean, logvar), each float32 (4, h, w): raw, no scaling factor."""
+        """Record i's (mean, logvar), each float32 (4, h, w), without the scaling factor."""
         return self.rows[self.keys[i]].chunk(2)
 
 
 def latent_cache(records, transform, vae, folder, batch_size=4, workers=2, skip_bad=False):
-    """Encode what is not encoded yet.
+    """Encode the images that are not in the cache yet.
 
     Args:
-        records: of an opened data set; transform: reading.Transform; vae: on the device and in the dtype to run in.
-        folder: where caches live; any number of data sets, sizes and VAEs may share it.
+        records: of an opened data set; transform: reading.Transform.
+        vae: on the device and in the dtype to run in.
+        folder: of all caches; data sets, sizes and VAEs may share it.
         workers: threads that read and decode while the VAE encodes.
-        skip_bad: leave pictures out that cannot be decoded, and go on; otherwise they are an error, after all others
-            have been cached.
+        skip_bad: leave out images that cannot be decoded. Otherwise they are an error, once all others are cached.
     Returns: CachedLatents.
-    Raises: InputError for undecodable pictures (count and first five), a file that changes meanwhile, too small a disk.
+    Raises: InputError for images that cannot be decoded (their number and the first five), for a file that changes
+        during the build, and for a disk that is too small.
     """
     rows = Rows(folder, f"latents (mean, logvar) of {transform}; VAE {weights_fingerprint(vae)}")
-    keys, bad = [None] * len(records), {}
-    blocks = [range(start, min(start + SHARD_ROWS, len(records))) for start in range(0, len(records), SHARD_ROWS)]
-    names = {
-        block: hashlib.sha256("\n".join(_label(records[i]) for i in block).encode()).hexdigest()[:24]
-        for block in blocks
-    }
-
-    def look_up(block):
-        """Fill in the keys of what is cached; the others are returned."""
-        seen = _remembered(rows.folder / f"{names[block]}.json")
-        for i in block:
-            key = seen.get(_state(records[i])) if records[i].path is not None else None
-            keys[i] = key if key in rows else None
-        return [i for i in block if keys[i] is None and i not in bad]
-
-    missing = {block: todo for block in blocks if (todo := look_up(block))}
-    side = transform.size // 8
-    rows.need(sum(map(len, missing.values())), row_bytes=8 * side * side * 2)
+    build = _LatentBuild(records, transform, vae, rows, batch_size)
+    missing = {block: len(indices) for block in build.blocks if (indices := build.look_up(block))}
+    rows.require_space(sum(missing.values()), row_bytes=8 * (transform.size // 8) ** 2 * 2)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=sum(map(len, missing.values())), unit="picture", desc="caching latents", disable=not missing) as bar,
+        tqdm(total=sum(missing.values()), unit="image", desc="caching latents", disable=not missing) as progress,
     ):
-        for wait in (False, True):  # first the blocks nobody else is at, then see to the others
+        for wait in (False, True):  # first the blocks that no other process works on, then wait for the others
             for block in list(missing):
-                with rows.locked(names[block], wait) as ours:
-                    if not ours:
-                        continue
-                    rows.refresh()
-                    _encode_block(records, look_up(block), keys, bad, rows, transform, vae, batch_size, pool)
-                    _remember(rows.folder / f"{names[block]}.json", records, keys, block)
-                    bar.update(len(missing.pop(block)))
-    if bad and not skip_bad:
+                with rows.locked(build.names[block], wait) as locked:
+                    if locked:
+                        build.encode(block, pool)
+                        progress.update(missing.pop(block))
+    if build.errors and not skip_bad:
+        first = [build.errors[i] for i in sorted(build.errors)[:5]]
         raise InputError(
-            f"{len(bad):,} of {len(records):,} pictures cannot be used: "
-            f"{'; '.join([bad[i] for i in sorted(bad)[:5]])}; --skip-bad goes on without them"
+            f"{len(build.errors):,} of {len(records):,} images cannot be used: {'; '.join(first)}; "
+            "replace them, or leave them out with --skip-bad"
         )
-    kept = [i for i in range(len(records)) if i not in bad]
-    return CachedLatents(rows, tuple(records[i] for i in kept), [keys[i] for i in kept])
+    usable = [i for i in range(len(records)) if i not in build.errors]
+    return CachedLatents(rows, tuple(records[i] for i in usable), [build.keys[i] for i in usable])
 
 
-def _encode_block(records, todo, keys, bad, rows, transform, vae, batch_size, pool):
-    weight = next(vae.parameters())
-    new_keys, new_rows, waiting, states = [], [], [], {}
+class _LatentBuild:
+    """The state of one build: which records have a row, and which cannot be decoded."""
 
-    def load(i):
-        states[i] = _state(records[i])
-        try:
-            pixels, _, key = read(records[i], transform)
-            return i, pixels, key
-        except InputError as error:
-            return i, None, str(error)
+    def __init__(self, records, transform, vae, rows, batch_size):
+        self.records, self.transform, self.vae, self.rows, self.batch_size = records, transform, vae, rows, batch_size
+        starts = range(0, len(records), ROWS_PER_SHARD)
+        self.blocks = [range(start, min(start + ROWS_PER_SHARD, len(records))) for start in starts]
+        self.names = {block: _short_hash("\n".join(_label(records[i]) for i in block)) for block in self.blocks}
+        self.keys = [None] * len(records)  # a record's key, once known
+        self.errors = {}  # record's index -> why it cannot be decoded
 
-    def encode():
-        images = to_tensor(np.stack([pixels for _, pixels in waiting])).to(weight.device, weight.dtype)
+    def look_up(self, block):
+        """Fill in the keys of the block's records whose file is unchanged. Returns: the indices of the others."""
+        hashes = _load_hashes(self.rows.folder / f"{self.names[block]}.json")
+        for i in block:
+            key = hashes.get(_file_state(self.records[i])) if self.records[i].path is not None else None
+            self.keys[i] = key if key in self.rows else None
+        return [i for i in block if self.keys[i] is None and i not in self.errors]
+
+    def encode(self, block, pool):
+        """Read the block's records that are still missing, encode those without a row, and write them as one shard."""
+        self.rows.refresh()  # another process may have encoded the block meanwhile
+        missing = self.look_up(block)
+        states, new_keys, new_rows, batch = {}, [], [], []
+
+        def load(i):
+            states[i] = _file_state(self.records[i])
+            try:
+                pixels, _, key = read(self.records[i], self.transform)
+                return i, key, pixels
+            except InputError as error:
+                self.errors[i] = str(error)
+                return i, None, None
+
+        for i, key, pixels in pool.map(load, missing):
+            self.keys[i] = key
+            if key is None or key in self.rows or key in new_keys:  # a file that occurs twice is encoded once
+                continue
+            new_keys.append(key)
+            batch.append(pixels)
+            if len(batch) == self.batch_size:
+                new_rows.append(self._moments(batch))
+                batch.clear()
+        if batch:
+            new_rows.append(self._moments(batch))
+        for i in missing:
+            if self.records[i].path is not None and i not in self.errors and _file_state(self.records[i]) != states[i]:
+                raise InputError(
+                    f"{self.records[i].path} changed while the cache was being built; run again once the files no "
+                    "longer change"
+                )
+        if new_rows:
+            self.rows.add(new_keys, torch.cat(new_rows))
+        _save_hashes(self.rows.folder / f"{self.names[block]}.json", [(self.records[i], self.keys[i]) for i in block])
+
+    def _moments(self, batch):
+        """List of uint8 (H, W, 3) -> mean and logvar, float32 (B, 8, h, w) on the CPU."""
+        weight = next(self.vae.parameters())
+        images = to_tensor(np.stack(batch)).to(weight.device, weight.dtype)
         with torch.no_grad():
-            z = vae.encode(images)
-        new_rows.append(torch.cat([z.mean, z.logvar], dim=1).float().cpu())  # (B, 8, h, w)
-        new_keys.extend(key for key, _ in waiting)
-        waiting.clear()
-
-    for i, pixels, key in pool.map(load, todo):
-        if pixels is None:
-            bad[i] = key
-            continue
-        keys[i] = key
-        if key not in rows and key not in new_keys and all(key != other for other, _ in waiting):
-            waiting.append((key, pixels))  # a file that is there twice is encoded once
-        if len(waiting) == batch_size:
-            encode()
-    if waiting:
-        encode()
-    for i in todo:
-        if records[i].path is not None and i not in bad and _state(records[i]) != states[i]:
-            raise InputError(
-                f"{records[i].path} changed while the cache was being built; start again when it is at rest"
-            )
-    if new_rows:
-        rows.add(new_keys, torch.cat(new_rows))
+            z = self.vae.encode(images)
+        return torch.cat([z.mean, z.logvar], dim=1).float().cpu()
 
 
 def _label(record):
     return record.name if record.path is None else str(record.path.absolute())
 
 
-def _state(record):
-    """What the file system says of a file; the change time (ctime) betrays even a replacement with the old mtime."""
+def _file_state(record):
+    """The file's path, size, times and inode as text. The change time (ctime) reveals a file that was replaced by one
+    with the old modification time."""
     if record.path is None:
         return None
     try:
@@ -236,26 +254,28 @@ def _state(record):
     return f"{record.path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
-def _remembered(path):
-    """{a file's state: its content's hash} as written by ``_remember``."""
+def _load_hashes(path):
+    """{file state: SHA-256 of the content}, as written by _save_hashes."""
     if not path.is_file():
         return {}
     return {state: bytes.fromhex(key) for state, key in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def _remember(path, records, keys, block):
+def _save_hashes(path, keyed_records):
+    """Remember the content hashes of (record, key) pairs, except of files that changed moments ago."""
     now = time.time()
     states = {
-        _state(records[i]): keys[i].hex()
-        for i in block
-        if keys[i] is not None and records[i].path is not None and now - os.stat(records[i].path).st_ctime > SETTLED
+        _file_state(record): key.hex()
+        for record, key in keyed_records
+        if key is not None and record.path is not None and now - os.stat(record.path).st_ctime > SETTLED_SECONDS
     }
     with written_beside(path) as beside:
         beside.write_text(json.dumps(states), encoding="utf-8")
 
 
+# --- contexts ---------------------------------------------------------------------------------------------------------
 class CachedContexts:
-    """The text encoder's output for each of a list of prompts."""
+    """The text encoder's output for each prompt of a list. ``keys``: the prompt's key in ``rows``."""
 
     def __init__(self, rows, keys):
         self.rows, self.keys = rows, keys
@@ -269,29 +289,29 @@ class CachedContexts:
 
 
 def context_cache(prompts, tokenize, text_encoder, folder, batch_size=16):
-    """Encode each different prompt once, for a frozen text encoder.
+    """Encode each different prompt once, with a frozen text encoder.
 
-    Args: tokenize: prompts -> int64 (B, 77); text_encoder: token ids -> (B, 77, D).
+    Args: tokenize: prompts -> int64 (B, 77); text_encoder: token ids -> (B, 77, D); folder: of all caches.
     Returns: CachedContexts, in the order of ``prompts``.
     """
     rows = Rows(folder, f"contexts; text encoder {weights_fingerprint(text_encoder)}")
-    weight = next(text_encoder.parameters())
-    keys, missing, width = [], {}, 0
+    device = next(text_encoder.parameters()).device
+    keys, missing = [], {}
     for start in range(0, len(prompts), 1024):
         for token_ids in tokenize(prompts[start : start + 1024]):
             key = hashlib.sha256(token_ids.numpy().astype("<i8").tobytes()).digest()
             keys.append(key)
             if key not in rows:
                 missing[key] = token_ids
-    todo = list(missing.items())
-    for start in tqdm(range(0, len(todo), SHARD_ROWS), desc="caching contexts", disable=not todo):
-        block, outputs = todo[start : start + SHARD_ROWS], []
-        for first in range(0, len(block), batch_size):
-            token_ids = torch.stack([ids for _, ids in block[first : first + batch_size]])
+    missing = list(missing.items())
+    for start in tqdm(range(0, len(missing), ROWS_PER_SHARD), desc="caching contexts", disable=not missing):
+        shard, contexts = missing[start : start + ROWS_PER_SHARD], []
+        for first in range(0, len(shard), batch_size):
+            token_ids = torch.stack([ids for _, ids in shard[first : first + batch_size]])
             with torch.no_grad():
-                outputs.append(text_encoder(token_ids.to(weight.device)).float().cpu())  # (B, 77, D)
-        if not width:
-            width = outputs[0].shape[-1]
-            rows.need(len(todo), row_bytes=outputs[0][0].numel() * 2)
-        rows.add([key for key, _ in block], torch.cat(outputs))
+                contexts.append(text_encoder(token_ids.to(device)).float().cpu())  # (B, 77, D)
+        contexts = torch.cat(contexts)
+        if start == 0:  # the width is known now
+            rows.require_space(len(missing), row_bytes=contexts[0].numel() * 2)
+        rows.add([key for key, _ in shard], contexts)
     return CachedContexts(rows, keys)

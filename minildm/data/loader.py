@@ -1,29 +1,39 @@
-"""Records and prompts -> training batches, in an order that a resumed run can continue exactly."""
+"""Records and prompts -> training batches, in an order that a resumed run continues exactly.
 
-import hashlib
+A run's samples form one endless sequence: epoch after epoch, each in its own seeded order. A sample's ``id`` is its
+position in that sequence, so step s with batch size B holds the ids s * B ... s * B + B - 1. Everything random about a
+sample (which record it is, and later its timestep and noise) is a function of (seed, id) alone. It does not depend on
+where a run was interrupted, on the number of workers, or on how a batch is divided.
+"""
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from minildm.data.reading import read, to_tensor
+from minildm.seeds import seeded
 
-KEPT_BYTES = 2 * 10**9  # of decoded pictures in memory, in each process that reads
+PIXEL_CACHE_BYTES = 2 * 10**9  # of decoded images held in memory, in each process that reads
 
 
 class TrainingPairs(Dataset):
-    """Item i is a dict: ``index`` i, ``prompt``, and
-    ``images`` float32 (3, size, size) in [-1, 1], or, where latents are cached, ``mean`` and ``logvar`` float32
-    (4, h, w); and ``context`` float32 (77, D) where contexts are cached.
+    """Images or their latents, with prompts.
 
-    Args: records and prompts in one order; transform: reading.Transform; latents: cache.CachedLatents of these records;
-    contexts: cache.CachedContexts of these prompts. Give a transform or latents.
+    Item i is a dict:
+        index     i
+        prompt    str
+        images    float32 (3, size, size) in [-1, 1]; or, with ``latents``,
+        mean, logvar    float32 (4, h, w), without the scaling factor
+        context   float32 (77, D), with ``contexts``
+
+    Args: records, prompts: in one order. transform: reading.Transform, or latents: cache.CachedLatents of these
+    records. contexts: cache.CachedContexts of these prompts.
     """
 
     def __init__(self, records, prompts, transform=None, latents=None, contexts=None):
         assert len(records) == len(prompts) and (transform is None) != (latents is None)
         self.records, self.prompts = records, prompts
         self.transform, self.latents, self.contexts = transform, latents, contexts
-        self.kept, self.room = {}, KEPT_BYTES
+        self.pixel_cache, self.free_bytes = {}, PIXEL_CACHE_BYTES
 
     def __len__(self):
         return len(self.records)
@@ -33,32 +43,32 @@ class TrainingPairs(Dataset):
         if self.latents is not None:
             item["mean"], item["logvar"] = self.latents.moments(i)
         else:
-            item["images"] = to_tensor(self._picture(i))
+            item["images"] = to_tensor(self._pixels(i))
         if self.contexts is not None:
             item["context"] = self.contexts[i]
         return item
 
-    def _picture(self, i):
-        """uint8 (size, size, 3). A file is decoded once, as long as there is room: a large film takes 40 ms."""
-        if i in self.kept:
-            return self.kept[i]
+    def _pixels(self, i):
+        """uint8 (size, size, 3). A file is decoded once while memory allows: a large radiograph takes 40 ms."""
+        if i in self.pixel_cache:
+            return self.pixel_cache[i]
         pixels = read(self.records[i], self.transform)[0]
-        if self.records[i].render is None and pixels.nbytes <= self.room:
-            self.kept[i], self.room = pixels, self.room - pixels.nbytes
+        if self.records[i].render is None and pixels.nbytes <= self.free_bytes:
+            self.pixel_cache[i] = pixels
+            self.free_bytes -= pixels.nbytes
         return pixels
 
 
 def epoch_order(n, seed, epoch, classes=None):
-    """The order of one epoch: a function of (seed, epoch) and of nothing else.
+    """The order of the records in one epoch, a function of the arguments alone.
 
     Args:
-        classes: one tuple of class names a record (splits.classes_of) for balanced sampling: every class comes equally
-            often, its members in turn; frequent classes show only some members an epoch, rare ones repeat, records
-            without a class do not come.
+        classes: a tuple of class names for each record (splits.classes_of), for balanced sampling: every class comes
+            equally often and its members take turns. An epoch then shows only some members of frequent classes, repeats
+            those of rare ones, and never shows records without a class.
     Returns: int64 (n,) indices.
     """
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = seeded(seed, epoch)
     if classes is None:
         return torch.randperm(n, generator=generator)
     members = {}
@@ -73,30 +83,32 @@ def epoch_order(n, seed, epoch, classes=None):
     return torch.tensor(turns)[torch.randperm(len(turns), generator=generator)][:n]
 
 
-class StepBatches(Sampler):
-    """Lists of indices for the steps [first_step, last_step): step s takes the samples s * B ... s * B + B - 1 of the
-    endless sequence of epochs. Every batch is full: one may end an epoch and begin the next."""
+class SampleSequence(Dataset):
+    """The endless sequence of a run's samples: item ``id`` is an item of ``pairs`` with its ``id`` and ``weight`` 1."""
 
-    def __init__(self, n, batch_size, seed, first_step, last_step, classes=None):
-        self.n, self.batch_size, self.seed, self.classes = n, batch_size, seed, classes
-        self.steps = range(first_step, last_step)
+    def __init__(self, pairs, seed, classes=None):
+        self.pairs, self.seed, self.classes = pairs, seed, classes
+        self.epoch, self.order = None, None  # the epoch last asked for; ids come in ascending order
 
-    def __len__(self):
-        return len(self.steps)
+    def record_index(self, id):
+        """Which record sample ``id`` shows, as an index into ``pairs``."""
+        epoch, position = divmod(id, len(self.pairs))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, epoch_order(len(self.pairs), self.seed, epoch, self.classes)
+        return int(self.order[position])
 
-    def __iter__(self):
-        epoch, order = None, None
-        for step in self.steps:
-            batch = []
-            for k in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if k // self.n != epoch:
-                    epoch = k // self.n
-                    order = epoch_order(self.n, self.seed, epoch, self.classes)
-                batch.append(int(order[k % self.n]))
-            yield batch
+    def __getitem__(self, id):
+        return {**self.pairs[self.record_index(id)], "id": id, "weight": torch.tensor(1.0)}
 
 
 def training_batches(pairs, batch_size, seed, first_step, last_step, workers=0, classes=None):
-    """A DataLoader over the steps [first_step, last_step). Workers only read ahead: no batch depends on them."""
-    sampler = StepBatches(len(pairs), batch_size, seed, first_step, last_step, classes)
-    return DataLoader(pairs, batch_sampler=sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
+    """A DataLoader over the batches of steps [first_step, last_step).
+
+    A batch is a dict with the entries of ``pairs``, stacked to (B, ...), and
+        id        int64 (B,): step * batch_size + position, see the module's docstring
+        weight    float32 (B,): ones; a task may weight its samples' losses
+    Every batch is full. Workers only read ahead: no batch depends on their number.
+    """
+    samples = SampleSequence(pairs, seed, classes)
+    ids = [range(step * batch_size, (step + 1) * batch_size) for step in range(first_step, last_step)]
+    return DataLoader(samples, batch_sampler=ids, num_workers=workers, pin_memory=torch.cuda.is_available())

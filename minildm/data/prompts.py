@@ -1,28 +1,25 @@
-"""Caption fields -> prompts, by a template in which a missing field leaves no hole.
+"""Caption fields -> prompts, from a template in which a missing field leaves no hole.
 
-A template is text with fields: ``chest x-ray, age {age} {sex}, view {view}``. ``{Sex}`` gives the value a capital.
-It is cut into pieces at ``,`` and ``;``. Inside a piece a field owns the words before it (and what touches it behind,
-as in ``{age}-year-old``): when it is missing they go with it. A piece that had fields and lost them all goes with its
-comma. So without an age the example reads ``chest x-ray, male, view PA``, and with nothing known ``chest x-ray``.
+A template is a text with fields: ``chest x-ray, age {age} {sex}, view {view}``. ``{Sex}`` capitalizes the value.
+Commas and semicolons cut the template into pieces. Within a piece, the words before a field belong to it, and so does
+text that directly follows it, as in ``{age}-year-old``. A missing field is dropped along with the text that belongs to
+it, and a piece whose fields are all missing is dropped along with its comma. Without an age the example gives
+``chest x-ray, male, view PA``, and with no fields at all ``chest x-ray``.
 """
 
 import re
 
 from minildm.errors import InputError
 
-PADCHEST = (
-    "chest x-ray, age {age} {sex}, view {view}, projection {projection}, modality {modality}, "
-    "diagnosis {diagnosis}, loc {loc}"
-)
-
-# The levels of detail that can be asked for by name. "full" is the report's longest chest X-ray prompt, "montgomery"
-# and "findings" are what the SeLoRA paper (arXiv:2408.07196) trains its two data sets on.
+# Templates that can be chosen by name. "full" is the longest prompt for PadChest; "montgomery" and "findings" are those
+# of the SeLoRA paper (arXiv:2408.07196), "impression" is RoentGen's (arXiv:2211.12737).
 TEMPLATES = {
     "plain": "chest x-ray",
-    "person": ", ".join(PADCHEST.split(", ")[:2]),
-    "view": ", ".join(PADCHEST.split(", ")[:5]),
+    "person": "chest x-ray, age {age} {sex}",
+    "view": "chest x-ray, age {age} {sex}, view {view}, projection {projection}, modality {modality}",
     "diagnosis": "chest x-ray, diagnosis {diagnosis}, loc {loc}",
-    "full": PADCHEST,
+    "full": "chest x-ray, age {age} {sex}, view {view}, projection {projection}, modality {modality}, "
+    "diagnosis {diagnosis}, loc {loc}",
     "montgomery": " age:{age}, gender:{Sex}, findings:{findings}",
     "findings": "{findings}",
     "impression": "{impression}",
@@ -31,7 +28,7 @@ FIELDS = ("age", "sex", "view", "projection", "modality", "diagnosis", "loc", "f
 
 
 def render(template, fields):
-    """One prompt. ``template`` is a name of TEMPLATES or a text with fields; unknown fields count as missing."""
+    """One prompt. ``template`` is a name in TEMPLATES or a text with fields; a field not in ``fields`` is missing."""
     template = TEMPLATES.get(template, template)
     parts = re.split(r"([,;])", template)  # piece, separator, piece, separator, ..., piece
     prompt = ""
@@ -43,17 +40,17 @@ def render(template, fields):
 
 
 def _render_piece(piece, fields):
-    """The piece with its fields filled in, or None if it had fields and none of them is known."""
-    chunks = re.findall(r"[^{}]*\{\w+\}[^\s{}]*", piece)
+    """The piece with its fields filled in, or None if it has fields and all of them are missing."""
+    chunks = re.findall(r"[^{}]*\{\w+\}[^\s{}]*", piece)  # a field and the text that belongs to it
     if not chunks:
         return piece
     rest = piece[sum(map(len, chunks)) :]  # the words after the last field stay with the piece
     filled = []
     for chunk in chunks:
-        before, name, behind = re.fullmatch(r"([^{}]*)\{(\w+)\}(.*)", chunk).groups()
+        before, name, after = re.fullmatch(r"([^{}]*)\{(\w+)\}(.*)", chunk).groups()
         value = fields.get(name) or fields.get(name.lower())
         if value:
-            filled.append(before + (value[:1].upper() + value[1:] if name[0].isupper() else value) + behind)
+            filled.append(before + (value[:1].upper() + value[1:] if name[0].isupper() else value) + after)
     if not filled:
         return None
     leading = piece[: len(piece) - len(piece.lstrip())]
@@ -63,8 +60,8 @@ def _render_piece(piece, fields):
 def prompts_for(data_set, template=None):
     """The prompts of a data set's records, in their order.
 
-    Args: template: the user's (--prompt-template), or None for the data set's own.
-    Raises: InputError for an unknown field, listing the known ones, and where records would be left with no prompt.
+    Args: template: as in --prompt-template; None = the data set's default.
+    Raises: InputError if there is no template, if it has an unknown field, or if it leaves a record without a prompt.
     """
     template = data_set.prompt if template is None else template
     if template is None:
@@ -73,19 +70,22 @@ def prompts_for(data_set, template=None):
     prompts = [render(template, record.fields) for record in data_set.records]
     if empty := [record.name for record, prompt in zip(data_set.records, prompts) if not prompt.strip()]:
         raise InputError(
-            f"{len(empty):,} of {len(prompts):,} prompts are empty with the template {template!r}, such "
-            f"as that of {empty[0]}; give a --prompt-template with fields that are known"
+            f"{len(empty):,} of {len(prompts):,} prompts are empty with the template {template!r}, such as that of "
+            f"{empty[0]}; give a --prompt-template with fields that every record has"
         )
     return prompts
 
 
 def check_template(template, records):
+    """Raise InputError for an unknown field, a stray brace, or a single word that is not a name in TEMPLATES."""
     template = TEMPLATES.get(template, template)
     known = sorted({*FIELDS, *(name for record in records for name in record.fields)})
     names = re.findall(r"\{(\w+)\}", template)
     if unknown := [name for name in names if name not in known and name.lower() not in known]:
         raise InputError(f"unknown field {{{unknown[0]}}} in the prompt template; known: {', '.join(known)}")
     if len(names) != template.count("{") or len(names) != template.count("}"):
-        raise InputError(f"the prompt template {template!r} has a brace that is no field; write fields as {{age}}")
+        raise InputError(
+            f"the prompt template {template!r} has a brace that is not part of a field; write fields as {{age}}"
+        )
     if not names and " " not in template and template not in TEMPLATES.values():
         raise InputError(f"{template!r} is neither a prompt template nor one of: {', '.join(TEMPLATES)}")

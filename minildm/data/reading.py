@@ -1,15 +1,15 @@
-"""Image files -> 8-bit pictures of one size. PNG, TIFF, JPEG (whatever Pillow reads) and DICOM (extra ``dicom``).
+"""Image files -> 8-bit images of one size. Reads what Pillow reads (PNG, TIFF, JPEG, ...) and DICOM (extra ``dicom``).
 
-How the greys of a deep picture become 8 bits decides what the model sees, so it is done here, never by Pillow's
-``convert`` (which clamps 16-bit grey at 255), and is recorded in ``DecodedImage.greys``:
+How more than 8 bits of grey become 8 decides what the model sees. It is done here, never by Pillow's ``convert``
+(which clamps 16-bit grey at 255), and is recorded in ``DecodedImage.greys``:
 
-- "declared" (default): what the file says. DICOM: its VOI LUT or window. Otherwise the real range: the whole bit depth
-  in use (255, 1023, 4095, 16383 or 65535, the first that holds the maximum), so that a ramp stays a ramp; minimum to
-  maximum where there is no such depth (signed, 32-bit, float). Deep DICOM without a window fills little of its range:
-  percentiles there.
-- "percentiles": the 0.5th to the 99.5th percentile of each picture, whatever the file says.
+- "declared" (default): what the file declares. DICOM: its VOI LUT or window. Otherwise the whole bit depth in use (the
+  first of 255, 1023, 4095, 16383 and 65535 that holds the maximum), so that a ramp stays a ramp. Signed, 32-bit and
+  float images: minimum to maximum. DICOM of more than 8 bits without a window: percentiles, because it fills little of
+  its range.
+- "percentiles": the 0.5th to the 99.5th percentile of each image, whatever the file declares.
 
-MONOCHROME1 DICOM and white-is-zero TIFF (0 = white) are inverted. Not covered: DICOM with several frames.
+MONOCHROME1 DICOM and white-is-zero TIFF, where 0 is white, are inverted. Not covered: DICOM with several frames.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minildm.errors import InputError
 
-READING = 1  # raise it when a file would be read differently than before: it is part of every cache key
-MOST_PIXELS = 100_000_000  # a 20-megapixel radiograph is large; a file that unpacks to more than this is refused
-DEPTHS = (8, 10, 12, 14, 16)  # bits a grey detector is built with
-LOW, HIGH = 0.5, 99.5  # percentiles
+READING = 1  # part of every cache key: raise it whenever a file would be read differently than before
+MAX_PIXELS = 100_000_000  # larger images are refused; a large radiograph has 20 million
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # of grey detectors
+PERCENTILES = (0.5, 99.5)
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Transform:
-    """From a file to the model's square: one description for reading, for the cache's key and for the run's record."""
+    """How a file becomes the model's square image. Its text is part of the latent cache's key."""
 
     size: int = 512  # pixels, a multiple of 8
-    fit: str = "crop"  # the shortest side to ``size``, then its centre | "pad": the longest side, then black
-    greys: str = "declared"  # or "percentiles"; see the module's docstring
+    fit: str = "crop"  # "crop": scale the shorter side to ``size``, cut out the centre; "pad": longer side, add black
+    greys: str = "declared"  # or "percentiles": see the module's docstring
 
     def __post_init__(self):
         if self.size < 8 or self.size % 8:
@@ -58,24 +58,25 @@ class Transform:
 
 
 def read(record, transform, whole=False):
-    """Read one record's picture.
+    """Read a record's image.
 
-    Args: whole: decode large JPEGs at their full size, for measuring, where a run takes a shortcut.
-    Returns: (pixels uint8 (size, size, 3), DecodedImage as decoded, SHA-256 of the file's bytes: 32 bytes).
-    Raises: InputError naming the file when it cannot be read.
+    Args: whole: decode large JPEGs at full size, to measure them; otherwise they are decoded at a reduced scale.
+    Returns: (pixels uint8 (size, size, 3), DecodedImage before fitting, SHA-256 of the file's bytes: 32 bytes).
+    Raises: InputError naming the file if it cannot be read.
     """
     if record.render is not None:
         pixels = record.render(transform.size)
         key = hashlib.sha256(pixels.tobytes()).digest()
-        picture = DecodedImage(pixels, "drawn", "8 bits, as drawn")
+        decoded = DecodedImage(pixels, "rendered", "8 bits, as rendered")
     else:
         data = file_bytes(record.path)
         key = hashlib.sha256(data).digest()
-        picture = decode(data, record.path, transform.greys, at_least=None if whole else transform.size)
-    return fit(picture.pixels, transform), picture, key
+        decoded = decode(data, record.path, transform.greys, at_least=None if whole else transform.size)
+    return fit(decoded.pixels, transform), decoded, key
 
 
 def file_bytes(path):
+    """The file's bytes. Raises InputError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -84,12 +85,13 @@ def file_bytes(path):
 
 
 def decode(data, name, greys="declared", at_least=None):
-    """A file's bytes -> DecodedImage.
+    """Decode the bytes of an image file.
 
     Args:
-        name: used in messages, and its suffix tells DICOM files that lack the preamble.
-        at_least: pixels the shortest side must keep; a large JPEG is then decoded straight to a smaller scale.
-    Raises: InputError, one line, for an empty, truncated, oversized or otherwise undecodable file.
+        name: for error messages; its suffix also identifies DICOM files that lack the preamble.
+        at_least: pixels the shorter side must keep; a large JPEG is then decoded directly at a smaller scale.
+    Returns: DecodedImage.
+    Raises: InputError, in one line, for an empty, truncated, oversized or otherwise undecodable file.
     """
     if not data:
         raise InputError(f"{name}: the file is empty (0 bytes)")
@@ -98,32 +100,31 @@ def decode(data, name, greys="declared", at_least=None):
         return _decode_dicom(data, name, greys) if is_dicom else _decode_with_pillow(data, name, greys, at_least)
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # on broken bytes the decoders raise almost anything: SyntaxError, struct.error, ...
+    except Exception as error:  # broken bytes make decoders raise almost anything: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its words name an object in memory
-            reason = "no known picture format"
-        raise InputError(f"{name}: cannot be decoded as a picture ({reason[:200]})") from None
+        if isinstance(error, UnidentifiedImageError):  # its text only names a BytesIO object
+            reason = "unknown image format"
+        raise InputError(f"{name}: cannot be decoded as an image ({reason[:200]})") from None
 
 
 def _decode_with_pillow(data, name, greys, at_least):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of size (checked here) and of odd metadata
+        warnings.simplefilter("ignore")  # about size, which is checked here, and about odd metadata
         image = Image.open(io.BytesIO(data))
         _check_size(name, image.width, image.height)
         if getattr(image, "n_frames", 1) > 1:
-            raise InputError(f"{name}: holds {image.n_frames} pictures, expected one; split it into single files")
-        if at_least is not None:  # libjpeg scales by 1/2, 1/4, 1/8 while decoding; twice the size leaves room to filter
+            raise InputError(f"{name}: holds {image.n_frames} images, expected one; split it into single files")
+        if at_least is not None:  # libjpeg can scale by 1/2, 1/4 or 1/8; twice the size leaves detail for filtering
             image.draft(image.mode, (2 * at_least, 2 * at_least))
         white_is_zero = image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(262) == 0
         image.load()
         image = ImageOps.exif_transpose(image)
 
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image)
         bits = 16 if image.mode.startswith("I;16") else 32
         kind = "32-bit float grey" if image.mode == "F" else f"{bits}-bit grey"
-        pixels, how = to_8_bit(values, name, greys)
-        return DecodedImage(255 - pixels if white_is_zero else pixels, kind, how + ", inverted" * white_is_zero)
+        pixels, mapping = to_8_bit(np.asarray(image), name, greys)
+        return DecodedImage(255 - pixels if white_is_zero else pixels, kind, mapping + ", inverted" * white_is_zero)
 
     kind = {"L": "8-bit grey", "1": "1-bit grey", "P": "palette", "LA": "grey + alpha"}.get(image.mode, image.mode)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
@@ -136,10 +137,10 @@ def _decode_with_pillow(data, name, greys, at_least):
         and np.array_equal(pixels[..., 0], pixels[..., 1])
         and np.array_equal(pixels[..., 0], pixels[..., 2])
     ):
-        pixels = np.ascontiguousarray(pixels[..., 0])  # grey in three channels: resizing one of them is enough
+        pixels = np.ascontiguousarray(pixels[..., 0])  # grey stored in three channels: one is faster to resize
     if greys == "percentiles" and pixels.ndim == 2:
-        pixels, how = to_8_bit(pixels, name, greys)
-        return DecodedImage(pixels, kind, how)
+        pixels, mapping = to_8_bit(pixels, name, greys)
+        return DecodedImage(pixels, kind, mapping)
     return DecodedImage(pixels, kind, "8 bits, as stored")
 
 
@@ -157,31 +158,31 @@ def _decode_dicom(data, name, greys):
         _check_size(name, int(header.Columns), int(header.Rows))
         if int(header.get("NumberOfFrames") or 1) > 1:
             raise InputError(f"{name}: holds {header.NumberOfFrames} frames, expected one; split it into single files")
-        values = header.pixel_array  # (H, W), or (H, W, 3) already as RGB
+        values = header.pixel_array  # (H, W), or (H, W, 3) already converted to RGB
         stored, photometric = int(header.BitsStored), header.PhotometricInterpretation
         kind = f"DICOM {stored}-bit {photometric}"
         if photometric not in ("MONOCHROME1", "MONOCHROME2"):
             if values.ndim != 3 or values.dtype != np.uint8:
-                raise InputError(f"{name}: {kind} is not read; export it as RGB PNG")
+                raise InputError(f"{name}: {kind} is not supported; export it as RGB PNG")
             return DecodedImage(values, kind, "8 bits, as stored")
         values = apply_modality_lut(values, header)  # stored values -> detector or Hounsfield units
         if greys == "declared" and "VOILUTSequence" in header:
-            pixels, how = to_8_bit(apply_voi(values, header), name, "declared")
-            how = f"VOI LUT, {how}"
+            pixels, mapping = to_8_bit(apply_voi(values, header), name, "declared")
+            mapping = f"VOI LUT, {mapping}"
         elif greys == "declared" and header.get("WindowWidth") is not None:
-            pixels, how = _windowed(values, header)
+            pixels, mapping = _windowed(values, header)
         elif greys == "declared" and stored == 8:
-            pixels, how = to_8_bit(values, name, "declared")
+            pixels, mapping = to_8_bit(values, name, "declared")
         else:
             padding = header.get("PixelPaddingValue")
-            pixels, how = to_8_bit(values, name, "percentiles", ignored=padding)
+            pixels, mapping = to_8_bit(values, name, "percentiles", ignored=padding)
     if photometric == "MONOCHROME1":  # its lowest value is white
-        pixels, how = 255 - pixels, how + ", inverted"
-    return DecodedImage(pixels, kind, how)
+        pixels, mapping = 255 - pixels, mapping + ", inverted"
+    return DecodedImage(pixels, kind, mapping)
 
 
 def _windowed(values, header):
-    """The first window of the file: DICOM PS3.3 C.11.2.1.2 (linear), C.11.2.1.3.1 (sigmoid), C.11.2.1.3.2 (exact)."""
+    """Apply the file's first window: DICOM PS3.3 C.11.2.1.2 (linear), C.11.2.1.3.1 (sigmoid), C.11.2.1.3.2 (exact)."""
     center, width = (float(np.atleast_1d(header[tag].value)[0]) for tag in ("WindowCenter", "WindowWidth"))
     function = header.get("VOILUTFunction", "LINEAR")
     x = values.astype(np.float32) - center
@@ -196,43 +197,46 @@ def _windowed(values, header):
 
 
 def to_8_bit(values, name, greys, ignored=None):
-    """Grey values of any depth -> (uint8 of the same shape, in words how).
+    """Map grey values of any depth to 8 bits, linearly.
 
     Args:
+        name: for error messages.
         greys: "declared" (the whole depth or range in use) or "percentiles".
-        ignored: a value that is not picture (DICOM padding), left out of the percentiles.
+        ignored: a value left out of the percentiles, such as DICOM padding.
+    Returns: (uint8 of the same shape, the mapping in words).
+    Raises: InputError for values that are NaN or infinite.
     """
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise InputError(f"{name}: holds {np.count_nonzero(~np.isfinite(values))} pixels that are NaN or infinite")
     if greys == "percentiles":
         counted = values if ignored is None else values[values != ignored]
-        low, high = np.percentile(counted if counted.size else values, (LOW, HIGH))
-        how = f"percentiles {LOW}-{HIGH}: {low:g}..{high:g}"
+        low, high = np.percentile(counted if counted.size else values, PERCENTILES)
+        mapping = f"percentiles {PERCENTILES[0]}-{PERCENTILES[1]}: {low:g}..{high:g}"
     else:
         low, high = values.min(), values.max()
         if np.issubdtype(values.dtype, np.integer) and low >= 0 and high < 65536:
-            bits = next(bits for bits in DEPTHS if high < 1 << bits)
+            bits = next(bits for bits in BIT_DEPTHS if high < 1 << bits)
             low, high = 0, (1 << bits) - 1
-            how = f"{bits}-bit range 0..{high}"
+            mapping = f"{bits}-bit range 0..{high}"
         else:
-            how = f"range {low:g}..{high:g}"
+            mapping = f"range {low:g}..{high:g}"
     low, high = float(low), float(high)
     if values.dtype == np.uint8 and (low, high) == (0, 255):
-        return values, how
-    span = high - low if high > low else 1.0  # a constant picture becomes black
+        return values, mapping
+    span = high - low if high > low else 1.0  # a constant image becomes black
     if values.dtype in (np.uint8, np.uint16):  # a table of 65,536 entries is several times faster than arithmetic
         table = (np.arange(np.iinfo(values.dtype).max + 1) - low) / span
-        return (table.clip(0, 1) * 255).round().astype(np.uint8)[values], how
-    return (((values.astype(np.float64) - low) / span).clip(0, 1) * 255).round().astype(np.uint8), how
+        return (table.clip(0, 1) * 255).round().astype(np.uint8)[values], mapping
+    return (((values.astype(np.float64) - low) / span).clip(0, 1) * 255).round().astype(np.uint8), mapping
 
 
 def _check_size(name, width, height):
-    if width * height > MOST_PIXELS:
-        raise InputError(f"{name}: unpacks to {width} x {height} pixels, over {MOST_PIXELS:,}; scale it down first")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name}: unpacks to {width} x {height} pixels, over {MAX_PIXELS:,}; scale it down first")
 
 
 def fit(pixels, transform):
-    """uint8 (H, W) or (H, W, 3) of any size -> uint8 (size, size, 3), filtered (Lanczos), aspect ratio kept."""
+    """uint8 (H, W) or (H, W, 3) of any size -> uint8 (size, size, 3). Lanczos filter, aspect ratio kept."""
     size, image = transform.size, Image.fromarray(pixels)
     width, height = image.size
     if transform.fit == "crop":
@@ -243,7 +247,7 @@ def fit(pixels, transform):
         scaled = [max(1, round(length * size / max(width, height))) for length in (width, height)]
         image = image.resize(scaled, Image.Resampling.LANCZOS)
         left, top = (size - scaled[0]) // 2, (size - scaled[1]) // 2
-        image = image.crop((-left, -top, size - left, size - top))  # beyond the picture's edge: black
+        image = image.crop((-left, -top, size - left, size - top))  # a crop beyond the edges is black there
     return np.array(image.convert("RGB"))
 
 

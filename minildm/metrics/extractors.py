@@ -64,7 +64,7 @@ def _is_sheet(path):
 
 
 def _records(spec):
-    from minildm.data.records import open_data_set
+    from minildm.data.open import open_data_set
 
     return list(open_data_set(spec).records)
 

@@ -1,10 +1,9 @@
-"""How fast pictures are read against the decoder alone, and what the latent cache costs: time, bytes, memory.
+"""How fast images are read compared with the decoder alone, and what the latent cache costs: time, bytes, memory.
 
-python tests/benchmarks/bench_data.py            reading, a table of 160,861 rows, look-ups among 160,000 rows
-python tests/benchmarks/bench_data.py --vae sd   also building the cache with a VAE of Stable Diffusion's size
+python tests/benchmarks/bench_data.py                           all parts; the cache is built with a tiny VAE
+python tests/benchmarks/bench_data.py --only build --vae sd     the cache, with a VAE of Stable Diffusion's size
 """
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -25,22 +24,26 @@ from peers import randomize
 
 from minildm.config import VAEConfig
 from minildm.data import cache, screening
+from minildm.data.open import open_data_set
 from minildm.data.reading import Transform, read
-from minildm.data.records import Record, open_data_set
+from minildm.data.records import Record
 from minildm.data.sets import padchest
+from minildm.settings import Parser
 from minildm.vae import VAE
 
 
 def radiograph(width, height, bits, seed=0):
-    """Smooth shapes and detector noise: compresses about as a radiograph does."""
+    """Smooth shapes and detector noise, which compress about as well as a radiograph."""
     rng = np.random.default_rng(seed)
-    smooth = np.asarray(Image.fromarray(made_data.picture(seed, 128)).resize((width, height), Image.Resampling.BICUBIC))
+    smooth = np.asarray(
+        Image.fromarray(made_data.grey_image(seed, 128)).resize((width, height), Image.Resampling.BICUBIC)
+    )
     values = smooth * (2.0**bits / 300) + rng.normal(0, 2.0**bits / 400, (height, width))
     return values.clip(0, 2**bits - 1).astype(np.uint8 if bits == 8 else np.uint16)
 
 
 def make_files(folder):
-    """One folder of 6 pictures for each of the forms that publishers use."""
+    """{format: paths of 6 images} for the file formats that publishers use."""
     kinds = {
         "PNG 8 bits 1024 x 1024 (NIH)": (1024, 1024, 8, "png"),
         "PNG 16 bits 2140 x 1760 (PadChest)": (2140, 1760, 16, "png"),
@@ -54,9 +57,7 @@ def make_files(folder):
             path = folder / f"{suffix}{width}-{seed}.{suffix}"
             pixels = radiograph(width, height, bits, seed)
             if suffix == "dcm":
-                from test_data_reading import dicom
-
-                path.write_bytes(dicom(pixels, 12, WindowCenter=2047, WindowWidth=4095))
+                path.write_bytes(made_data.dicom(pixels, 12, WindowCenter=2047, WindowWidth=4095))
             elif suffix == "jpeg":
                 Image.merge("RGB", [Image.fromarray(radiograph(width, height, 8, s)) for s in (seed, 7, 8)]).save(path)
             else:
@@ -65,7 +66,7 @@ def make_files(folder):
     return files
 
 
-def bare(path):
+def decode_only(path):
     """The decoder alone."""
     if path.suffix == ".dcm":
         import pydicom
@@ -76,8 +77,10 @@ def bare(path):
 
 
 def rate(function, arguments, seconds=1.0, pool=None):
-    """Calls a second after one round to warm up: of processor time, so that other work on the machine does not count;
-    with a pool of threads, of the clock."""
+    """Calls per second, after one round to warm up.
+
+    Counts processor time, which other work on the machine does not change; with a pool of threads, wall-clock time.
+    """
     clock = time.perf_counter if pool else time.process_time
     list(map(function, arguments))
     start, count = clock(), 0
@@ -88,11 +91,11 @@ def rate(function, arguments, seconds=1.0, pool=None):
 
 
 def bench_reading(folder, threads):
-    print("pictures a second of processor time; minildm: file -> SHA-256, 8 bits, 512 px square, three channels")
+    print("images per second of processor time; minildm: file -> SHA-256, 8 bits, 512 px square, three channels")
     print(f"{'':38}{'decoder alone':>14}{'minildm':>10}{'ratio':>7}{f'{threads} threads':>12}{'224 px':>9}")
     for name, paths in make_files(folder).items():
         records = [Record(path.name, "p", path=path) for path in paths]
-        alone = rate(bare, paths)
+        alone = rate(decode_only, paths)
         ours = rate(lambda record: read(record, Transform(512)), records)
         small = rate(lambda record: read(record, Transform(224)), records)
         with ThreadPoolExecutor(threads) as pool:
@@ -101,7 +104,7 @@ def bench_reading(folder, threads):
 
 
 def bench_table(folder, rows=160_861):
-    """A table as long as PadChest's, images present (empty files: only their names are looked at)."""
+    """Read a table as long as PadChest's."""
     root = made_data.padchest(folder, images=False)
     table = next(root.glob("*.csv"))
     header, first, *_ = table.read_text().splitlines()
@@ -118,16 +121,15 @@ def bench_table(folder, rows=160_861):
 
 
 def bench_rows(folder, count=160_000):
-    """Look-ups among as many rows as PadChest has. Small rows: what counts here is their number."""
+    """Look-ups among as many rows as PadChest needs. The rows are small: their number counts here."""
     rng = np.random.default_rng(0)
     rows = cache.Rows(folder, "bench")
     before = memory()
     keys = [rng.bytes(32) for _ in range(count)]
-    add = cache.Rows.refresh
-    cache.Rows.refresh = lambda self: None  # writing only
-    for start in range(0, count, cache.SHARD_ROWS):
-        rows.add(keys[start : start + cache.SHARD_ROWS], torch.zeros(cache.SHARD_ROWS, 8, 4, 4))
-    cache.Rows.refresh = add
+    refresh, cache.Rows.refresh = cache.Rows.refresh, lambda self: None  # write only
+    for start in range(0, count, cache.ROWS_PER_SHARD):
+        rows.add(keys[start : start + cache.ROWS_PER_SHARD], torch.zeros(cache.ROWS_PER_SHARD, 8, 4, 4))
+    cache.Rows.refresh = refresh
     start = time.perf_counter()
     rows = cache.Rows(folder, "bench")
     opened = time.perf_counter() - start
@@ -143,7 +145,7 @@ def bench_rows(folder, count=160_000):
 
 
 def bench_duplicates(count=160_000):
-    """Perceptual hashes with the bit statistics of real chest X-rays: bits follow a shared pattern 80 % of the time."""
+    """Random hashes with the bit statistics of real chest X-rays: 80 % of the bits follow a common pattern."""
     rng = np.random.default_rng(0)
     pattern = rng.random((1, 256)) < 0.5
     hashes = np.packbits(pattern ^ (rng.random((count, 256)) < 0.2), axis=1)
@@ -153,7 +155,7 @@ def bench_duplicates(count=160_000):
 
 
 def bench_build(folder, config, count, size, device, dtype, threads, batch_size):
-    """Build a cache of ``count`` PadChest-like pictures."""
+    """Build a cache of ``count`` images like PadChest's."""
     data = folder / "build"
     for seed in range(count):
         path = data / f"{seed}.png"
@@ -172,9 +174,9 @@ def bench_build(folder, config, count, size, device, dtype, threads, batch_size)
     stored = sum(path.stat().st_size for path in latents.rows.folder.glob("*.safetensors")) / count
     print(
         f"cache at {size} px on {device} ({dtype}), {threads} threads, batches of {batch_size}: "
-        f"{seconds / count * 1000:.0f} s per 1,000 pictures (processor time {worked / count * 1000:.0f} s); "
+        f"{seconds / count * 1000:.0f} s per 1,000 images (processor time {worked / count * 1000:.0f} s); "
         f"{stored:,.0f} bytes each on disk; memory + "
-        f"{memory() - before:.0f} MB; 160,000 pictures: {seconds / count * 160_000 / 3600:.1f} h, "
+        f"{memory() - before:.0f} MB; 160,000 images: {seconds / count * 160_000 / 3600:.1f} h, "
         f"{stored * 160_000 / 1e9:.1f} GB"
     )
     start = time.perf_counter()
@@ -183,22 +185,22 @@ def bench_build(folder, config, count, size, device, dtype, threads, batch_size)
 
 
 def memory():
-    """Resident set, MB (10^6 bytes)."""
+    """Resident memory of this process in MB (10^6 bytes)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("reading", "table", "rows", "duplicates", "build"))
     parser.add_argument("--vae", default="tiny", choices=("tiny", "sd"))
-    parser.add_argument("--pictures", type=int, default=64, help="in the cache that is built")
+    parser.add_argument("--images", type=int, default=64, help="number of images in the cache that is built")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4)
     arguments = parser.parse_args()
-    if arguments.only is None:  # each part in a process of its own: memory is counted from a clean start
+    if arguments.only is None:  # each part in its own process, so that its memory is counted from a clean start
         for part in ("reading", "table", "rows", "duplicates", "build"):
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", part], check=True)
         return
@@ -217,7 +219,7 @@ def main():
             bench_build(
                 folder,
                 config,
-                arguments.pictures,
+                arguments.images,
                 arguments.size,
                 arguments.device,
                 getattr(torch, arguments.dtype),

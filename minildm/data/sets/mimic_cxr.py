@@ -1,9 +1,9 @@
 """MIMIC-CXR: 377,110 radiographs with reports (Johnson et al. 2019, arXiv:1901.07042; credentialed access).
 
-Layout of MIMIC-CXR-JPG (PhysioNet): ``mimic-cxr-2.0.0-metadata.csv`` (.gz too), ``mimic-cxr-2.0.0-chexpert.csv`` if
-it is there, ``files/p10/p10000032/s50414267/<dicom_id>.jpg`` (or .dcm), and MIMIC-CXR's reports as
-``files/p10/p10000032/s50414267.txt``, also below ``mimic-cxr-reports``. Age and sex are not in it
-(MIMIC-IV has them).
+Layout of MIMIC-CXR-JPG (PhysioNet): ``mimic-cxr-2.0.0-metadata.csv`` (or .csv.gz), optionally
+``mimic-cxr-2.0.0-chexpert.csv``, and ``files/p10/p10000032/s50414267/<dicom_id>.jpg`` (or .dcm). The reports of
+MIMIC-CXR are ``files/p10/p10000032/s50414267.txt``, possibly below ``mimic-cxr-reports``. Age and sex are not
+included (MIMIC-IV has them).
 """
 
 import re
@@ -12,28 +12,28 @@ from minildm.data.records import Record, known, not_found, read_table, view
 from minildm.errors import InputError
 
 LOOKED_FOR = "mimic-cxr-2.0.0-metadata.csv(.gz) and files/p10/p.../s.../<dicom_id>.jpg"
-PROMPT = "impression"  # as RoentGen (arXiv:2211.12737) conditions
+PROMPT = "impression"  # RoentGen (arXiv:2211.12737) is conditioned on the impression, too
 
 
 def records(root):
-    table = _table(root, "metadata")
+    table = _find_table(root, "metadata")
     if table is None:
         raise not_found(root, LOOKED_FOR)
-    labels = _labels(_table(root, "chexpert"))
+    labels = _labels(_find_table(root, "chexpert"))
     reports, found = {}, []
     for _, row in read_table(table, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
         patient, study, position = row["subject_id"], row["study_id"], view(row.get("ViewPosition"))
-        below = f"p{patient[:2]}/p{patient}"
+        patient_folder = f"p{patient[:2]}/p{patient}"
         if study not in reports:
-            reports[study] = _report(root, f"{below}/s{study}.txt")
-        picture = root / "files" / below / f"s{study}" / f"{row['dicom_id']}.jpg"
-        if not picture.exists() and picture.with_suffix(".dcm").exists():
-            picture = picture.with_suffix(".dcm")
+            reports[study] = _report(root, f"{patient_folder}/s{study}.txt")
+        path = root / "files" / patient_folder / f"s{study}" / f"{row['dicom_id']}.jpg"
+        if not path.exists() and path.with_suffix(".dcm").exists():
+            path = path.with_suffix(".dcm")
         found.append(
             Record(
-                name=f"{below}/s{study}/{picture.name}",
+                name=f"{patient_folder}/s{study}/{path.name}",
                 patient=patient,
-                path=picture,
+                path=path,
                 frontal=position in ("PA", "AP"),
                 fields=known(view=position, projection=position, diagnosis=labels.get(study), **reports[study]),
             )
@@ -41,12 +41,12 @@ def records(root):
     return found, []
 
 
-def _table(root, name):
-    return next((path for path in sorted(root.glob(f"mimic-cxr-2.*-{name}.csv*"))), None)
+def _find_table(root, name):
+    return next(iter(sorted(root.glob(f"mimic-cxr-2.*-{name}.csv*"))), None)
 
 
 def _labels(table):
-    """{study: "Cardiomegaly, Edema"}: the labels that are positive (1.0); uncertain (-1.0) ones are not used."""
+    """{study: "Cardiomegaly, Edema"}: the positive labels (1.0). Uncertain ones (-1.0) are not used."""
     if table is None:
         return {}
     return {
@@ -57,13 +57,14 @@ def _labels(table):
     }
 
 
-def _report(root, below):
-    """Findings and impression of a study's report, which marks its sections by words in capitals and a colon."""
-    for folder in ("files", "mimic-cxr-reports/files", "reports/files"):
-        path = root / folder / below
-        if path.is_file():
-            break
-    else:
+def _report(root, relative_path):
+    """The findings, impression and indication of a study's report; empty if there is no report.
+
+    A section starts with its name in capitals and a colon.
+    """
+    paths = [root / folder / relative_path for folder in ("files", "mimic-cxr-reports/files", "reports/files")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return {}
     try:
         text = path.read_text(encoding="utf-8")

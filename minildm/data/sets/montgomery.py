@@ -1,10 +1,11 @@
 """Montgomery County chest X-rays: 138 frontal radiographs, 58 with tuberculosis (Jaeger et al. 2014, NLM).
 
-Layout of NLM-MontgomeryCXRSet.zip: ``CXR_png/MCUCXR_NNNN_X.png`` and ``ClinicalReadings/MCUCXR_NNNN_X.txt`` (X: 0
-normal, 1 tuberculosis), whose lines are ``Patient's Sex: F``, ``Patient's Age: 027Y`` and the reading. Masks, which
-have the pictures' names, are not read.
+Layout of NLM-MontgomeryCXRSet.zip: ``CXR_png/MCUCXR_NNNN_X.png`` and ``ClinicalReadings/MCUCXR_NNNN_X.txt``, where X
+is 0 for normal and 1 for tuberculosis. A reading has the lines ``Patient's Sex: F`` and ``Patient's Age: 027Y``,
+followed by the findings. The masks, which have the same file names as the images, are not read.
 """
 
+import dataclasses
 import re
 
 from minildm.data.records import Record, files_below, known, not_found, sex, years
@@ -19,14 +20,15 @@ def records(root):
     if not readings:
         raise not_found(root, LOOKED_FOR)
     images = next(iter(sorted(root.rglob("CXR_png"))), root)
-    found = [_record(path, images / f"{path.stem}.png") for path in readings.values()]
-    same_patient = {}  # the readings say "same pt as MCUCXR_0113_1" of a later picture
-    for record, links in sorted(found, key=lambda pair: pair[0].name):
-        same_patient[record.patient] = min([record.patient, *(same_patient.get(link, link) for link in links)])
-    return [_with_patient(record, same_patient[record.patient]) for record, _ in found], []
+    linked = [_record(path, images / f"{path.stem}.png") for path in readings.values()]
+    patient_of = {}  # number of the image -> number of the patient's first image
+    for record, links in sorted(linked, key=lambda pair: pair[0].name):
+        patient_of[record.patient] = min([record.patient, *(patient_of.get(link, link) for link in links)])
+    return [dataclasses.replace(record, patient=patient_of[record.patient]) for record, _ in linked], []
 
 
 def _record(path, image):
+    """(Record, the numbers of other images of the same patient that its reading names: "same pt as MCUCXR_0113_1")."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -34,7 +36,7 @@ def _record(path, image):
     values = dict(re.findall(r"Patient's (Sex|Age)\s*:\s*(\S*)", "\n".join(lines)))
     reading = " ".join(line for line in lines if not line.startswith("Patient's"))
     links = re.findall(r"MCUCXR_(\d+)", reading)
-    findings = re.sub(r"\s*\(same pt as [^)]*\)|^NO REPORT", "", reading).strip()
+    findings = re.sub(r"\s*\(same pt as [^)]*\)", "", reading).strip()
     record = Record(
         name=f"{path.stem}.png",
         patient=path.stem.split("_")[1],
@@ -47,7 +49,3 @@ def _record(path, image):
         ),
     )
     return record, links
-
-
-def _with_patient(record, patient):
-    return Record(record.name, patient, record.fields, record.path)

@@ -1,8 +1,8 @@
 """PadChest: 160,861 chest radiographs of a Spanish hospital with labels (Bustos et al. 2020, arXiv:1901.07441).
 
-Layout as published by BIMCV: the table ``PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv`` (.gz too) and 16-bit
-PNGs, flat or in the folders 0 ... 54 of its ``ImageDir`` column. Its authors' smaller ``.tsv`` tables, which lack
-``ImageDir`` and the reports, are read when the full table is not there.
+Layout as published by BIMCV: the table ``PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv`` (or .csv.gz) and
+16-bit PNG files, flat or in the folders 0 ... 54 of its ``ImageDir`` column. Without that table the authors' smaller
+``.tsv`` tables are read, which lack ``ImageDir`` and the reports.
 """
 
 import ast
@@ -15,8 +15,8 @@ PROMPT = "full"
 COLUMNS = ("ImageID", "PatientID", "PatientBirth", "StudyDate_DICOM", "PatientSex_DICOM", "Projection", "Labels")
 FRONTAL = ("PA", "AP", "AP_horizontal")  # not L, COSTAL (ribs), EXCLUDE, UNK
 
-# PNG files that are truncated or broken in the distribution, as two independent users list them
-# (github.com/mlmed/torchxrayvision, datasets.py; and a list of all files that Pillow cannot open).
+# PNG files that are truncated or broken in the distribution, from two independent lists:
+# github.com/mlmed/torchxrayvision, datasets.py, and a list of all files that Pillow cannot open.
 _BROKEN = """
 012283393834152009033102258826_00-059-087 012283393834152009033140208626_00-059-118
 012339356563862009072111404053_00-043-192 012373310883942009117084022290_00-064-025
@@ -39,32 +39,32 @@ def records(root):
     tables = sorted(root.glob("PADCHEST*.csv*")) or sorted(root.glob("*.tsv"))
     if not tables:
         raise not_found(root, LOOKED_FOR)
-    images = files_below(root, ".png")
-    found, broken = {}, 0
+    paths = files_below(root, ".png")
+    by_name, broken = {}, 0
     for table in tables:
         for row_number, row in read_table(table, COLUMNS):
             try:
-                record = _record(row, images, root)
+                record = _record(row, paths, root)
             except (KeyError, ValueError, SyntaxError) as error:
                 raise InputError(
-                    f"{table}, row {row_number}: cannot be understood ({type(error).__name__}: {error})"
+                    f"{table}, row {row_number}: cannot be parsed ({type(error).__name__}: {error})"
                 ) from None
             if record.name in BROKEN:
                 broken += 1
-            elif found.setdefault(record.name, record) is not record:
+            elif by_name.setdefault(record.name, record) is not record:
                 raise InputError(f"{table}, row {row_number}: ImageID {record.name} is listed twice")
-    notes = [f"{broken} of {len(found) + broken:,} left out: known to be broken in the distribution"] if broken else []
-    return list(found.values()), notes
+    notes = [f"{broken} of {len(by_name) + broken:,} left out: known to be broken in the distribution"]
+    return list(by_name.values()), notes if broken else []
 
 
-def _record(row, images, root):
+def _record(row, paths, root):
     diagnoses = [label for label in items(row.get("Labels")) if label != "exclude"]
     places = [place.removeprefix("loc ").strip() for place in items(row.get("Localizations"))]
     projection = row.get("Projection", "")
     return Record(
         name=row["ImageID"],
         patient=row["PatientID"],
-        path=images.get(row["ImageID"], root / row["ImageID"]),
+        path=paths.get(row["ImageID"], root / row["ImageID"]),
         frontal=projection in FRONTAL,
         fields=known(
             age=age(row.get("StudyDate_DICOM"), row.get("PatientBirth")),
@@ -76,13 +76,14 @@ def _record(row, images, root):
             loc=", ".join(places),
             report=row.get("Report"),  # Spanish, stemmed
             labelled_by={"Physician": "physician", "RNN_model": "model"}.get(row.get("MethodLabel")),
-            pediatric={"PED": "yes", "No": "no"}.get(row.get("Pediatric")),  # not an age test
+            pediatric={"PED": "yes", "No": "no"}.get(row.get("Pediatric")),  # a flag, not an age test: see docs/data.md
         ),
     )
 
 
 def age(study_date, birth_year):
-    """Study date (YYYYMMDD) minus year of birth ("1930.0"), in years: can be one too many, the birthday is not told."""
+    """Year of the study date (YYYYMMDD) minus year of birth ("1930.0"). Can be one year too high: the birthday is
+    unknown. None if either is missing or the age is not in [0, 120]."""
     if not study_date or not birth_year:
         return None
     years = int(study_date[:4]) - int(float(birth_year))
@@ -90,8 +91,10 @@ def age(study_date, birth_year):
 
 
 def items(text):
-    """ "['consolidation', ' pneumonia', '']" -> ["consolidation", "pneumonia"]: stripped, no blanks, no repeats.
-    One item may hold several ("loc  tracheal, loc  left")."""
+    """ "['consolidation', ' pneumonia', '']" -> ["consolidation", "pneumonia"], without blanks and repeats.
+
+    One item may hold several values: "loc  tracheal, loc  left".
+    """
     if not text:
         return []
     parts = (" ".join(part.split()) for item in ast.literal_eval(text) for part in item.split(","))

@@ -1,7 +1,7 @@
 """PatchGastricADC22: 262,777 patches (300 px, 20x) of 991 stomach biopsies with captions (Tsuneki & Kanavati 2022).
 
-Layout of Zenodo record 6550925: ``captions.csv`` (id, subtype, text) and ``patches_captions/<id>_<hash>.jpg``; the
-slide stands before the first ``_``. A slide counts as a patient: patches of one slide never part in a split.
+Layout of Zenodo record 6550925: ``captions.csv`` (id, subtype, text) and ``patches_captions/<id>_<hash>.jpg``. The id
+before the first ``_`` names the slide. A slide counts as a patient, so its patches are never in different splits.
 """
 
 from minildm.data.records import Record, files_below, known, not_found, read_table
@@ -16,11 +16,13 @@ def records(root):
     if table is None or not patches:
         raise not_found(root, LOOKED_FOR)
     captions = {row["id"]: row for _, row in read_table(table, ("id", "subtype", "text"))}
-    found = [(name.split("_")[0], name, path) for name, path in patches.items()]
-    unnamed = sum(slide not in captions for slide, _, _ in found)
-    notes = [f"{unnamed:,} of {len(found):,} left out: no caption for their slide in {table.name}"] if unnamed else []
-    return [
-        Record(name, slide, known(text=captions[slide].get("text"), subtype=captions[slide].get("subtype")), path)
-        for slide, name, path in found
-        if slide in captions
-    ], notes
+    found = []
+    for name, path in patches.items():
+        slide = name.split("_")[0]
+        if slide in captions:
+            caption = captions[slide]
+            fields = known(text=caption.get("text"), subtype=caption.get("subtype"))
+            found.append(Record(name, slide, fields, path))
+    left_out = len(patches) - len(found)
+    notes = [f"{left_out:,} of {len(patches):,} left out: no caption for their slide in {table.name}"]
+    return found, notes if left_out else []

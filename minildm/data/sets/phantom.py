@@ -10,10 +10,7 @@ N_RECORDS = 2000
 
 
 def records(n=N_RECORDS, seed=0):
-    """``n`` patients with one image each; record i depends on (seed, i) alone.
-
-    Returns: (list of Record, whose ``render`` makes the image at any size; notes: none).
-    """
+    """``n`` patients with one image each. Record i depends on (seed, i) alone."""
     sampled = [labels((seed, i)) for i in range(n)]
     return [
         Record(

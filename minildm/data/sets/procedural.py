@@ -12,10 +12,7 @@ N_RECORDS = 40_000
 
 
 def records(n=N_RECORDS, seed=0):
-    """Record i depends on (seed, i) alone, and its caption not on the size.
-
-    Returns: (list of Record, whose ``render`` makes the image at any size; notes: none).
-    """
+    """``n`` images with captions. Record i depends on (seed, i) alone; its caption is the same at every size."""
     captions = [
         render_batch([(seed, i)], 32)[1][0] for i in tqdm(range(n), desc="writing captions", delay=2, disable=None)
     ]

@@ -1,0 +1,165 @@
+"""Open a data set: ``--data name:path`` and the settings of the data flags -> DataSet."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from minildm.data.prompts import TEMPLATES
+from minildm.data.reading import Transform
+from minildm.data.records import BUILT_IN, DataSet
+from minildm.data.sets import DATA_SETS
+from minildm.data.splits import SPLITS, order_key
+from minildm.errors import InputError
+from minildm.settings import Settings, setting
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """The data flags of train.py, ``pretrain``, ``check`` and ``prompts``."""
+
+    # frontal, as the SeLoRA paper (arXiv:2408.07196) trains
+    views: str = setting("frontal", "chest X-ray views to use", choices=("frontal", "all"))
+    drop_pediatric: bool = setting(False, "leave out images that PadChest flags as paediatric (no age test: --min-age)")
+    min_age: int | None = setting(None, "leave out younger patients and unknown ages", at_least=0, metavar="YEARS")
+    limit: int | None = setting(None, "use N images, sampled with --seed", at_least=1, metavar="N")
+    balance: str | None = setting(None, "show each class of this caption field equally often", metavar="FIELD")
+    exclude: str | None = setting(
+        None, "leave out the record names in this file, one per line, such as flagged.txt from check", metavar="FILE"
+    )
+    skip_bad: bool = setting(False, "leave out images that are missing or cannot be decoded instead of stopping")
+    prompt_template: str | None = setting(
+        None,
+        f'"chest x-ray, age {{age}} {{sex}}", or one of: {", ".join(TEMPLATES)} (default: the data set\'s own)',
+        metavar="TEXT",
+    )
+    split: str = setting(
+        "80/16/4",
+        "shares of train/validation/test images, by patient (80/20: no validation, 98/2: no test)",
+        choices=tuple(SPLITS),
+    )
+    size: int | None = setting(
+        None, "pixels, a multiple of 8 (default: the model's own size, in check 512)", at_least=8, metavar="PIXELS"
+    )
+    fit: str = setting("crop", "how an image becomes a square: centre crop, or black padding", choices=("crop", "pad"))
+    greys: str = setting(
+        "declared",
+        "how more than 8 bits of grey become 8: the range the file declares, or percentiles of the image",
+        choices=("declared", "percentiles"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.transform(default_size=512)  # raises InputError if size is not a multiple of 8
+
+    def transform(self, default_size):
+        """How images are read. ``default_size``: pixels, used if --size was not given."""
+        return Transform(default_size if self.size is None else self.size, self.fit, self.greys)
+
+
+def open_data_set(spec, settings=None, seed=0):
+    """Read a data set's tables and select its records. No image is opened.
+
+    Args:
+        spec: "name:path", name one of DATA_SETS; "phantom" and "procedural" need no path.
+        settings: DataSettings; None = the defaults. Splits, prompts and image size are not applied here.
+        seed: of ``settings.limit``.
+    Returns: DataSet, its records sorted by name, its notes saying what was left out.
+    Raises: InputError if the data set cannot be used as it is.
+    """
+    settings = DataSettings() if settings is None else settings
+    source, records, notes = _read_tables(spec)
+    prompt = source.PROMPT if hasattr(source, "PROMPT") else source.default_prompt(records)
+    records = sorted(records, key=lambda record: record.name)
+    if settings.views == "frontal":
+        _require_known_views(records, source)
+    for find in (_lateral, _pediatric, _too_young, _excluded, _missing):
+        names, reason = find(records, settings)
+        if names:
+            notes.append(f"{len(names):,} of {len(records):,} left out: {reason}")
+            records = [record for record in records if record.name not in names]
+    if not records:
+        raise InputError(f"{spec} holds no usable image; {'; '.join(notes) or 'expected ' + source.LOOKED_FOR}")
+    if settings.limit is not None and settings.limit < len(records):
+        notes.append(f"{settings.limit:,} of {len(records):,} sampled with seed {seed} (--limit)")
+        sampled = sorted(records, key=lambda record: order_key(seed, record.name))[: settings.limit]
+        records = sorted(sampled, key=lambda record: record.name)
+    return DataSet(spec, tuple(records), prompt, tuple(notes))
+
+
+def _read_tables(spec):
+    """ "name:path" -> (the data set's file in sets/, its records, its notes)."""
+    name, _, path = spec.partition(":")
+    if name not in DATA_SETS:
+        raise InputError(f"unknown data set {name!r}; give --data name:path with name one of: {', '.join(DATA_SETS)}")
+    source = DATA_SETS[name]
+    if name in BUILT_IN:
+        records, notes = source.records()
+    elif not path:
+        raise InputError(f"--data {name} needs a path: {name}:/where/it/is")
+    elif not Path(path).is_dir():
+        raise InputError(f"{path} is not a folder; --data {name}: expects the folder that holds {source.LOOKED_FOR}")
+    else:
+        records, notes = source.records(Path(path))
+    return source, records, list(notes)
+
+
+def _require_known_views(records, source):
+    if unknown := sum(record.frontal is None for record in records):
+        raise InputError(
+            f"{unknown:,} of {len(records):,} images do not say whether they are frontal; {source.VIEW_HINT}, "
+            "or give --views all"
+        )
+
+
+# --- what is left out -------------------------------------------------------------------------------------------------
+# Each of these takes records and DataSettings and returns (names of the records to leave out, the reason).
+def _lateral(records, settings):
+    names = {record.name for record in records if not record.frontal} if settings.views == "frontal" else set()
+    return names, "lateral views (--views all keeps them)"
+
+
+def _pediatric(records, settings):
+    names = {record.name for record in records if record.fields.get("pediatric") == "yes"}
+    return names if settings.drop_pediatric else set(), "flagged as paediatric (--drop-pediatric)"
+
+
+def _too_young(records, settings):
+    if settings.min_age is None:
+        return set(), ""
+    names = {record.name for record in records if int(record.fields.get("age", -1)) < settings.min_age}
+    return names, f"younger than {settings.min_age} or of unknown age (--min-age)"
+
+
+def _excluded(records, settings):
+    if settings.exclude is None:
+        return set(), ""
+    with open(settings.exclude, encoding="utf-8") as file:
+        listed = {line.split("\t")[0].strip() for line in file if line.strip()}  # after a tab: the reason
+    names = listed & {record.name for record in records}
+    if listed and not names:
+        raise InputError(
+            f"none of the {len(listed)} names in {settings.exclude} is in the data set; "
+            "give --exclude a file that check wrote for this data set"
+        )
+    return names, f"named in {settings.exclude} (--exclude)"
+
+
+def _missing(records, settings):
+    """Records whose image file does not exist. Lists each folder once: 160,000 single queries would be slow."""
+    file_names = {}  # folder -> names of its files
+    names = set()
+    for record in records:
+        if record.path is None:
+            continue
+        folder = record.path.parent
+        if folder not in file_names:
+            file_names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        if record.path.name not in file_names[folder]:
+            names.add(record.name)
+    examples = ", ".join(sorted(names)[:5])
+    if names and not settings.skip_bad:
+        raise InputError(
+            f"{len(names):,} of {len(records):,} listed images are missing, such as {examples}; "
+            "restore them, or leave them out with --skip-bad"
+        )
+    return names, f"listed but missing, such as {examples}"
