@@ -44,7 +44,7 @@ def audit(arguments):
 def pretrain(arguments):
     """train a latent diffusion model from nothing: autoencoder, text encoder, U-Net"""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy draws small pictures; its threads would fight torch's
-    from minildm.pretraining.pretrain import main
+    from minildm.pretraining.command import main
 
     return main(arguments)
 

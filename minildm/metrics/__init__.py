@@ -1,7 +1,8 @@
-"""Metrics: FID and what a small test set can honestly say.
+"""Metrics: FID, and what a small test set can honestly say.
 
-In: folders of pictures. Out: the Frechet distance at the depths of Inception-v3, KID, precision / recall / density /
-coverage, CMMD, CLIP score, an audit for memorised pictures, and how far each number can be trusted at this n.
+In: folders of images. Out: the Frechet distance at several depths of Inception-v3, KID, precision / recall / density /
+coverage, CMMD, CLIP score, prompt adherence, an audit for memorised training images, and how far to trust each number
+at this n.
 """
 
 from minildm.metrics.fid_score import fid

@@ -1,6 +1,6 @@
-"""Prompt adherence: do pictures show what their prompts ask for, as a ruler measures it?
+"""Prompt adherence: do images show what their prompts ask for, according to a ruler?
 
-A ruler is two functions: ``measure``, from a grey picture uint8 (H, W) to a reading, and ``obeys``, from a reading and
+A ruler is two functions: ``measure``, from a grey image uint8 (H, W) to a reading, and ``obeys``, from a reading and
 the fields of a prompt to {field: True or False}, without the fields it cannot judge.
 """
 
@@ -9,34 +9,38 @@ from dataclasses import dataclass
 import numpy as np
 
 from minildm.errors import InputError
-from minildm.metrics.extractors import open_rgb
+from minildm.metrics.sources import open_rgb
 
 
 @dataclass(frozen=True)
 class Agreement:
-    share: float  # of the pictures that show what their own prompt asks for
-    chance: float  # that share with every other picture's prompt: what ignoring the prompt gives
-    n: int  # pictures whose prompt asks for something of this field
+    share: float  # of the images that show what their own prompt asks for
+    chance: float  # that share with every other image's prompt: what ignoring the prompt gives
+    n: int  # images whose prompt asks for a value of this field
 
 
-def prompt_adherence(pictures, wanted, measure, obeys):
-    """Compare what was asked for with what is seen.
+def prompt_adherence(images, wanted, measure, obeys):
+    """Compare each image with its own prompt, and with all others' for the level of chance.
 
-    Args: pictures, as paths or records; wanted, the fields of each one's prompt; the ruler.
+    Args:
+        images: paths or records.
+        wanted: the fields of each image's prompt.
+        measure, obeys: the ruler.
     Returns: {field: Agreement}.
     """
-    if len(pictures) != len(wanted) or not pictures:
-        raise InputError(f"{len(pictures)} pictures and {len(wanted)} prompts: expected one prompt a picture")
-    readings = [measure(np.asarray(open_rgb(picture).convert("L"))) for picture in pictures]
-    verdicts = [[obeys(reading, fields) for fields in wanted] for reading in readings]  # picture i, prompt j
+    if len(images) != len(wanted) or not images:
+        raise InputError(f"{len(images)} images and {len(wanted)} prompts: expected one prompt per image")
+    readings = [measure(np.asarray(open_rgb(image).convert("L"))) for image in images]
+    verdicts = [[obeys(reading, fields) for fields in wanted] for reading in readings]  # image i, prompt j
     result = {}
     for name in sorted({name for row in verdicts for verdict in row for name in verdict}):
-        own = [row[i][name] for i, row in enumerate(verdicts) if name in row[i]]
-        others = [
+        matched = [row[i][name] for i, row in enumerate(verdicts) if name in row[i]]
+        mismatched = [
             verdict[name]
             for i, row in enumerate(verdicts)
             for j, verdict in enumerate(row)
             if i != j and name in verdict
         ]
-        result[name] = Agreement(float(np.mean(own)), float(np.mean(others)) if others else float("nan"), len(own))
+        chance = float(np.mean(mismatched)) if mismatched else float("nan")
+        result[name] = Agreement(float(np.mean(matched)), chance, len(matched))
     return result

@@ -1,20 +1,19 @@
-"""``python -m minildm audit FAKE --train DATA --holdout DATA``: has the model memorised its training pictures?
+"""``python -m minildm audit FAKE --train DATA --holdout DATA``: has the model memorised training images?
 
-Every generated picture is compared with its nearest training and its nearest held-out picture: a model that has
-learnt the *distribution* is as near to either; one that copies is nearer to what it has seen. (The three
-samples are the idea of Meehan et al. 2020, arXiv:2004.05675; training pictures drawn out of diffusion models: Carlini
-et al. 2023, arXiv:2301.13188.) Two views, each with its own distance:
+Each generated image is compared with its nearest training image and its nearest held-out image. A model that has learnt
+the *distribution* is equally near to both kinds; one that copies is nearer to what it was trained on. (Comparing three
+samples is the idea of Meehan et al. 2020, arXiv:2004.05675. Training images extracted from diffusion models: Carlini et
+al. 2023, arXiv:2301.13188.) Two comparisons, each with its own distance:
 
-- pixels: 1 - the best correlation over shifts (to 8 % a side, by half a pixel) and mirroring, of 64 x 64 pictures
-  without their low frequencies. Blind to brightness, contrast and compression; what all chests share is filtered out.
-- features: Euclidean distance of the chosen network's features.
+- pixels: 1 - the best correlation over shifts (up to 8 % of the side, in half pixels) and mirroring, of 64 x 64 images
+  without their low frequencies. Insensitive to brightness, contrast and compression, and to what all chests share.
+- features: Euclidean distance of a network's features.
 
-Held-out pictures show how near *independent* real pictures come to training pictures; a generated one is called a
-near-copy when it comes nearer than that (``near_copies``). Not found: copies that are rotated, much scaled, or only a
-part of the picture. Training and held-out pictures must come from different patients, of the same source.
+Held-out images show how near *independent* real images come to training images; a generated image that comes nearer is
+called a near-copy (``near_copies``). Not detected: copies that are rotated, strongly scaled, or only part of an image.
+Training and held-out images must come from different patients and the same source.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,72 +23,69 @@ from torch.nn import functional as F
 
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
-from minildm.metrics.extractors import as_tensor, batches, image_name, list_images, open_rgb
-from minildm.metrics.fid_score import add_feature_arguments, extractor_from, write_json
+from minildm.metrics.extractors import FeatureSettings, open_extractor
+from minildm.metrics.features import batches
 from minildm.metrics.inception import DEFAULT_WEIGHTS
-from minildm.settings import Help
+from minildm.metrics.sources import as_tensor, image_name, list_images, open_rgb, write_json
+from minildm.settings import Parser, add_flags, from_flags
 
-COMPARED_SIDE, SHIFT = 64, 5  # pixels of the compared pictures; largest shift each way
+COMPARED_SIZE, SHIFT = 64, 5  # pixels a side of the compared images; largest shift in each direction
 DETAIL = 9  # pixels: broader structures are filtered out
-CANDIDATES = 10  # pictures that look nearest at half the size are compared at the full one
-NEIGHBOURS = 5  # held-out pictures whose distance a training picture's is compared with
+CANDIDATES = 10  # images nearest at half the size, which are then compared at full size
+NEIGHBOURS = 5  # held-out images that a training image's distance is compared with
 FALSE_ALARM = 0.01  # probability of any false near-copy in a whole audit
 FEWEST_HELD_OUT = 10
 
 
 @dataclass(frozen=True)
-class View:
-    """What one distance says. Arrays are a generated picture each, (n,)."""
+class Comparison:
+    """The audit by one distance. Arrays have one entry per generated image, (n,)."""
 
     name: str
     nearest_train: np.ndarray  # index
     nearest_holdout: np.ndarray
-    to_train: np.ndarray  # distance
+    to_train: np.ndarray  # distance to it
     to_holdout: np.ndarray
-    score: np.ndarray  # how unusually near to training data: see near_copies
-    threshold: float  # near-copies score below
+    score: np.ndarray  # low: unusually near to a training image; see near_copies
+    threshold: float  # near-copies score below it
     near_copy: np.ndarray  # bool
-    share: float  # of generated pictures whose nearest picture is a training picture
-    expected: float  # that share if the model were independent of which pictures it was trained on
-    p: float  # of a share at least as large, by relabelling pictures (one-sided)
-    leaked: np.ndarray  # indices of held-out pictures that are themselves near-copies of training pictures
+    share: float  # of generated images whose nearest image is a training image
+    expected: float  # that share if the model were independent of which images it was trained on
+    p: float  # probability of a share at least as large, by relabelling images (one-sided)
+    leaked: np.ndarray  # indices of held-out images that are themselves near-copies of training images
 
 
 def audit(generated, train, holdout, extractor, batch_size=16, seed=0, progress=False):
-    """Audit lists of pictures (of ``list_images``): a View of their pixels and one of the extractor's features."""
+    """Audit lists of images (from ``list_images``): a Comparison by pixels and one by the extractor's features."""
     if len(holdout) < FEWEST_HELD_OUT:
         raise InputError(
-            f"{len(holdout)} held-out pictures are too few to know what independence looks like; give at "
-            f"least {FEWEST_HELD_OUT}"
+            f"{len(holdout)} held-out images are too few to show how near independent images come; give at least "
+            f"{FEWEST_HELD_OUT}"
         )
     described = [
-        _describe(pictures, extractor, batch_size, name if progress else None)
-        for name, pictures in (("generated", generated), ("training", train), ("held out", holdout))
+        _describe(images, extractor, batch_size, name if progress else None)
+        for name, images in (("generated", generated), ("training", train), ("held out", holdout))
     ]
     (pixels_g, features_g), (pixels_t, features_t), (pixels_h, features_h) = described
-    tests = 2 * len(generated)  # Bonferroni: two views of every picture
+    tests = 2 * len(generated)  # Bonferroni: two comparisons of each image
     return [
-        _view("pixels", pixel_distances, pixels_g, pixels_t, pixels_h, tests, seed),
-        _view(extractor.label, feature_distances, features_g, features_t, features_h, tests, seed),
+        _compare("pixels", pixel_distances, pixels_g, pixels_t, pixels_h, tests, seed),
+        _compare(extractor.label, feature_distances, features_g, features_t, features_h, tests, seed),
     ]
 
 
-def _describe(pictures, extractor, batch_size, progress):
-    """Pixels (n, 4, 64, 64) and features (n, d) of the pictures' central squares, in one pass."""
+def _describe(images, extractor, batch_size, progress):
+    """Pixels (n, 4, 64, 64) and features (n, d) of the images' central squares, in one pass."""
     pixels = {}
 
-    def prepare(picture):
-        image = _central_square(open_rgb(picture))
-        pixels[picture] = detail(as_tensor(image))
-        return extractor.prepare(image)
+    def prepare(image):
+        square = _central_square(open_rgb(image))
+        pixels[image] = detail(as_tensor(square))
+        return extractor.prepare(square)
 
-    features = torch.cat(
-        [
-            torch.from_numpy(batch[max(extractor.dims)])
-            for _, batch in batches(pictures, extractor, batch_size, progress, prepare)
-        ]
-    )
-    return torch.stack([pixels[picture] for picture in pictures]), features
+    deepest = max(extractor.dims)
+    features = [batch[deepest] for _, batch in batches(images, extractor, batch_size, progress, prepare)]
+    return torch.stack([pixels[image] for image in images]), torch.from_numpy(np.concatenate(features))
 
 
 def _central_square(image):
@@ -98,13 +94,16 @@ def _central_square(image):
     return image.crop((left, top, left + side, top + side))
 
 
+# --- distances -------------------------------------------------------------------------------------------------------
+
+
 def detail(image):
     """uint8 (3, H, W) -> float32 (4, 64, 64): grey without its low frequencies, at four half-pixel shifts."""
     grey = image.float().mean(0)[None, None]
-    grey = F.interpolate(grey, (2 * COMPARED_SIDE, 2 * COMPARED_SIDE), mode="bilinear", antialias=True)
+    grey = F.interpolate(grey, (2 * COMPARED_SIZE, 2 * COMPARED_SIZE), mode="bilinear", antialias=True)
     shifted = torch.cat([grey.roll((dy, dx), dims=(2, 3)) for dy in (0, 1) for dx in (0, 1)])  # (4, 1, 128, 128)
     small = F.avg_pool2d(shifted, 2)  # (4, 1, 64, 64)
-    return (small - _box(_box(small)))[:, 0]  # twice a box: nearly a Gaussian
+    return (small - _box(_box(small)))[:, 0]  # two box filters are nearly a Gaussian
 
 
 def _box(x):
@@ -112,10 +111,10 @@ def _box(x):
 
 
 def pixel_distances(a, b, itself=False):
-    """1 - correlation of the middle of a_i with the best-fitting window of b_j or its mirror image.
+    """1 - correlation of the middle of a_i with the best-fitting window of b_j or of its mirror image.
 
-    Args: a (n, 4, 64, 64), b (m, 4, 64, 64) of ``detail``; ``itself``: b is a, and i = j does not count.
-    Returns: (n, m) in [0, 2]; inf for all but each row's CANDIDATES.
+    Args: a (n, 4, 64, 64), b (m, 4, 64, 64) from ``detail``. itself: b is a, and i = j does not count.
+    Returns: (n, m) in [0, 2]; inf except for the CANDIDATES of each row.
     """
     b = b[:, 0]
     coarse = _coarse_similarity(F.avg_pool2d(a[:, 0], 2), F.avg_pool2d(b, 2))
@@ -126,24 +125,27 @@ def pixel_distances(a, b, itself=False):
 
 
 def _coarse_similarity(a, b, block=64):
-    """Best correlation over whole-pixel shifts and mirroring, all pairs, as matrix products: (n, 32, 32) -> (n, m)."""
+    """Best correlation of all pairs over whole-pixel shifts and mirroring: (n, 32, 32), (m, 32, 32) -> (n, m)."""
     shift = (SHIFT + 1) // 2
     inner = a.shape[-1] - 2 * shift
     query = _standardised(a[:, shift:-shift, shift:-shift].flatten(1))  # (n, inner^2)
     best = []
-    for some in b.split(block):
-        windows = torch.stack([some, some.flip(-1)], dim=1).unfold(2, inner, 1).unfold(3, inner, 1)
+    for part in b.split(block):
+        windows = torch.stack([part, part.flip(-1)], dim=1).unfold(2, inner, 1).unfold(3, inner, 1)
         windows = _standardised(windows.flatten(4).flatten(1, 3))  # (block, 2 * shifts, inner^2)
         best.append((query @ windows.flatten(0, 1).T).unflatten(1, windows.shape[:2]).amax(2))
     return torch.cat(best, dim=1)
 
 
 def _fine_similarity(a, b, candidates, block=16):
-    """The same at the full size and by half pixels, for chosen pairs only: a (n, 4, 64, 64), b (m, 64, 64),
-    candidates (n, K) -> (n, K). Correlations by Fourier transform: the middle of a, zero around it, cannot wrap."""
-    inner, shifts = COMPARED_SIDE - 2 * SHIFT, 2 * SHIFT + 1
+    """Best correlation at full size and in half-pixel shifts, for the candidate pairs only.
+
+    Args: a (n, 4, 64, 64), b (m, 64, 64), candidates (n, K). Returns: (n, K).
+    By Fourier transform: with zeros around it, the middle of a cannot wrap around.
+    """
+    inner, shifts = COMPARED_SIZE - 2 * SHIFT, 2 * SHIFT + 1
     query = _standardised(a[:, :, SHIFT:-SHIFT, SHIFT:-SHIFT].flatten(2)).unflatten(2, (inner, inner))
-    query = torch.fft.rfft2(query, s=(COMPARED_SIDE, COMPARED_SIDE)).conj()  # (n, 4, 64, 33)
+    query = torch.fft.rfft2(query, s=(COMPARED_SIZE, COMPARED_SIZE)).conj()  # (n, 4, 64, 33)
     both = torch.stack([b, b.flip(-1)], dim=1)  # (m, 2, 64, 64)
     mean, square = (F.avg_pool2d(x, inner, stride=1) for x in (both, both.square()))
     norm = inner * (square - mean.square()).clamp(min=1e-6).sqrt()  # of each centred window, (m, 2, 11, 11)
@@ -157,47 +159,59 @@ def _fine_similarity(a, b, candidates, block=16):
 
 
 def _standardised(x):
-    """Zero mean and unit length along the last axis; a constant stays zero."""
+    """Zero mean and unit length along the last axis; a constant becomes zero."""
     return F.normalize(x - x.mean(-1, keepdim=True), dim=-1, eps=1e-3)
 
 
-def _view(name, distances, generated, train, holdout, tests, seed):
+def feature_distances(a, b, itself=False):
+    """Euclidean distances between features (n, d) and (m, d): (n, m); inf on the diagonal if b is a (``itself``)."""
+    distances = torch.cdist(a, b)
+    return distances.fill_diagonal_(torch.inf) if itself else distances
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def _compare(name, distances, generated, train, holdout, tests, seed):
     from_holdout, between = distances(holdout, train), distances(holdout, holdout, itself=True)
     leaked, _, _ = near_copies(from_holdout, between, from_holdout, between, tests)
-    kept = ~leaked  # a held-out twin of a training picture would hide that picture's copies
+    kept = ~leaked  # a held-out twin of a training image would hide the copies of that image
     if kept.sum() < FEWEST_HELD_OUT:
         raise InputError(
-            f"{int(leaked.sum())} of {len(holdout)} held-out pictures are near-copies of training "
-            "pictures; give pictures of other patients"
+            f"{int(leaked.sum())} of {len(holdout)} held-out images are near-copies of training images; give images of "
+            "other patients"
         )
     to_train, to_holdout = distances(generated, train), distances(generated, holdout[kept])
-    near, score, threshold = near_copies(to_train, to_holdout, from_holdout[kept], between[kept][:, kept], tests)
+    near_copy, score, threshold = near_copies(to_train, to_holdout, from_holdout[kept], between[kept][:, kept], tests)
     share, expected, p = share_test(to_train, to_holdout, seed)
-    return View(
-        name,
-        to_train.argmin(1).numpy(),
-        kept.nonzero()[:, 0][to_holdout.argmin(1)].numpy(),
-        to_train.amin(1).numpy(),
-        to_holdout.amin(1).numpy(),
-        score.numpy(),
-        threshold,
-        near.numpy(),
-        share,
-        expected,
-        p,
-        leaked.nonzero()[:, 0].numpy(),
+    return Comparison(
+        name=name,
+        nearest_train=to_train.argmin(1).numpy(),
+        nearest_holdout=kept.nonzero()[:, 0][to_holdout.argmin(1)].numpy(),
+        to_train=to_train.amin(1).numpy(),
+        to_holdout=to_holdout.amin(1).numpy(),
+        score=score.numpy(),
+        threshold=threshold,
+        near_copy=near_copy.numpy(),
+        share=share,
+        expected=expected,
+        p=p,
+        leaked=leaked.nonzero()[:, 0].numpy(),
     )
 
 
 def near_copies(to_train, to_holdout, null_to_train, null_to_holdout, tests):
-    """Which pictures are nearer to a training picture than independent pictures are.
+    """Which images are nearer to a training image than independent images are.
 
-    Args: distances (n, n_train), (n, n_holdout) of the pictures and, as the null, of the held-out pictures themselves.
+    For each image, r = log(nearest training distance) - mean of log(the five nearest held-out distances). Among
+    independent images r and log(nearest training distance) are assumed normal; median and MAD replace mean and standard
+    deviation, so that a few duplicates do no harm. An image is a near-copy if its r lies below the prediction bound
+    that any of ``tests`` independent images crosses with probability FALSE_ALARM, and its distance lies below the 1 %
+    point of the independent ones.
 
-    Of each picture: r = log(nearest training distance) - mean of log(the five nearest held-out distances). Among
-    independent pictures r and log(nearest training distance) are taken for normal, with median and MAD for mean and
-    deviation, so that a few duplicates do no harm. A near-copy's r lies below the prediction bound that any of
-    ``tests`` independent pictures crosses with probability FALSE_ALARM, and its distance below the null's 1 % point.
+    Args:
+        to_train, to_holdout: distances (n, n_train) and (n, n_holdout) of the images.
+        null_to_train, null_to_holdout: the same of independent images, here the held-out ones.
     Returns: bool (n,), standard scores of r (n,), the bound on these.
     """
     from scipy import stats
@@ -219,127 +233,121 @@ def _robust_score(values, null):
 
 
 def share_test(to_train, to_holdout, seed, relabellings=9999):
-    """Share of generated pictures whose nearest of all pictures is a training picture, and its permutation test.
+    """Share of generated images whose nearest image of all is a training image, and its permutation test.
 
-    Under independence "training" and "held out" are mere labels, so they are shuffled among the pictures.
+    If the model is independent of its training set, "training" and "held out" are mere labels and can be shuffled.
     Returns: share, expected share, one-sided p.
     """
     n_train, n_all = to_train.shape[1], to_train.shape[1] + to_holdout.shape[1]
     nearest = torch.cat([to_train, to_holdout], dim=1).argmin(1).numpy()
-    votes = np.bincount(nearest, minlength=n_all)  # how many generated pictures each real one is nearest to
+    votes = np.bincount(nearest, minlength=n_all)  # how many generated images each real one is nearest to
     share, rng = votes[:n_train].sum() / len(nearest), np.random.default_rng(seed)
     shuffled = np.array([rng.permutation(votes)[:n_train].sum() for _ in range(relabellings)]) / len(nearest)
     return float(share), n_train / n_all, float((1 + (shuffled >= share - 1e-12).sum()) / (1 + relabellings))
 
 
-def feature_distances(a, b, itself=False):
-    """Euclidean distances of features (n, d) and (m, d): (n, m); inf on the diagonal if ``itself``."""
-    distances = torch.cdist(a, b)
-    return distances.fill_diagonal_(torch.inf) if itself else distances
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
-def side_by_side(path, views, generated, train, holdout, rows=8):
-    """A picture of the most suspicious pictures beside their nearest training and held-out ones."""
+def side_by_side(path, comparisons, generated, train, holdout, rows=8):
+    """Write a figure: the most suspicious generated images beside their nearest training and held-out images."""
     from matplotlib.figure import Figure
 
-    suspicion = [np.where(view.near_copy, view.score - 1e6, view.score) for view in views]  # near-copies first
+    suspicion = [np.where(c.near_copy, c.score - 1e6, c.score) for c in comparisons]  # near-copies first
     order = np.argsort(np.min(suspicion, axis=0))[:rows]
     figure = Figure(figsize=(7.5, 2.7 * len(order)), layout="constrained")
     axes = figure.subplots(len(order), 3, squeeze=False)
     for row, index in zip(axes, order):
-        view = min(views, key=lambda view: (not view.near_copy[index], view.score[index]))
+        worst = min(comparisons, key=lambda c: (not c.near_copy[index], c.score[index]))
+        verdict, colour = ("NEAR-COPY", "firebrick") if worst.near_copy[index] else ("not flagged", "black")
         cells = (
-            ("generated", generated[index], None),
-            ("nearest training", train[view.nearest_train[index]], view.to_train[index]),
-            ("nearest held out", holdout[view.nearest_holdout[index]], view.to_holdout[index]),
+            ("generated", generated[index], verdict),
+            ("nearest training", train[worst.nearest_train[index]], f"{worst.name}: {worst.to_train[index]:.3g}"),
+            ("nearest held out", holdout[worst.nearest_holdout[index]], f"{worst.name}: {worst.to_holdout[index]:.3g}"),
         )
-        for axis, (title, picture, distance) in zip(row, cells):
-            axis.imshow(_central_square(open_rgb(picture)).resize((256, 256)))
+        for axis, (title, image, remark) in zip(row, cells):
+            axis.imshow(_central_square(open_rgb(image)).resize((256, 256)))
             axis.set_axis_off()
-            verdict = "NEAR-COPY" if view.near_copy[index] else "not flagged"
-            remark = verdict if distance is None else f"{view.name}: {distance:.3g}"
-            axis.set_title(
-                f"{title}\n{image_name(picture)}\n{remark}",
-                fontsize=7,
-                color="firebrick" if view.near_copy[index] else "black",
-            )
+            axis.set_title(f"{title}\n{image_name(image)}\n{remark}", fontsize=7, color=colour)
     with written_beside(path) as beside:
         figure.savefig(beside, dpi=110)
 
 
+def summary_table(comparisons, holdout):
+    """The result as lines of text. ``holdout``: names of the held-out images."""
+    lines = [f"{'':>12}  {'nearer to training':>18}  {'by chance':>9}  {'p':>7}  {'near-copies':>11}"]
+    for c in comparisons:
+        lines.append(f"{c.name:>12}  {c.share:>18.1%}  {c.expected:>9.1%}  {c.p:>7.4f}  {c.near_copy.sum():>11}")
+        if len(c.leaked):
+            lines.append(
+                f"warning: {len(c.leaked)} held-out images are near-copies of training images ({c.name}) and were "
+                f"left out, first {holdout[c.leaked[0]]}: split by patient"
+            )
+    return lines
+
+
+def as_entries(comparisons, generated, train, holdout):
+    """One dict per comparison and generated image, for audit.json. The arguments after the first are names."""
+    return [
+        {
+            "generated": name,
+            "view": c.name,
+            "train": train[c.nearest_train[i]],
+            "holdout": holdout[c.nearest_holdout[i]],
+            "to_train": float(c.to_train[i]),
+            "to_holdout": float(c.to_holdout[i]),
+            "score": float(c.score[i]),
+            "near_copy": bool(c.near_copy[i]),
+        }
+        for c in comparisons
+        for i, name in enumerate(generated)
+    ]
+
+
 def main(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m minildm audit", description=__doc__.splitlines()[0], formatter_class=Help
-    )
-    parser.add_argument("generated", help="folder of generated pictures")
+    parser = Parser(prog="python -m minildm audit", description="Has the model memorised training images?")
+    parser.add_argument("generated", help="folder or run of generated images")
     parser.add_argument("--train", required=True, help="folder or name:path data set the model was trained on")
-    parser.add_argument("--holdout", required=True, help="the same, other patients, never trained on")
+    parser.add_argument("--holdout", required=True, help="the same, of other patients, never trained on")
     parser.add_argument("--out", type=Path, help="folder for audit.json and audit.png (default: GENERATED/audit)")
-    add_feature_arguments(parser, default="inception" if DEFAULT_WEIGHTS.is_file() else "random")
+    add_flags(parser, FeatureSettings, "features")
+    parser.set_defaults(features="inception" if DEFAULT_WEIGHTS.is_file() else "random")
     arguments = parser.parse_args(argv)
+    settings = from_flags(FeatureSettings, arguments)
     if arguments.train == arguments.holdout:
-        raise InputError(f"--train and --holdout are both {arguments.train}; give pictures the model has not seen")
+        raise InputError(
+            f"--train and --holdout are both {arguments.train}; give --holdout images the model was not trained on"
+        )
     lists = [list_images(source) for source in (arguments.generated, arguments.train, arguments.holdout)]
     out = writable_folder(Path(arguments.generated) / "audit" if arguments.out is None else arguments.out)
-    extractor = extractor_from(arguments, dims=(2048,))
-    views = audit(*lists, extractor, arguments.batch_size, arguments.seed, progress=True)
+    extractor = open_extractor(settings, dims=(2048,))
+    comparisons = audit(*lists, extractor, settings.batch_size, settings.seed, progress=True)
 
-    generated, train, holdout = ([image_name(picture) for picture in pictures] for pictures in lists)
-    print(f"{len(generated)} generated, {len(train)} training, {len(holdout)} held-out pictures")
-    print(f"{'':>12}  {'nearer to training':>18}  {'by chance':>9}  {'p':>7}  {'near-copies':>11}")
-    for view in views:
-        print(
-            f"{view.name:>12}  {view.share:>18.1%}  {view.expected:>9.1%}  {view.p:>7.4f}  {view.near_copy.sum():>11}"
-        )
-        if len(view.leaked):
-            print(
-                f"warning: {len(view.leaked)} held-out pictures are near-copies of training pictures ({view.name}) "
-                f"and were left out, first {holdout[view.leaked[0]]}: split by patient"
-            )
-    found = [
-        {
-            "generated": generated[i],
-            "view": view.name,
-            "train": train[view.nearest_train[i]],
-            "holdout": holdout[view.nearest_holdout[i]],
-            "to_train": float(view.to_train[i]),
-            "to_holdout": float(view.to_holdout[i]),
-            "score": float(view.score[i]),
-            "near_copy": bool(view.near_copy[i]),
-        }
-        for view in views
-        for i in range(len(generated))
-    ]
-    for entry in found:
+    generated, train, holdout = ([image_name(image) for image in images] for images in lists)
+    print(f"{len(generated)} generated, {len(train)} training, {len(holdout)} held-out images")
+    print("\n".join(summary_table(comparisons, holdout)))
+    entries = as_entries(comparisons, generated, train, holdout)
+    for entry in entries:
         if entry["near_copy"]:
             print(
-                f"near-copy: {entry['generated']} of {entry['train']} ({entry['view']}: {entry['to_train']:.3g} "
-                f"against {entry['to_holdout']:.3g} to the nearest held-out picture)"
+                f"near-copy: {entry['generated']} of {entry['train']} ({entry['view']}: {entry['to_train']:.3g}, "
+                f"against {entry['to_holdout']:.3g} to the nearest held-out image)"
             )
     summary = [
         {
-            "view": v.name,
-            "share": v.share,
-            "expected": v.expected,
-            "p": v.p,
-            "threshold": v.threshold,
-            "near_copies": int(v.near_copy.sum()),
-            "leaked": [holdout[i] for i in v.leaked],
+            "view": c.name,
+            "share": c.share,
+            "expected": c.expected,
+            "p": c.p,
+            "threshold": c.threshold,
+            "near_copies": int(c.near_copy.sum()),
+            "leaked": [holdout[i] for i in c.leaked],
         }
-        for v in views
+        for c in comparisons
     ]
-    write_json(
-        out / "audit.json",
-        {
-            "views": summary,
-            "pictures": found,
-            "train": arguments.train,
-            "holdout": arguments.holdout,
-            "features": extractor.facts,
-            "seed": arguments.seed,
-            "false_alarm": FALSE_ALARM,
-        },
-    )
-    side_by_side(out / "audit.png", views, *lists)
-    print(f"wrote {out / 'audit.json'} and {out / 'audit.png'}: look at the pictures side by side")
+    result = {"views": summary, "pictures": entries, "train": arguments.train, "holdout": arguments.holdout}
+    result |= {"features": extractor.facts, "seed": settings.seed, "false_alarm": FALSE_ALARM}
+    write_json(out / "audit.json", result)
+    side_by_side(out / "audit.png", comparisons, *lists)
+    print(f"wrote {out / 'audit.json'} and {out / 'audit.png'}: look at the images side by side")
     return 0

@@ -1,14 +1,14 @@
-"""Frechet distance between two sets of features, each taken for a Gaussian (Heusel et al. 2017, arXiv:1706.08500).
+"""Frechet distance between two sets of features, each modelled as a Gaussian (Heusel et al. 2017, arXiv:1706.08500).
 
     d^2 = |mu1 - mu2|^2 + Tr(Sigma1 + Sigma2 - 2 (Sigma1 Sigma2)^(1/2))
 
-All in float64. No matrix square root is taken. Write each covariance as Sigma = F^T F with F (r, d) of full row rank;
-the non-zero eigenvalues of Sigma1 Sigma2 are those of (F1 F2^T)(F1 F2^T)^T, so
+All in float64, without a matrix square root. Write each covariance as Sigma = F^T F with F (r, d) of full row rank. The
+non-zero eigenvalues of Sigma1 Sigma2 are those of (F1 F2^T)(F1 F2^T)^T, so
 
     Tr (Sigma1 Sigma2)^(1/2) = sum of the singular values of F1 F2^T, an (r1, r2) matrix.
 
-For n pictures F is the centred features over sqrt(n - 1): at n = 132 and d = 2048 that is a 132 x 132 problem,
-real and finite whatever the rank, where a square root of the 2048 x 2048 product is singular and needs an epsilon.
+For n images F is the centred features divided by sqrt(n - 1). At n = 132 and d = 2048 that is a 132 x 132 problem,
+real and finite at any rank, whereas the 2048 x 2048 product is singular and its square root needs an epsilon.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance between N(mu1, sigma1) and N(mu2, sigma2).
 
     Args: means (d,) and covariances (d, d), numpy or torch, any float type.
-    Returns: float >= 0 up to rounding. Raises: InputError for unequal dims, NaN or a covariance that is none.
+    Returns: float >= 0 up to rounding. Raises: InputError for unequal dims, NaN or a matrix that is no covariance.
     """
     mu1, mu2 = (_array(mu, "a mean").reshape(-1) for mu in (mu1, mu2))
     sigma1, sigma2 = (np.atleast_2d(_array(sigma, "a covariance")) for sigma in (sigma1, sigma2))
@@ -61,12 +61,12 @@ def features_factor(features):
 def covariance_factor(sigma):
     """F (rank, d) with F^T F = sigma, from the eigenvalues that are not rounding errors.
 
-    What lies below d * 2.2e-16 of the largest eigenvalue is rounding; its square root would not be.
+    Eigenvalues below d * 2.2e-16 of the largest are rounding errors, and taking the root would make them matter.
     """
     values, vectors = (x.numpy() for x in torch.linalg.eigh(torch.from_numpy(sigma)))  # reads the lower triangle
     largest = max(values.max(), 0.0)
     if np.abs(sigma - sigma.T).max() > 1e-6 * largest or values.min() < -1e-6 * largest:
-        raise InputError("a covariance must be symmetric with eigenvalues >= 0; this matrix is no covariance")
+        raise InputError("a covariance must be symmetric with eigenvalues >= 0; this matrix is not")
     kept = values > len(values) * np.finfo(np.float64).eps * largest
     factor = vectors.T[kept]
     factor *= np.sqrt(values[kept])[:, None]
@@ -74,10 +74,10 @@ def covariance_factor(sigma):
 
 
 class Statistics:
-    """Mean and covariance of features that arrive batch by batch; memory O(d^2) however many arrive.
+    """Mean and covariance of features that arrive batch by batch, in O(d^2) memory.
 
-    Up to d rows are held as they are: the exact factor of a small set. Beyond, rows are folded, some hundreds at a
-    time, into the scatter matrix (Chan, Golub and LeVeque 1983, Eq. 2.1).
+    Up to d rows are held as they are, which gives the exact factor of a small set. Beyond that, rows are added to the
+    scatter matrix in blocks of up to 512 (Chan, Golub and LeVeque 1983, Eq. 2.1).
     """
 
     def __init__(self, dim):
@@ -86,10 +86,10 @@ class Statistics:
         self._folded, self._mean, self._scatter = 0, np.zeros(dim), None
 
     def add(self, features):
-        """features (b, d), torch or numpy."""
+        """Add features (b, d), torch or numpy; returns self."""
         rows = _array(features, "features")
         if rows.shape[1] != self.dim:
-            raise InputError(f"features of {rows.shape[1]} dims added to statistics of {self.dim}")
+            raise InputError(f"statistics of {self.dim} dims cannot take features of {rows.shape[1]}")
         self._rows.append(rows)
         self.n += len(rows)
         if self.n - self._folded > (self.dim if self._scatter is None else min(self.dim, 512)):
@@ -138,13 +138,13 @@ class Statistics:
         return _distance(self.mean, self.factor(), other.mean, other.factor())
 
     def save(self, path):
-        """Write ``mu`` and ``sigma`` as pytorch-fid does, and ``n``, which it ignores."""
+        """Write ``mu`` and ``sigma`` as pytorch-fid does, and ``n``, which pytorch-fid ignores."""
         with written_beside(path) as beside:
             np.savez_compressed(beside, mu=self.mean, sigma=self.covariance, n=self.n)
 
 
 class SavedStatistics:
-    """Mean and covariance from an .npz of pytorch-fid's or ours. ``n`` is None where the file does not say it."""
+    """Mean and covariance from an .npz file, ours or pytorch-fid's. ``n`` is None if the file does not give it."""
 
     def __init__(self, path):
         try:
@@ -155,7 +155,7 @@ class SavedStatistics:
             if isinstance(error, FileNotFoundError | InputError):
                 raise
             raise InputError(
-                f"{path} is no file of statistics: expected an .npz with mu (d,) and sigma (d, d)"
+                f"{path} cannot be read as statistics: expected an .npz with mu (d,) and sigma (d, d)"
             ) from None
         self.dim = len(self.mean)
         if self.covariance.shape != (self.dim, self.dim):
@@ -173,12 +173,12 @@ def _array(x, what):
     if not np.isfinite(array).all():
         raise InputError(
             f"{what} of shape {array.shape} holds {(~np.isfinite(array)).sum()} NaN or infinite numbers; "
-            "look at the pictures and weights they come from"
+            "check the images and the weights they come from"
         )
     return array
 
 
 def _at_least_two(features):
     if features.ndim != 2 or len(features) < 2:
-        raise InputError(f"a covariance needs features (n, d) with n >= 2, got {features.shape}; give more pictures")
+        raise InputError(f"a covariance needs features (n, d) with n >= 2, got {features.shape}; give more images")
     return features

@@ -1,9 +1,9 @@
-"""Inception-v3 as the FID weights know it: images in, features at four depths out.
+"""The Inception-v3 of the FID: images in, features at four depths out.
 
 The weights are TensorFlow's ``inception-2015-12-05`` in the layout of pytorch-fid's file. That network differs from
 the Inception-v3 of Szegedy et al. 2015 (arXiv:1512.00567) and of torchvision in three places, each marked FID below:
 its average pools do not count the padding, its last mixed block pools by maximum, and it has 1008 classes.
-Parameter names are those of the file. Only inference: batch norms are folded into their convolutions on loading.
+Parameter names are those of the file. Inference only: batch norms are folded into their convolutions on loading.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self):
-        """Put the batch norm's fixed scale and shift into the convolution (equal up to rounding, fewer passes)."""
+        """Fold the batch norm's fixed scale and shift into the convolution: equal up to rounding, and faster."""
         self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
 
@@ -147,7 +147,7 @@ class MixedD(nn.Module):
 
 
 class MixedE(nn.Module):
-    """8 x 8 block: 3x3 convolutions fanned out as 1x3 beside 3x1 (figure 7)."""
+    """8 x 8 block: 3x3 convolutions split into parallel 1x3 and 3x1 (figure 7)."""
 
     def __init__(self, in_channels, pool):
         super().__init__()
@@ -203,9 +203,9 @@ class InceptionV3(nn.Module):
 
     @classmethod
     def from_file(cls, path):
-        """Load the FID weights (.pth, opened with weights_only, or .safetensors with the same names), ready to use.
+        """Load the FID weights, a .pth (opened with weights_only) or a .safetensors with the same names.
 
-        Raises: FileNotFoundError (with the file's name, size and hash) or InputError if it is something else.
+        Raises: FileNotFoundError (with the name, size and hash of the file to get), InputError for another network.
         """
         path = Path(path)
         if not path.is_file():
@@ -229,10 +229,10 @@ class InceptionV3(nn.Module):
 
     @classmethod
     def random(cls, seed=0):
-        """A network nobody trained, the same for the same seed: what it measures is no FID.
+        """An untrained network, reproducible from its seed. What it measures is not FID.
 
-        Kaiming-normal convolutions; each batch norm takes the mean and variance it sees on four fixed noise
-        pictures, so that features stay O(1) and pictures stay apart at every depth.
+        Kaiming-normal convolutions. Each batch norm takes the mean and variance of four fixed noise images, so that
+        features are O(1) and tell images apart at every depth.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         with torch.device("meta"):
@@ -246,17 +246,17 @@ class InceptionV3(nn.Module):
         noise = sum(
             F.interpolate(torch.randn(4, 3, side, side, generator=generator), (SIZE, SIZE), mode="bilinear") / side**0.5
             for side in (4, 8, 16, 32, 64, 128, 256)
-        )  # amplitude falls with frequency: natural
+        )  # amplitude falls with frequency, as in natural images
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_parameters()
-                module.momentum = 1.0  # running statistics := those of the one batch that follows
+                module.momentum = 1.0  # running statistics become those of the one batch that follows
         with torch.no_grad():
             network.train().forward(noise.clamp(-1, 1))
         return network.frozen()
 
     def frozen(self):
-        """For inference only: batch norms folded away, channels-last, no gradients."""
+        """Prepare for inference: no gradients, batch norms folded away, channels-last memory."""
         self.eval().requires_grad_(False)
         for module in self.modules():
             if isinstance(module, Conv):
@@ -264,7 +264,7 @@ class InceptionV3(nn.Module):
         return self.to(memory_format=torch.channels_last)
 
     def features(self, images, dims=DIMS):
-        """Features for FID: spatial means after the first and second max pool, before the last stage, and at the end.
+        """FID features: spatial means after the first and second max pool, before the last stage and at the end.
 
         Args:
             images: (B, 3, H, W) or grey (B, 1, H, W), uint8 or float in [0, 1], any H and W.
@@ -274,7 +274,7 @@ class InceptionV3(nn.Module):
         if set(dims) - set(DIMS):
             raise InputError(f"dims must be among {DIMS}, got {tuple(dims)}")
         x = prepare(images).to(self.fc.weight.device)
-        # cudnn's default TensorFloat-32 keeps 10 bits of the mantissa; parity to 1e-5 needs all 23
+        # TensorFloat-32, cudnn's default, keeps 10 bits of the mantissa; parity to 1e-5 needs all 23.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return {dim: map.mean(dim=(2, 3)) for dim, map in self.forward(2 * x - 1, max(dims)).items() if dim in dims}
 
@@ -313,10 +313,10 @@ class InceptionV3(nn.Module):
 
 
 def prepare(images):
-    """Images as the network wants them: (B, 3, 299, 299) float32 in [0, 1].
+    """Images (B, 3 or 1, H, W), uint8 or float in [0, 1] -> the network's input (B, 3, 299, 299) float32 in [0, 1].
 
-    uint8 is divided by 255, grey repeated to three channels, the size reached by bilinear interpolation without
-    antialiasing, corners not aligned: what TensorFlow's network was fed with and pytorch-fid does.
+    Grey is repeated to three channels. The resize is bilinear without antialiasing and without aligned corners, as in
+    TensorFlow's original pipeline and in pytorch-fid. Raises: InputError for another shape, type or range.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise InputError(f"images must be (B, 3, H, W) or (B, 1, H, W), got {tuple(images.shape)}")
@@ -324,7 +324,7 @@ def prepare(images):
         images = images.float() / 255
     elif not images.is_floating_point():
         raise InputError(f"images must be uint8 or float in [0, 1], got {images.dtype}")
-    elif images.numel() and not (images.min() > -1e-4 and images.max() < 1 + 1e-4):  # resizing rounds; NaN fails
+    elif images.numel() and not (images.min() > -1e-4 and images.max() < 1 + 1e-4):  # allows rounding; NaN fails
         raise InputError(
             f"float images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]; map [-1, 1] by x / 2 + 0.5"
         )
@@ -343,12 +343,12 @@ def _read_state(path):
             raise InputError(f"{path} cannot be read as safetensors ({error}); download it again") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and magic-number errors of many types: all mean a wrong or broken file
+    except Exception as error:  # pickle, zip and magic-number errors of many types; all mean a wrong or broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path} cannot be read as weights ({reason[:80]}); expected {WEIGHTS_BYTES:,} bytes, "
             f"sha256 {WEIGHTS_SHA256}; download it again"
         ) from None
     if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, not a table of tensors; expected {WEIGHTS_NAME}")
+        raise InputError(f"{path} holds a {type(state).__name__}, not a dict of tensors; expected {WEIGHTS_NAME}")
     return state

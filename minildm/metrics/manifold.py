@@ -1,8 +1,8 @@
-"""Precision, recall, density and coverage: is the fake realistic, and is the real covered?
+"""Precision, recall, density and coverage: are the fakes realistic, and are the real images covered?
 
-A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour in its own
-set. Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991), Eq. 1-3. Density and coverage: Naeem et al. 2020
-(arXiv:2002.09797), Eq. 4 and 5. On small sets recall and coverage saturate; compare only runs of equal n and equal k.
+The manifold of a set is the union of balls around its points, each reaching to the point's k-th nearest neighbour in
+its own set. Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991), Eq. 1-3. Density and coverage: Naeem et
+al. 2020 (arXiv:2002.09797), Eq. 4 and 5. On small sets recall and coverage saturate: compare only at equal n and k.
 """
 
 import numpy as np
@@ -12,10 +12,10 @@ from minildm.errors import InputError
 
 
 def precision_recall_density_coverage(real, fake, k=5):
-    """The four shares as a dict, from features real (n, d) and fake (m, d); density may exceed 1."""
+    """The four numbers as a dict, from features real (n, d) and fake (m, d). All but density lie in [0, 1]."""
     real, fake = (torch.from_numpy(np.asarray(x, np.float64)) for x in (real, fake))
     if min(len(real), len(fake)) <= k:
-        raise InputError(f"{len(real)} real, {len(fake)} fake pictures: k = {k} neighbours need more than {k} of each")
+        raise InputError(f"{len(real)} real, {len(fake)} fake images: k = {k} neighbours need more than {k} of each")
     real_radius, fake_radius = _neighbour_distance(real, k), _neighbour_distance(fake, k)
     distance = _distances(real, fake)  # (n, m)
     inside_real = distance < real_radius[:, None]  # fake j within the ball of real i

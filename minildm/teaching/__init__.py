@@ -1,1 +1,1 @@
-"""What teaches: the chest phantom and its ruler, the procedural images and their checker. Imports nothing of data/."""
+"""Synthetic training data with exact labels: the chest phantom, the procedural images, and programs that check both."""

@@ -1,11 +1,11 @@
 """A procedural chest radiograph with exact labels: the data set that every clone carries.
 
-In: labels and a seed. Out: uint8 pictures (size, size), bones white, the patient's right on the left of a frontal view.
+In: labels and a seed. Out: uint8 images (size, size), bones white, the patient's right on the left of a frontal view.
 
-``labels`` draws who is examined and what is found, ``render`` makes the picture (``thorax`` holds the anatomy,
-``xray`` the physics), ``fields`` gives the caption's parts in the words of PadChest, and ``ruler`` measures the truth
-back from pixels. Frequencies are plausible for a hospital, with rare findings made common enough to learn. Left out:
-children. Not for clinical use.
+``labels`` samples a patient and a finding, ``render`` makes the image (``thorax``, ``frontal`` and ``lateral`` hold the
+anatomy, ``xray`` the physics), ``fields`` gives the caption fields in PadChest's terms, and ``ruler`` measures the
+labels back from the pixels. Frequencies are plausible for a hospital, except that rare findings are common enough to be
+learnt. Not modelled: children. Not for clinical use.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from minildm.errors import InputError
-from minildm.teaching.thorax import LOBES, Thorax
+from minildm.teaching.frontal import Frontal
+from minildm.teaching.lateral import Lateral
+from minildm.teaching.thorax import LOBES
 from minildm.teaching.xray import generators
 
 VIEWS = ("PA", "AP", "lateral")
-# Each finding: its share, the places it may have, the range of its size and that size's meaning.
+# Each finding: its share, the places where it occurs, the range of its size and the unit of that size.
 FINDINGS = {
     "normal": (0.26, ("",), (0, 0)),
     "cardiomegaly": (0.12, ("",), (0, 0)),  # its extent is the field ctr
@@ -25,25 +27,25 @@ FINDINGS = {
     "pneumothorax": (0.09, ("right", "left"), (1.5, 4.0)),  # cm between chest wall and lung
     "nodule": (0.07, tuple(LOBES), (0.7, 1.5)),  # cm, radius
     "calcified granuloma": (0.07, tuple(LOBES), (0.35, 0.6)),  # cm, radius
-    "consolidation": (0.10, tuple(LOBES), (0.8, 1.2)),  # times the lobe's own radius
+    "consolidation": (0.10, tuple(LOBES), (0.8, 1.2)),  # in radii of the lobe
     "pacemaker": (0.07, ("",), (0, 0)),
     "scoliosis": (0.07, ("",), (1.0, 2.4)),  # cm the spine leaves the midline, to each side
 }
-FRONTAL_ONLY = ("pneumothorax", "scoliosis")  # what a lateral view does not show
+FRONTAL_ONLY = ("pneumothorax", "scoliosis")  # not visible in a lateral view
 
 
 @dataclass(frozen=True)
 class PhantomLabels:
-    """What is true of a picture."""
+    """The true labels of one image."""
 
     age: int  # years, 18 to 92
     sex: str  # male, female
-    view: str  # PA, AP (supine or sitting, portable tube), lateral (facing the picture's left)
+    view: str  # PA, AP (supine or sitting, portable tube), lateral (facing the image's left)
     finding: str  # a key of FINDINGS
     place: str  # side or lobe, or empty
-    size: float  # extent of the finding, in the unit that FINDINGS names
-    ctr: float  # cardiothoracic ratio as a frontal view shows it: widest heart over widest inner thorax
-    patient: str  # one picture each
+    size: float  # extent of the finding, in the unit given in FINDINGS
+    ctr: float  # cardiothoracic ratio as seen in a frontal view: widest heart over widest inner thorax
+    patient: str  # each patient has one image
 
     def __post_init__(self):
         if self.view not in VIEWS or self.sex not in ("male", "female") or self.finding not in FINDINGS:
@@ -59,7 +61,10 @@ class PhantomLabels:
 
 
 def labels(seed, view=None, finding=None):
-    """Labels drawn at plausible frequencies; ``seed`` is a number or a tuple such as (set, index)."""
+    """Sample labels at plausible frequencies.
+
+    Args: seed: a number or a tuple such as (set, index). view, finding: fixed instead of sampled.
+    """
     (rng,) = generators([seed], 0)
     view = view or str(rng.choice(VIEWS, p=(0.6, 0.22, 0.18)))
     names = [name for name in FINDINGS if not (view == "lateral" and name in FRONTAL_ONLY)]
@@ -85,40 +90,41 @@ def labels(seed, view=None, finding=None):
 
 
 def fields(labels):
-    """The caption fields of a record, named as in every data set here; an empty text is a missing field."""
+    """The caption fields of a record, named as in every data set; an empty string is a missing field."""
     return {
         "patient_id": f"phantom-{labels.patient}",
         "age": str(labels.age),
         "sex": labels.sex,
         "view": "LATERAL" if labels.view == "lateral" else labels.view,
         "projection": "L" if labels.view == "lateral" else labels.view,
-        "modality": "CR" if labels.view == "AP" else "DX",  # portable cassettes against fixed flat panels
+        "modality": "CR" if labels.view == "AP" else "DX",  # portable cassette or fixed flat panel
         "diagnosis": labels.finding,
         "loc": labels.place,
     }
 
 
 def render(labels, seed, size=128):
-    """The picture of ``labels``: uint8 (size, size). Another seed is another patient with the same findings."""
+    """The image of ``labels``: uint8 (size, size). Another seed gives another patient with the same labels."""
     return render_batch([labels], [seed], size)[0]
 
 
 def render_batch(batch, seeds, size=128):
-    """Pictures of many labels: uint8 (B, size, size), each the same whatever else is in the batch."""
+    """Images of many labels: uint8 (B, size, size). No image depends on the others in its batch."""
     if not isinstance(size, int) or size < 32:
-        raise InputError(f"a phantom's size must be a whole number of pixels from 32 up, got {size!r}")
+        raise InputError(f"a phantom's size must be a whole number of pixels of at least 32, got {size!r}")
     if len(batch) != len(seeds):
-        raise InputError(f"each phantom needs a seed of its own, got {len(batch)} labels and {len(seeds)} seeds")
+        raise InputError(f"each phantom needs its own seed, got {len(batch)} labels and {len(seeds)} seeds")
     images = np.empty((len(batch), size, size), np.uint8)
-    # One large block, freed at once, makes glibc keep the smaller ones it gets back: the page faults saved are a fifth
-    # of the time.
+    # A large block, freed at once, makes glibc keep the smaller blocks that follow instead of returning them to the
+    # system. The page faults it saves are a fifth of the time.
     np.empty(24 << 20, np.uint8)
-    alike = {}  # pictures of one kind share a code path
+    groups = {}  # a Thorax renders patients with the same finding and kind of view
     for i, label in enumerate(batch):
-        alike.setdefault((label.view == "lateral", label.finding), []).append(i)
-    chunk = max(1, (1 << 17) // size**2)  # a few at a time stay in the processor's cache
-    for indices in alike.values():
-        for start in range(0, len(indices), chunk):
-            some = indices[start : start + chunk]
-            images[some] = Thorax([batch[i] for i in some], [seeds[i] for i in some], size).film()
+        groups.setdefault((label.view == "lateral", label.finding), []).append(i)
+    chunk = max(1, (1 << 17) // size**2)  # as many images at a time as stay in the processor's cache
+    for (lateral, _), members in groups.items():
+        view = Lateral if lateral else Frontal
+        for start in range(0, len(members), chunk):
+            indices = members[start : start + chunk]
+            images[indices] = view([batch[i] for i in indices], [seeds[i] for i in indices], size).render()
     return images

@@ -1,13 +1,13 @@
-"""The phantom's ruler: what a frontal or lateral chest picture shows, measured from its pixels alone.
+"""The phantom's ruler: measures from the pixels alone what a frontal or lateral chest image shows.
 
-In: uint8 pictures of any size, (H, W) or (B, H, W). Out: one ``Reading`` each. It scores whether a *generated*
-picture obeys its prompt, so it must not mind slight blur or noise.
+In: uint8 images of any size, (H, W) or (B, H, W). Out: one ``Reading`` each. It tells whether *generated* images follow
+their prompts, so it must tolerate slight blur and noise.
 
-A reading is linear: the picture becomes some 1,500 numbers (greys, the strength of fine detail, the brightest small
-spots and the spine's course, each on a coarse grid), and each label is a weighted sum of them. The weights come from
-ridge regression on phantoms whose labels are known (half of them blurred or noisy), fitted anew in each process, in
-seconds: so the ruler always matches the phantom it measures. ``tests/benchmarks/bench_phantom.py`` gives its accuracy
-on other phantoms. Not for clinical use.
+A reading is linear: an image becomes about 1,500 features (greys, strength of fine detail, brightest small spots and
+course of the spine, each on a coarse grid), and each label is a weighted sum of them. The weights come from ridge
+regression on phantoms with known labels, half of them blurred and noisy. Each process fits them anew, in seconds, so
+the ruler always matches the phantom it measures. ``tests/benchmarks/bench_phantom.py`` gives its accuracy on other
+phantoms. Not for clinical use.
 """
 
 from dataclasses import dataclass
@@ -21,25 +21,22 @@ from tqdm import tqdm
 from minildm.errors import InputError
 from minildm.teaching import phantom
 
-RULER_SIDE = 128  # pixels of the picture that is measured
-CALIBRATION = (
-    987_654_321,
-    1250,
-    450,
-)  # seed of the calibration set, pictures that fit the weights, pictures that set the thresholds
+RULER_SIZE = 128  # pixels a side of the image that is measured
+CALIBRATION_SEED = 987_654_321
+N_FIT, N_THRESHOLD = 1250, 450  # phantoms that fit the weights, phantoms that set the thresholds
 RIDGE = 15.0
 SIDES = ("right", "left")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows. The findings of a lateral view are not read: all but its view and sex are then absent."""
+    """What an image shows. In a lateral view only the view and the sex are read; all findings are then absent."""
 
     view: str  # PA, AP, lateral
     sex: str  # male, female
     ctr: float  # cardiothoracic ratio; nan in a lateral view
-    effusion: str  # right, left or empty; bilateral ones read as the larger
-    effusion_size: float  # share of the lung's height, as PhantomLabels.size; 0 without one
+    effusion: str  # right, left or empty; of effusions on both sides the larger
+    effusion_size: float  # share of the lung's height, as PhantomLabels.size; 0 without an effusion
     pneumothorax: str  # right, left or empty
     consolidation: str  # a lobe or empty
     granuloma: str  # a lobe or empty; softer nodules are too faint to be read
@@ -52,7 +49,7 @@ class Reading:
 
 
 def measure(images):
-    """A ``Reading`` of a picture (H, W), or a list of them for pictures (B, H, W) or a list of pictures."""
+    """The ``Reading`` of an image (H, W), or a list of readings of images (B, H, W) or of a list of images."""
     single = isinstance(images, np.ndarray) and images.ndim == 2
     images = [images] if single else list(images)
     readings = _read(np.stack([_features(_square(image)) for image in images]))
@@ -60,7 +57,10 @@ def measure(images):
 
 
 def obeys(reading, wanted):
-    """Whether a reading shows what a prompt's fields (``phantom.fields``) ask for: {field: True or False}."""
+    """Whether a reading shows what the fields of a prompt (``phantom.fields``) ask for: {field: True or False}.
+
+    Fields that the ruler cannot judge, such as age or a soft nodule, are not in the result.
+    """
     verdict = {}
     if wanted.get("view"):
         verdict["view"] = reading.view.upper() == wanted["view"].upper()
@@ -77,7 +77,7 @@ def obeys(reading, wanted):
         "calcified granuloma": reading.granuloma,
     }
     if finding == "normal":
-        del seen["calcified granuloma"]  # too many false alarms to count against a healthy chest
+        del seen["calcified granuloma"]  # its false alarms are too many to count against a healthy chest
         verdict["diagnosis"] = not any(seen.values())
     elif finding in seen:
         verdict["diagnosis"] = bool(seen[finding])
@@ -86,32 +86,33 @@ def obeys(reading, wanted):
     return verdict
 
 
+# --- from an image to features ---------------------------------------------------------------------------------------
+
+
 def _square(image):
-    """Centre crop, then RULER_SIDE x RULER_SIDE by area averages: float32."""
+    """Centre crop resized to (RULER_SIZE, RULER_SIZE) float32: area averages down, bicubic up."""
     image = np.asarray(image)
     if image.ndim != 2 or image.dtype != np.uint8 or min(image.shape) < 32:
         raise InputError(
-            f"the ruler measures grey uint8 pictures (H, W) of 32 pixels or more, got {image.dtype} {image.shape}; "
+            f"the ruler measures grey uint8 images (H, W) of at least 32 pixels, got {image.dtype} {image.shape}; "
             "convert with PIL's convert('L') first"
         )
     side = min(image.shape)
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     crop = Image.fromarray(np.ascontiguousarray(image[top : top + side, left : left + side]))
-    return np.asarray(
-        crop.resize((RULER_SIDE, RULER_SIDE), Image.Resampling.BOX if side >= RULER_SIDE else Image.Resampling.BICUBIC),
-        np.float32,
-    )
+    method = Image.Resampling.BOX if side >= RULER_SIZE else Image.Resampling.BICUBIC
+    return np.asarray(crop.resize((RULER_SIZE, RULER_SIZE), method), np.float32)
 
 
-def _pool(a, cells, how):
-    k = RULER_SIDE // cells
-    return how(a.reshape(cells, k, cells, k), axis=(1, 3))
+def _pool(a, cells, reduce):
+    k = RULER_SIZE // cells
+    return reduce(a.reshape(cells, k, cells, k), axis=(1, 3))
 
 
 @lru_cache(maxsize=16)
 def _filter(sigma, order=0):
-    """(RULER_SIDE, RULER_SIDE): a Gaussian filter along one axis, or its derivative, as a matrix."""
-    return ndimage.gaussian_filter1d(np.eye(RULER_SIDE), sigma, axis=0, order=order).astype(np.float32)
+    """(RULER_SIZE, RULER_SIZE): a Gaussian filter along one axis, or its derivative, as a matrix."""
+    return ndimage.gaussian_filter1d(np.eye(RULER_SIZE), sigma, axis=0, order=order).astype(np.float32)
 
 
 def _smooth(a, sigma_y, sigma_x):
@@ -119,10 +120,10 @@ def _smooth(a, sigma_y, sigma_x):
 
 
 def _features(a):
-    """(RULER_SIDE, RULER_SIDE) greys -> the features that readings are sums of; the first 256 describe round spots."""
+    """Greys (RULER_SIZE, RULER_SIZE) -> features. The first 256 describe round spots, one per cell of 16 x 16."""
     inner = a[8:-8, 8:-8]
     a = (a - inner.mean()) / max(float(inner.std()), 1.0)
-    # Round bright spots: the lesser of the two downward curvatures, so that no line counts.
+    # Round bright spots: the smaller of the two downward curvatures, which is zero on a line.
     bend, still = _filter(1.0, 2), _filter(1.0)
     yy, xx, xy = bend @ a @ still.T, still @ a @ bend.T, _filter(1.0, 1) @ a @ _filter(1.0, 1).T
     blobs = np.maximum(-(yy + xx) / 2 - np.sqrt((yy - xx) ** 2 / 4 + xy**2), 0)
@@ -130,10 +131,10 @@ def _features(a):
     grey = _pool(a, 32, np.mean)
     detail = _smooth(a, 1.0, 1.0) - _smooth(a, 2.5, 2.5)
     energy = np.sqrt(_pool(detail * detail, 16, np.mean))
-    box = _smooth(a, 2.0, 2.0) - _smooth(a, 5.5, 5.5)  # what a pacemaker's can stands out by
+    box = _smooth(a, 2.0, 2.0) - _smooth(a, 5.5, 5.5)  # the scale of a pacemaker's can
     boxes = np.maximum(_pool(box, 16, np.max) - 0.4, 0)
-    # The spine: the brightest line within the middle third, row by row; its bends, whichever way they go.
-    middle = _smooth(a, 4.0, 1.5)[:, RULER_SIDE // 3 : RULER_SIDE - RULER_SIDE // 3]
+    # The spine: the brightest line within the middle third, row by row. Its bends count in either direction.
+    middle = _smooth(a, 4.0, 1.5)[:, RULER_SIZE // 3 : RULER_SIZE - RULER_SIZE // 3]
     weight = np.exp(4 * (middle - middle.max(1, keepdims=True)))
     course = (weight * np.arange(middle.shape[1])).sum(1) / weight.sum(1)
     course = _WITHOUT_LINE @ course.reshape(16, -1).mean(1)
@@ -143,21 +144,33 @@ def _features(a):
 
 _T = np.linspace(-1, 1, 16)
 _LINE = np.stack([np.ones(16) / 4, _T / np.linalg.norm(_T)])
-_WITHOUT_LINE = np.eye(16) - _LINE.T @ _LINE  # takes offset and tilt out of the spine's course
+_WITHOUT_LINE = np.eye(16) - _LINE.T @ _LINE  # removes offset and tilt from the course of the spine
 _WAVES = np.stack([np.sin(np.pi * k * _T / 2 + np.pi * shift / 4) for k in (1, 2, 3) for shift in range(4)])
 
 
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+_PLACED = (  # (field of Reading, findings, places)
+    ("effusion", ("pleural effusion",), SIDES),
+    ("pneumothorax", ("pneumothorax",), SIDES),
+    ("consolidation", ("consolidation",), tuple(phantom.LOBES)),
+    ("granuloma", ("calcified granuloma",), tuple(phantom.LOBES)),
+)
+_MEASUREMENTS = ("ctr", "effusion size")  # numbers; all other targets are yes or no
+_GROUPS = {name: (name,) for name in ("lateral", "AP", "female", "pacemaker", "scoliosis")} | {
+    name: tuple(f"{name} {place}" for place in places) for name, _, places in _PLACED
+}
+
+
 def blemish(image, rng):
-    """The image as a generator might give it: softer, noisier, another contrast."""
-    a = image.astype(np.float32)
-    a = ndimage.gaussian_filter(a, rng.uniform(0, 1.0)) + rng.standard_normal(a.shape, dtype=np.float32) * rng.uniform(
-        0, 8
-    )
+    """The image as a generator might give it: softer, noisier, with another contrast."""
+    a = ndimage.gaussian_filter(image.astype(np.float32), rng.uniform(0, 1.0))
+    a = a + rng.standard_normal(a.shape, dtype=np.float32) * rng.uniform(0, 8)
     return np.clip((a - 128) * rng.uniform(0.8, 1.15) + 128 + rng.uniform(-15, 15), 0, 255).astype(np.uint8)
 
 
 def _targets(batch):
-    """{name: (which pictures count, value)}: yes or no as +1, -1; ratios and sizes as they are."""
+    """{name: (mask of the images that count, value)}: +1 or -1 for yes or no, ratios and sizes as they are."""
     frontal = np.array([label.view != "lateral" for label in batch])
     everywhere = np.ones(len(batch), bool)
 
@@ -181,63 +194,48 @@ def _targets(batch):
     return targets
 
 
-_PLACED = (
-    ("effusion", ("pleural effusion",), SIDES),
-    ("pneumothorax", ("pneumothorax",), SIDES),
-    ("consolidation", ("consolidation",), tuple(phantom.LOBES)),
-    ("granuloma", ("calcified granuloma",), tuple(phantom.LOBES)),
-)
-_NUMBERS = ("ctr", "effusion size")
-_GROUPS = {name: (name,) for name in ("lateral", "AP", "female", "pacemaker", "scoliosis")} | {
-    name: tuple(f"{name} {place}" for place in places) for name, _, places in _PLACED
-}
-
-
 @lru_cache(maxsize=1)
 def _calibrate():
-    """What ``_fit`` gives, from phantoms of every finding in turn, 15 % of them lateral."""
-    seed, fit, check = CALIBRATION
+    """The result of ``_fit`` on phantoms with each finding in turn, 15 % of them lateral."""
     names = list(phantom.FINDINGS)
     batch, features = [], []
-    for start in tqdm(range(0, fit + check, 250), desc="calibrating the ruler", leave=False):
-        seeds = [(seed, i) for i in range(start, start + 250)]
-        rng = np.random.default_rng((seed, start, 1))
+    for start in tqdm(range(0, N_FIT + N_THRESHOLD, 250), desc="calibrating the ruler", leave=False):
+        seeds = [(CALIBRATION_SEED, i) for i in range(start, start + 250)]
+        rng = np.random.default_rng((CALIBRATION_SEED, start, 1))
         views = rng.choice(phantom.VIEWS, 250, p=(0.55, 0.3, 0.15))
-        some = []
-        for (_, i), view in zip(seeds, views):
+        labels = []
+        for (seed, i), view in zip(seeds, views):
             finding = names[i % len(names)]
             finding = "normal" if view == "lateral" and finding in phantom.FRONTAL_ONLY else finding
-            some.append(phantom.labels((seed, i), view=str(view), finding=finding))
-        images = phantom.render_batch(some, seeds, RULER_SIDE)
+            labels.append(phantom.labels((seed, i), view=str(view), finding=finding))
+        images = phantom.render_batch(labels, seeds, RULER_SIZE)
         features += [_features(_square(blemish(a, rng) if i % 2 else a)) for i, a in enumerate(images)]
-        batch += some
-    return _fit(np.stack(features), _targets(batch), fit)
+        batch += labels
+    return _fit(np.stack(features), _targets(batch), N_FIT)
 
 
-def _fit(features, targets, fit):
-    """Readings from labelled pictures: ridge weights from the first ``fit``, thresholds from the others, where they
-    miss least.
+def _fit(features, targets, n_fit):
+    """Fit ridge weights to the first ``n_fit`` images; set each threshold where the others give the fewest errors.
 
-    Returns ({name: weights}, {name: mean and spread of the score where the answer is no}, {group: threshold}).
+    Returns: ({name: weights}, {name: (mean, standard deviation) of the score where the answer is no},
+        {group: threshold}).
     """
     inverses, weights, spread, thresholds = {}, {}, {}, {}
     for name, (counts, value) in targets.items():
-        a, no = features[:fit][counts[:fit]], counts & (value < 0)
-        if name.startswith(
-            "granuloma"
-        ):  # not a sum but a maximum: the blob that stands out most, given what its place is used to
+        a, no = features[:n_fit][counts[:n_fit]], counts & (value < 0)
+        if name.startswith("granuloma"):  # not a sum but a maximum: the spot that stands out most against its cell
             spread[name] = features[no, :256].mean(0), features[no, :256].std(0) + 0.02
             continue
         if (key := counts.tobytes()) not in inverses:
-            inverses[key] = np.linalg.inv(a @ a.T + RIDGE * np.eye(len(a)))  # dual: fewer pictures than numbers
-        weights[name] = a.T @ (inverses[key] @ value[:fit][counts[:fit]])
-        if name not in _NUMBERS:
-            score = (features @ weights[name])[fit:][no[fit:]]
+            inverses[key] = np.linalg.inv(a @ a.T + RIDGE * np.eye(len(a)))  # dual form: fewer images than features
+        weights[name] = a.T @ (inverses[key] @ value[:n_fit][counts[:n_fit]])
+        if name not in _MEASUREMENTS:
+            score = (features @ weights[name])[n_fit:][no[n_fit:]]
             spread[name] = score.mean(), score.std()
-    scores = _scores(features[fit:], weights, spread)
+    scores = _scores(features[n_fit:], weights, spread)
     for group, names in _GROUPS.items():
-        counts = targets[names[0]][0][fit:]
-        yes = np.max([targets[name][1][fit:] for name in names], 0)[counts] > 0
+        counts = targets[names[0]][0][n_fit:]
+        yes = np.max([targets[name][1][n_fit:] for name in names], 0)[counts] > 0
         score = np.max([scores[name] for name in names], 0)[counts]
         steps = np.sort(score)
         missed = np.searchsorted(np.sort(score[yes]), steps) / yes.sum()
@@ -246,11 +244,14 @@ def _fit(features, targets, fit):
     return weights, spread, thresholds
 
 
+# --- from features to a reading --------------------------------------------------------------------------------------
+
+
 def _scores(features, weights, spread):
-    """{name: (B,)}: yes-or-no readings in standard deviations above a picture without, numbers as they are."""
-    scores = {name: features @ weights[name] for name in _NUMBERS}
+    """{name: (B,)}: measurements as they are, the others in standard deviations above an image without."""
+    scores = {name: features @ weights[name] for name in _MEASUREMENTS}
     cells = (np.arange(16) + 0.5) / 16 - 0.5
-    x, y = np.meshgrid(cells * 35.5, cells * 35.5 + 0.9)  # cm, in the phantom's middle frame
+    x, y = np.meshgrid(cells * 35.5, cells * 35.5 + 0.9)  # cm, in the frame of an average phantom
     centres = np.array(list(phantom.LOBES.values()))
     nearest = np.hypot(x[..., None] - centres[:, 0], y[..., None] - centres[:, 1]).argmin(-1).ravel()
     lung = (np.abs(x) > 3) & (np.abs(x) < 13.5) & (y > -12) & (y < 9)
@@ -264,28 +265,30 @@ def _scores(features, weights, spread):
 
 
 def _read(features):
+    """Features (B, F) -> a list of Reading."""
     weights, spread, thresholds = _calibrate()
     scores = _scores(features, weights, spread)
-    found = {}
+    hits = {}  # group -> the name above the threshold with the highest score, or "", for each image
     for group, names in _GROUPS.items():
-        every = np.stack([scores[name] for name in names])
-        found[group] = [names[k] if high > thresholds[group] else "" for k, high in zip(every.argmax(0), every.max(0))]
-    return [
-        _reading({group: hits[i] for group, hits in found.items()}, {name: float(scores[name][i]) for name in _NUMBERS})
-        for i in range(len(features))
-    ]
+        score = np.stack([scores[name] for name in names])
+        hits[group] = [names[k] if high > thresholds[group] else "" for k, high in zip(score.argmax(0), score.max(0))]
+    readings = []
+    for i in range(len(features)):
+        measurements = {name: float(scores[name][i]) for name in _MEASUREMENTS}
+        readings.append(_reading({group: names[i] for group, names in hits.items()}, measurements))
+    return readings
 
 
-def _reading(found, numbers):
-    if found["lateral"]:
-        found = {group: found[group] if group in ("lateral", "female") else "" for group in found}
-    places = {name: found[name].removeprefix(name).strip() for name, *_ in _PLACED}
+def _reading(hits, measurements):
+    if hits["lateral"]:
+        hits = {group: name if group in ("lateral", "female") else "" for group, name in hits.items()}
+    places = {name: hits[name].removeprefix(name).strip() for name, *_ in _PLACED}
     return Reading(
-        view="lateral" if found["lateral"] else "AP" if found["AP"] else "PA",
-        sex="female" if found["female"] else "male",
-        ctr=float("nan") if found["lateral"] else numbers["ctr"],
-        effusion_size=numbers["effusion size"] if places["effusion"] else 0.0,
-        pacemaker=bool(found["pacemaker"]),
-        scoliosis=bool(found["scoliosis"]),
+        view="lateral" if hits["lateral"] else "AP" if hits["AP"] else "PA",
+        sex="female" if hits["female"] else "male",
+        ctr=float("nan") if hits["lateral"] else measurements["ctr"],
+        effusion_size=measurements["effusion size"] if places["effusion"] else 0.0,
+        pacemaker=bool(hits["pacemaker"]),
+        scoliosis=bool(hits["scoliosis"]),
         **places,
     )
