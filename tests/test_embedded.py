@@ -18,7 +18,7 @@ from minildm.errors import InputError
 from minildm.latent_diffusion import usual_guidance
 from minildm.loading import EMBEDDED, EMBEDDED_ADAPTER, find_base, is_embedded
 from minildm.metrics.adherence import prompt_adherence
-from minildm.teaching import phantom, procedural, ruler
+from minildm.teaching import phantom, procedural, ruler, shape_check, shapes
 from minildm.training.config import PRESETS
 
 
@@ -56,9 +56,9 @@ def test_the_adapter_is_selora_for_this_base_and_its_ranks_are_uneven(model):
 
 def test_the_bare_base_draws_two_shapes_as_a_prompt_asks(model):
     """tests/benchmarks/bench_embedded.py counts 95 % of 200 right in all, at 50 steps; here there are two to spare."""
-    prompts = [procedural.shape_prompt((7, i)) for i in range(16)]
+    prompts = [shapes.shape_prompt((7, i)) for i in range(16)]
     images = model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(model.config))
-    checks = [procedural.check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
+    checks = [shape_check.check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
     assert sum(check.colour and check.order for check in checks) >= 14
     assert sum(check.right for check in checks) >= 10
 
