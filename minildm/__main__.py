@@ -1,49 +1,54 @@
-"""``python -m minildm <command>``: the smaller tools. Each command is a function here that imports what it needs."""
+"""``python -m minildm <command>``: every tool but training and sampling.
+
+Each command is a function that imports what it needs, so that none waits for another's libraries. Its docstring is its
+line in the usage text.
+"""
 
 import os
 import sys
 
+from minildm import __version__
 from minildm.errors import exit_cleanly
 
 
 def check(arguments):
-    """decode and examine a data set before training on it"""
+    """read every image of a data set, as training would, and report what is wrong"""
     from minildm.data.check import main
 
     return main(arguments)
 
 
 def prompts(arguments):
-    """show the prompts a data set gives"""
+    """show the prompts of a data set"""
     from minildm.data.check import show_prompts
 
     return show_prompts(arguments)
 
 
 def fid(arguments):
-    """Frechet distance of two folders of pictures, and what it is worth at this n"""
+    """compare two sets of images: FID, KID, precision, recall, and how far to trust them"""
     from minildm.metrics.fid_score import main
 
     return main(arguments)
 
 
 def clip_score(arguments):
-    """how well pictures agree with their prompts, in the eyes of a CLIP model"""
+    """score how well images match their prompts, according to a CLIP model"""
     from minildm.metrics.clip import main
 
     return main(arguments)
 
 
 def audit(arguments):
-    """has the model memorised its training pictures?"""
+    """look for generated images that copy training images"""
     from minildm.metrics.audit import main
 
     return main(arguments)
 
 
 def pretrain(arguments):
-    """train a latent diffusion model from nothing: autoencoder, text encoder, U-Net"""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy draws small pictures; its threads would fight torch's
+    """train a latent diffusion model from scratch: autoencoder, text encoder, U-Net"""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy renders small images; its threads would slow torch's
     from minildm.pretraining.command import main
 
     return main(arguments)
@@ -60,16 +65,30 @@ COMMANDS = {
 
 
 def usage():
-    lines = [f"  {name:<12} {function.__doc__.strip().splitlines()[0]}" for name, function in COMMANDS.items()]
-    return "\n".join(["usage: python -m minildm <command> [--help]", "", *lines])
+    lines = [f"  {name:<12} {function.__doc__}" for name, function in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m minildm COMMAND ...",
+            "       python -m minildm COMMAND --help    the options of a command",
+            "       python -m minildm --version",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "Training and sampling have their own scripts: python train.py --help, python sample.py --help",
+        ]
+    )
 
 
 def main(arguments):
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if arguments[0] == "--version":
+        print(f"minildm {__version__}")
+        return 0
     if arguments[0] not in COMMANDS:
-        print(f"error: unknown command {arguments[0]!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: unknown command {arguments[0]!r}; choose one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return COMMANDS[arguments[0]](arguments[1:])
 

@@ -18,7 +18,7 @@ from minildm.errors import InputError
 from minildm.latent_diffusion import usual_guidance
 from minildm.loading import EMBEDDED, EMBEDDED_ADAPTER, find_base, is_embedded
 from minildm.metrics.adherence import prompt_adherence
-from minildm.teaching import phantom, procedural, ruler
+from minildm.teaching import phantom, procedural, ruler, shape_check, shapes
 from minildm.training.config import PRESETS
 
 
@@ -56,9 +56,9 @@ def test_the_adapter_is_selora_on_this_base_with_uneven_ranks(model):
 
 def test_the_base_without_adapter_generates_two_shapes_as_the_prompt_asks(model):
     """bench_embedded.py finds 95 % of 200 images right at 50 steps; with 16 images two colour or order errors pass."""
-    prompts = [procedural.shape_prompt((7, i)) for i in range(16)]
+    prompts = [shapes.shape_prompt((7, i)) for i in range(16)]
     images = model.sample(prompts, steps=20, sampler="dpm++", guidance=usual_guidance(model.config))
-    checks = [procedural.check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
+    checks = [shape_check.check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
     assert sum(check.colour and check.order for check in checks) >= 14
     assert sum(check.right for check in checks) >= 10
 

@@ -1,4 +1,4 @@
-"""The memorisation audit: it finds what was planted and stays silent where nothing was; and prompt adherence."""
+"""The memorisation audit finds planted copies and raises no alarm without them; prompt adherence."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from metrics_helpers import SHARED_DATA, smooth_noise
+from metrics_helpers import grid_extractor, smooth_noise
 from PIL import Image, ImageChops, ImageEnhance
 
 from minildm.__main__ import main
@@ -23,7 +23,8 @@ from minildm.metrics.audit import (
     pixel_distances,
     share_test,
 )
-from minildm.metrics.extractors import Extractor, as_tensor, list_images
+from minildm.metrics.sources import as_tensor, list_images
+from minildm.teaching import phantom
 
 COPIES = (
     (0.03, -0.02, 1.15, 40),
@@ -42,15 +43,6 @@ def near_copy(image, dx, dy, brightness, quality):
     return Image.open(buffer)
 
 
-def grid_extractor():
-    """A cheap encoder: 8 x 8 grey levels."""
-
-    def prepare(image):
-        return as_tensor(image.resize((16, 16))).float() / 255
-
-    return Extractor("FD-grid", (64,), prepare, lambda x: {64: torch.nn.functional.avg_pool2d(x, 2).mean(1).flatten(1)})
-
-
 def save(folder, images):
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
@@ -59,7 +51,7 @@ def save(folder, images):
 
 
 def plant(folder, images, train):
-    """``images`` with five of them replaced by near-copies of training pictures; {name: name of the source}."""
+    """``images`` with five of them replaced by near-copies of training images; {name: name of the source}."""
     images, sources = list(images), {}
     for k, how in enumerate(COPIES):
         images[7 + 11 * k] = near_copy(train[3 + 13 * k], *how)
@@ -68,55 +60,53 @@ def plant(folder, images, train):
 
 
 def chest_like(n, seed):
-    """What all pictures share, and what is each one's own: as alike as radiographs are."""
-    shared, own = smooth_noise(1, 96, seed=0)[0], smooth_noise(n, 96, seed=seed)
-    return [Image.fromarray(((0.6 * shared + 0.4 * x)[0].numpy() * 255).astype(np.uint8)) for x in own]
+    """Images with a common part, about as similar to each other as radiographs are."""
+    common, different = smooth_noise(1, 96, seed=0)[0], smooth_noise(n, 96, seed=seed)
+    return [Image.fromarray(((0.6 * common + 0.4 * x)[0].numpy() * 255).astype(np.uint8)) for x in different]
 
 
 def phantoms(n, seed):
-    phantom = pytest.importorskip("minildm.teaching.phantom")
     seeds = [(seed, i) for i in range(n)]
     return [Image.fromarray(x) for x in phantom.render_batch([phantom.labels(s) for s in seeds], seeds, 96)]
 
 
-def check(views, expected_near):
-    pixels = views[0]
-    assert {int(i) for i in np.flatnonzero(pixels.near_copy)} == expected_near
+def check(comparisons, expected_copies):
+    """By pixels exactly the expected copies are found, by features no others."""
+    pixels = comparisons[0]
+    assert set(np.flatnonzero(pixels.near_copy)) == expected_copies
     assert not len(pixels.leaked)
-    for view in views:
-        assert {int(i) for i in np.flatnonzero(view.near_copy)} <= expected_near
+    for comparison in comparisons:
+        assert set(np.flatnonzero(comparison.near_copy)) <= expected_copies
 
 
-@pytest.mark.parametrize("draw", [chest_like, pytest.param(phantoms, marks=pytest.mark.slow)])
-def test_planted_copies_are_found_and_independent_pictures_raise_no_alarm(draw, tmp_path):
-    train, holdout, generated = draw(200, 101), draw(100, 102), draw(200, 103)
+@pytest.mark.parametrize("make", [chest_like, pytest.param(phantoms, marks=pytest.mark.slow)])
+def test_planted_copies_are_found_and_independent_images_raise_no_alarm(make, tmp_path):
+    train, holdout, generated = make(200, 101), make(100, 102), make(200, 103)
     lists = save(tmp_path / "train", train), save(tmp_path / "hold", holdout)
     clean = audit(save(tmp_path / "clean", generated), *lists, grid_extractor())
     check(clean, set())
-    assert all(view.p > 0.01 for view in clean)
+    assert all(comparison.p > 0.01 for comparison in clean)
     paths, sources = plant(tmp_path / "planted", generated, train)
-    views = audit(paths, *lists, grid_extractor())
-    check(views, {7, 18, 29, 40, 51})
-    found = {paths[i].name: lists[0][views[0].nearest_train[i]].name for i in np.flatnonzero(views[0].near_copy)}
+    comparisons = audit(paths, *lists, grid_extractor())
+    check(comparisons, {7, 18, 29, 40, 51})
+    pixels = comparisons[0]
+    found = {paths[i].name: lists[0][pixels.nearest_train[i]].name for i in np.flatnonzero(pixels.near_copy)}
     assert found == sources
 
 
-def test_real_radiographs_of_other_patients_raise_no_alarm(tmp_path):
+def test_real_radiographs_of_other_patients_raise_no_alarm_and_copies_among_them_are_found(shared_data, tmp_path):
     """The hard case: real chests, split by patient into three; then five copies among them."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"no sample data at {SHARED_DATA}")
-    with open(SHARED_DATA / "cxr" / "metadata.csv", newline="", encoding="utf-8") as file:
+    with open(shared_data / "cxr" / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     patients = sorted({row["patient_id"] for row in rows})
     np.random.default_rng(0).shuffle(patients)
     third = {patient: i * 3 // len(patients) for i, patient in enumerate(patients)}
-    pictures = [[SHARED_DATA / "cxr" / row["file"] for row in rows if third[row["patient_id"]] == k] for k in range(3)]
-    views = audit(*pictures, grid_extractor())
-    check(views, set())
-    sources = [Image.open(path) for path in pictures[1][:70]]
+    lists = [[shared_data / "cxr" / row["file"] for row in rows if third[row["patient_id"]] == k] for k in range(3)]
+    check(audit(*lists, grid_extractor()), set())
+    sources = [Image.open(path) for path in lists[1][:70]]
     copies = save(tmp_path / "copies", [near_copy(sources[3 + 13 * k], *how) for k, how in enumerate(COPIES)])
-    n = len(pictures[0])
-    check(audit(pictures[0] + copies, *pictures[1:], grid_extractor()), set(range(n, n + 5)))
+    n = len(lists[0])
+    check(audit(lists[0] + copies, *lists[1:], grid_extractor()), set(range(n, n + 5)))
 
 
 def test_correlations_by_fourier_transform_equal_those_by_hand():
@@ -156,7 +146,7 @@ def test_share_is_tested_by_relabelling():
     assert share > 0.95 and p < 0.001
 
 
-def test_held_out_twins_of_training_pictures_are_reported_and_do_not_hide_copies(tmp_path):
+def test_held_out_twins_of_training_images_are_reported_and_do_not_hide_copies(tmp_path):
     train, holdout, generated = chest_like(60, 1), chest_like(40, 2), chest_like(20, 3)
     generated[4] = near_copy(train[9], *COPIES[0])
     holdout[7] = near_copy(train[9], *COPIES[3])
@@ -178,23 +168,10 @@ def test_command_lists_and_shows_the_copies(tmp_path, capsys):
     torch.jit.trace(torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten()), torch.rand(2, 3, 224, 224)).save(
         str(tmp_path / "grid.pt")
     )
-    assert (
-        main(
-            [
-                "audit",
-                str(run),
-                "--train",
-                str(tmp_path / "train"),
-                "--holdout",
-                str(tmp_path / "hold"),
-                "--features",
-                str(tmp_path / "grid.pt"),
-            ]
-        )
-        == 0
-    )
-    said = capsys.readouterr().out
-    assert "near-copy: samples_007.png of train_005.png (pixels" in said and "8 generated, 24 training" in said
+    command = ["audit", str(run), "--train", str(tmp_path / "train"), "--holdout", str(tmp_path / "hold")]
+    assert main([*command, "--features", str(tmp_path / "grid.pt")]) == 0
+    output = capsys.readouterr().out
+    assert "near-copy: samples_007.png of train_005.png (pixels" in output and "8 generated, 24 training" in output
     result = json.loads((run / "audit" / "audit.json").read_text())
     assert result["views"][0]["near_copies"] == 1 and result["views"][1]["view"] == "FD-grid"
     with Image.open(run / "audit" / "audit.png") as image:
@@ -202,14 +179,22 @@ def test_command_lists_and_shows_the_copies(tmp_path, capsys):
     assert not list(run.glob("**/.*"))
 
 
-def test_mistakes_are_told_in_one_line(tmp_path):
-    save(tmp_path / "train", chest_like(12, 1))
+def test_mistakes_are_answered_in_one_line(tmp_path):
+    images = chest_like(12, 1)
+    save(tmp_path / "train", images)
     save(tmp_path / "few", chest_like(3, 2))
-    with pytest.raises(InputError, match="both"):
-        main(["audit", str(tmp_path / "few"), "--train", str(tmp_path / "train"), "--holdout", str(tmp_path / "train")])
-    lists = [list_images(tmp_path / name) for name in ("few", "train", "few")]
-    with pytest.raises(InputError, match="at least 10"):
-        audit(*lists, grid_extractor())
+    leaked = save(tmp_path / "leaked", [*chest_like(9, 3), *images[:3]])
+    few, train = str(tmp_path / "few"), str(tmp_path / "train")
+    lists = [list_images(folder) for folder in (few, train, few)]
+    calls = [
+        (lambda: main(["audit", few, "--train", train, "--holdout", train]), "both"),
+        (lambda: audit(*lists, grid_extractor()), "at least 10"),
+        (lambda: audit(lists[0], lists[1], leaked, grid_extractor()), "give images of other patients"),
+    ]
+    for call, message in calls:
+        with pytest.raises(InputError) as error:
+            call()
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_prompt_adherence_counts_agreement_and_what_chance_gives(tmp_path):
@@ -226,14 +211,14 @@ def test_prompt_adherence_counts_agreement_and_what_chance_gives(tmp_path):
     result = prompt_adherence(paths, wanted, measure, obeys)
     assert set(result) == {"tone", "level"}
     assert (result["tone"].share, result["tone"].n) == (0.75, 4)
-    assert result["tone"].chance == pytest.approx(5 / 12)  # of 16 pairs 8 agree, 3 of them a picture's own
+    assert result["tone"].chance == pytest.approx(5 / 12)  # of 16 pairs 8 agree, 3 of them an image with its own prompt
     assert (result["level"].share, result["level"].n) == (0.5, 2)
-    with pytest.raises(InputError, match="one prompt a picture"):
+    with pytest.raises(InputError, match="one prompt per image"):
         prompt_adherence(paths, wanted[:2], measure, obeys)
 
 
 def test_data_sets_can_be_audited_and_a_runs_sheets_cannot(tmp_path, monkeypatch):
-    """Records are no paths; a training run's samples/ are sheets of several pictures."""
+    """Records are not paths, and the samples/ of a training run may hold contact sheets only."""
     monkeypatch.chdir(tmp_path)
     generated = save(tmp_path / "fake", chest_like(4, 1))
     data = [

@@ -1,21 +1,22 @@
 """CLIP score against open_clip called by hand, and where its prompts come from."""
 
 import json
-import math
 
 import pytest
 import torch
-from metrics_helpers import write_pictures
+from metrics_helpers import write_images
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from minildm.__main__ import main
 from minildm.errors import InputError
 from minildm.metrics.clip import clip_score, png_prompt, read_prompts
-from minildm.metrics.extractors import collect, list_images, open_extractor
+from minildm.metrics.extractors import FeatureSettings, open_extractor
+from minildm.metrics.features import collect
 from minildm.metrics.fid_score import measure
+from minildm.metrics.sources import list_images
 
-MODEL = "ViT-S-32-alt"  # small, and nobody's weights: parity does not need them
+MODEL = "ViT-S-32-alt"  # small; parity does not depend on the weights, so they are random
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,10 @@ def clip_weights(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def generated(tmp_path):
+    """Five PNGs with their prompts: paths, prompts."""
     prompts = ["chest x-ray, age 47 male", "a\nsecond line", "brain " * 100, "chest x-ray, age 47 male", "Steps: ahead"]
-    for i, path in enumerate(sorted(write_pictures(tmp_path / "samples", 5, seed=0, sizes=((64, 64),)).iterdir())):
+    for i, path in enumerate(sorted(write_images(tmp_path / "samples", 5, seed=0, sizes=((64, 64),)).iterdir())):
         info = PngInfo()
         info.add_text("parameters", f"{prompts[i]}\nNegative prompt: blurry\nSteps: 50, Sampler: DDIM, Seed: {i}")
         with Image.open(path) as image:
@@ -41,31 +43,35 @@ def pictures(tmp_path):
     return list_images(tmp_path / "samples"), prompts
 
 
-def test_clip_score_matches_open_clip_by_hand(pictures, clip_weights):
+def test_clip_score_matches_open_clip_by_hand(generated, clip_weights):
     import open_clip
 
-    paths, prompts = pictures
+    paths, prompts = generated
     model, _, preprocess = open_clip.create_model_and_transforms(MODEL, pretrained=str(clip_weights))
     model.eval()
-    scores = []
+    scores = torch.zeros(5, 5)
     with torch.no_grad():
-        for path, prompt in zip(paths, prompts):
+        for i, path in enumerate(paths):
             image = model.encode_image(preprocess(Image.open(path).convert("RGB"))[None])
-            text = model.encode_text(open_clip.get_tokenizer(MODEL)([prompt]))
-            scores.append(100 * max(torch.cosine_similarity(image, text).item(), 0))
+            for j, prompt in enumerate(prompts):
+                text = model.encode_text(open_clip.get_tokenizer(MODEL)([prompt]))
+                scores[i, j] = 100 * max(torch.cosine_similarity(image, text).item(), 0)
     result = clip_score(paths, prompts, MODEL, clip_weights, batch_size=2)
-    assert result.score == pytest.approx(sum(scores) / 5, rel=1e-5)
+    assert result.score == pytest.approx(scores.diagonal().mean().item(), rel=1e-5)
+    mismatched = [scores[i, j].item() for i in range(5) for j in range(5) if prompts[i] != prompts[j]]
+    assert len(mismatched) == 18 and result.mismatched == pytest.approx(sum(mismatched) / 18, rel=1e-5)
+    half = 1.96 * scores.diagonal().std().item() / 5**0.5
+    assert (result.score - result.low, result.high - result.score) == pytest.approx((half, half), rel=1e-4)
     assert result.n == 5 and result.cut == 1 and result.model == MODEL
-    assert result.low < result.score < result.high and math.isfinite(result.mismatched)
 
 
-def test_prompts_come_from_the_pngs_themselves(pictures):
-    paths, prompts = pictures
+def test_prompts_come_from_the_pngs_themselves(generated):
+    paths, prompts = generated
     assert read_prompts(paths) == prompts
 
 
-def test_prompts_come_from_a_table(pictures, tmp_path):
-    paths, _ = pictures
+def test_prompts_come_from_a_table(generated, tmp_path):
+    paths, _ = generated
     table = tmp_path / "prompts.csv"
     table.write_text("file,prompt\n" + "".join(f'samples/{path.name},"a, {i}"\n' for i, path in enumerate(paths)))
     assert read_prompts(paths, table) == [f"a, {i}" for i in range(5)]
@@ -77,36 +83,38 @@ def test_prompts_come_from_a_table(pictures, tmp_path):
         read_prompts(paths, table)
 
 
-def test_command_prints_the_model_with_the_score(pictures, clip_weights, capsys):
-    paths, _ = pictures
+def test_command_prints_the_model_with_the_score(generated, clip_weights, capsys):
+    paths, _ = generated
     clip = ["--clip-model", MODEL, "--clip-pretrained", str(clip_weights)]
     assert main(["clip-score", str(paths[0].parent), *clip]) == 0
-    said = capsys.readouterr().out
-    assert f"({MODEL}, {clip_weights})" in said and "n = 5" in said and "other pictures' prompts" in said
+    output = capsys.readouterr().out
+    assert f"({MODEL}, {clip_weights})" in output and "n = 5" in output and "other images' prompts" in output
     assert json.loads((paths[0].parent / "clip_score.json").read_text())["n"] == 5
 
 
-def test_cmmd_is_given_with_clip_features(pictures, clip_weights):
-    paths, _ = pictures
-    extractor = open_extractor("clip", clip_model=MODEL, clip_pretrained=str(clip_weights))
+def test_cmmd_is_given_with_clip_features(generated, clip_weights):
+    paths, _ = generated
+    settings = FeatureSettings(features="clip", clip_model=MODEL, clip_pretrained=str(clip_weights))
+    extractor = open_extractor(settings)
     first, second = collect(paths[:3] * 3, extractor), collect(paths[2:] * 3, extractor)
     assert extractor.label == "FD-clip" and extractor.dims == (256,)
     result = measure(first, second, extractor, replicates=3)
     assert result["cmmd"]["value"] > 0
 
 
-def test_mistakes_are_told_in_one_line(pictures, clip_weights, tmp_path):
-    paths, prompts = pictures
+def test_mistakes_are_answered_in_one_line(generated, clip_weights, tmp_path):
+    paths, prompts = generated
     (tmp_path / "text.pt").write_text("no weights")
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     calls = [
-        (lambda: clip_score(paths, prompts[:2], MODEL, clip_weights), "one prompt a picture"),
+        (lambda: clip_score(paths, prompts[:2], MODEL, clip_weights), "one prompt per image"),
         (lambda: clip_score(paths, prompts, "ViT-Z", clip_weights), "no model 'ViT-Z'"),
         (lambda: clip_score(paths, prompts, MODEL, "nowhere"), "neither a file"),
         (lambda: clip_score(paths, prompts, MODEL, tmp_path / "text.pt"), "cannot load"),
+        (lambda: png_prompt(tmp_path / "bare.png"), "holds no prompt"),
+        (lambda: main(["clip-score", f"folder:{paths[0].parent}"]), "is a data set"),
     ]
-    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
-    calls.append((lambda: png_prompt(tmp_path / "bare.png"), "holds no prompt"))
-    for call, told in calls:
+    for call, message in calls:
         with pytest.raises(InputError) as error:
             call()
-        assert told in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value) and "\n" not in str(error.value)

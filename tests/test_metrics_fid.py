@@ -1,4 +1,4 @@
-"""FID of folders against pytorch-fid's own path, the command, and what bad input is told."""
+"""FID of folders against pytorch-fid from start to end, the command, and how it answers bad input."""
 
 import json
 import subprocess
@@ -7,67 +7,53 @@ import sys
 import numpy as np
 import pytest
 import torch
-from metrics_helpers import random_weights, reference_fid, reference_fid_in_span, write_pictures
+from metrics_helpers import grid_extractor, random_weights, reference_fid, reference_fid_in_span, write_images
 from peers import random_model, write_folder
 from PIL import Image
 
 from minildm.__main__ import main
 from minildm.config import ModelConfig
-from minildm.errors import InputError
+from minildm.data.records import Record
+from minildm.errors import InputError, exit_cleanly
 from minildm.metrics import fid
-from minildm.metrics.extractors import Extractor, as_tensor, collect, list_images, open_extractor, open_rgb
+from minildm.metrics.extractors import Extractor, FeatureSettings, inception_extractor, open_extractor
+from minildm.metrics.features import collect
 from minildm.metrics.fid_score import measure, table
+from minildm.metrics.sources import as_tensor, list_images, open_rgb
 
 
 @pytest.fixture(scope="module")
-def state():
-    return random_weights()
-
-
-@pytest.fixture(scope="module")
-def weights(state, tmp_path_factory):
+def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(state, path)
+    torch.save(random_weights(), path)
     return path
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Mixed sizes, RGB and grey, PNG and JPEG: 8 against 9 pictures."""
-    root = tmp_path_factory.mktemp("pictures")
-    return write_pictures(root / "real", 8, seed=1), write_pictures(root / "fake", 9, seed=2)
+    """8 and 9 images of mixed sizes, RGB and grey, PNG and JPEG."""
+    root = tmp_path_factory.mktemp("images")
+    return write_images(root / "real", 8, seed=1), write_images(root / "fake", 9, seed=2)
 
 
-def toy_extractor():
-    """A cheap encoder for what does not depend on the network: the picture on a 4 x 4 grid."""
-
-    def network(images):
-        return {16: torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 4).flatten(1)}
-
-    def prepare(image):
-        return as_tensor(image.resize((32, 32))).float() / 255
-
-    return Extractor("FD-toy", (16,), prepare, network)
-
-
-def test_fid_of_folders_matches_pytorch_fid_with_fewer_pictures_than_dims(folders, state, weights):
+def test_fid_of_folders_matches_pytorch_fid_with_fewer_images_than_dims(folders, weights):
     values = fid(*folders, weights=weights, dims=(2048, 768, 192, 64))
     assert list(values) == [2048, 768, 192, 64]
     for dim in (192, 64):
-        assert values[dim] == pytest.approx(reference_fid(*folders, state, dim), rel=1e-5)
+        assert values[dim] == pytest.approx(reference_fid(*folders, random_weights(), dim), rel=1e-5)
     for dim in (2048, 768):
-        assert values[dim] == pytest.approx(reference_fid_in_span(*folders, state, dim), rel=1e-5)
+        assert values[dim] == pytest.approx(reference_fid_in_span(*folders, random_weights(), dim), rel=1e-5)
 
 
-def test_fid_of_folders_matches_pytorch_fid_with_more_pictures_than_dims(state, weights, tmp_path):
-    real = write_pictures(tmp_path / "real", 70, seed=3, sizes=((48, 48),))
-    fake = write_pictures(tmp_path / "fake", 66, seed=4, sizes=((48, 48),), kinds=("L",))
+def test_fid_of_folders_matches_pytorch_fid_with_more_images_than_dims(weights, tmp_path):
+    real = write_images(tmp_path / "real", 70, seed=3, sizes=((48, 48),))
+    fake = write_images(tmp_path / "fake", 66, seed=4, sizes=((48, 48),), modes=("L",))
     value = fid(real, fake, weights=weights, dims=(64,))[64]
-    assert value == pytest.approx(reference_fid(real, fake, state, 64, batch_size=35), rel=1e-5)
+    assert value == pytest.approx(reference_fid(real, fake, random_weights(), 64, batch_size=35), rel=1e-5)
 
 
 def test_result_does_not_depend_on_the_batch_size(folders):
-    extractor = toy_extractor()
+    extractor = grid_extractor(4)
     one, three, all_at_once = (
         [collect(list_images(folder), extractor, batch_size=size) for folder in folders] for size in (1, 3, 50)
     )
@@ -78,43 +64,35 @@ def test_result_does_not_depend_on_the_batch_size(folders):
 
 
 def test_kept_features_are_a_uniform_sample_and_bounded(folders):
-    everything = collect(list_images(folders[1]), toy_extractor(), keep=100)
-    some = collect(list_images(folders[1]), toy_extractor(), keep=4, batch_size=2, seed=5)
-    assert everything.complete and not some.complete
-    assert everything.rows[16].shape == (9, 16) and some.rows[16].shape == (4, 16)
-    assert all(any(np.allclose(row, other) for other in everything.rows[16]) for row in some.rows[16])
-    np.testing.assert_allclose(some.statistics[16].mean, everything.statistics[16].mean)
+    images = list_images(folders[1])
+    everything = collect(images, grid_extractor(4), keep=100)
+    assert everything.complete and everything.rows[16].shape == (9, 16)
+    kept = np.zeros(9, int)
+    for seed in range(40):
+        subset = collect(images, grid_extractor(4), keep=4, batch_size=2, seed=seed)
+        assert not subset.complete and subset.rows[16].shape == (4, 16)
+        np.testing.assert_allclose(subset.statistics[16].mean, everything.statistics[16].mean)
+        same = np.array([[np.allclose(row, other) for other in everything.rows[16]] for row in subset.rows[16]])
+        assert (same.sum(1) == 1).all()  # each row is the features of one image
+        kept += same.sum(0)
+    assert kept.max() < 30 and kept.min() > 6  # expected 17.8, standard deviation 3.1
 
 
-def test_pictures_are_read_as_pillow_reads_them(folders):
+def test_images_are_read_as_pillow_reads_them(folders):
     for path in list_images(folders[0]):
         with Image.open(path) as image:
             np.testing.assert_array_equal(np.asarray(open_rgb(path)), np.asarray(image.convert("RGB")))
 
 
 def test_command_prints_labels_floor_and_warnings_and_writes_a_manifest(folders, tmp_path, capsys):
-    assert (
-        main(
-            [
-                "fid",
-                *map(str, folders),
-                "--features",
-                "random",
-                "--dims",
-                "192",
-                "64",
-                "--out",
-                str(tmp_path / "fid.json"),
-                "--replicates",
-                "5",
-            ]
-        )
-        == 0
-    )
-    said = capsys.readouterr().out
-    assert "FD-random: 8 real against 9 fake" in said and "n = 8 <= 64 dims" in said and "FD-random is not FID" in said
-    assert "floor" in said and "KID" in said and "coverage" in said and "CMMD" not in said
-    manifest = json.loads((tmp_path / "fid.json").read_text())
+    out = tmp_path / "fid.json"
+    flags = ["--features", "random", "--dims", "192", "64", "--out", str(out), "--replicates", "5"]
+    assert main(["fid", *map(str, folders), *flags]) == 0
+    output = capsys.readouterr().out
+    for part in ("FD-random: 8 real against 9 fake images", "n = 8 <= 64 dims", "FD-random is not FID"):
+        assert part in output
+    assert "floor" in output and "KID" in output and "coverage" in output and "CMMD" not in output
+    manifest = json.loads(out.read_text())
     assert manifest["n_real"] == 8 and manifest["seed"] == 0 and "299" in manifest["features"]["resize"]
     entry = manifest["dims"]["192"]
     assert entry["low"] <= entry["distance"] <= entry["high"] and entry["half"] == 4
@@ -122,22 +100,8 @@ def test_command_prints_labels_floor_and_warnings_and_writes_a_manifest(folders,
 
 def test_the_manifest_of_a_data_set_is_written_here(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert (
-        main(
-            [
-                "fid",
-                str(folders[0]),
-                f"folder:{folders[1]}",
-                "--features",
-                "random",
-                "--dims",
-                "64",
-                "--replicates",
-                "2",
-            ]
-        )
-        == 0
-    )
+    flags = ["--features", "random", "--dims", "64", "--replicates", "2"]
+    assert main(["fid", str(folders[0]), f"folder:{folders[1]}", *flags]) == 0
     assert json.loads((tmp_path / "fid.json").read_text())["n_fake"] == 9
 
 
@@ -146,14 +110,14 @@ def test_the_manifest_of_a_data_set_is_written_here(folders, tmp_path, monkeypat
     [("--replicates", "0"), ("--batch-size", "0"), ("--seed", "-1"), ("--seed", "1e3"), ("--keep", "1")],
 )
 def test_numbers_out_of_range_end_with_2_before_any_work(folders, flag, value, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["fid", *map(str, folders), "--features", "random", flag, value])
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert exit_.value.code == 2 and flag in said and value in said
+    with pytest.raises(SystemExit) as stop:
+        exit_cleanly(main, ["fid", *map(str, folders), "--features", "random", flag, value])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and flag in message and value in message
 
 
 def test_weights_with_another_hash_are_not_called_fid(weights):
-    extractor = open_extractor("inception", weights, (64,))
+    extractor = inception_extractor(weights, (64,))
     assert extractor.label == "FID (unverified weights)" and len(extractor.facts["sha256"]) == 64
 
 
@@ -171,7 +135,7 @@ def test_saved_statistics_replace_a_folder(folders, weights, tmp_path, capsys):
 
 
 def test_table_says_what_is_missing_for_statistics_without_n(folders):
-    extractor = toy_extractor()
+    extractor = grid_extractor(4)
     real, fake = (collect(list_images(folder), extractor) for folder in folders)
     real.n, real.rows = None, {}
     lines = "\n".join(table(measure(real, fake, extractor)))
@@ -184,7 +148,7 @@ def test_torchscript_encoders_are_features_too(folders, tmp_path):
             return x.mean(dim=(2, 3))
 
     torch.jit.trace(Encoder(), torch.rand(2, 3, 224, 224)).save(str(tmp_path / "chest.pt"))
-    extractor = open_extractor(str(tmp_path / "chest.pt"))
+    extractor = open_extractor(FeatureSettings(features=str(tmp_path / "chest.pt"), device="cpu"))
     assert extractor.label == "FD-chest" and extractor.dims == (3,)
     assert collect(list_images(folders[0]), extractor).rows[3].shape == (8, 3)
 
@@ -196,50 +160,49 @@ def test_torchscript_encoders_are_features_too(folders, tmp_path):
     (tmp_path / "text.pt").write_text("no script")
     for name in ("maps.pt", "text.pt"):
         with pytest.raises(InputError, match=name):
-            open_extractor(str(tmp_path / name))
+            open_extractor(FeatureSettings(features=str(tmp_path / name), device="cpu"))
     with pytest.raises(FileNotFoundError, match="inception, random, vae, clip"):
-        open_extractor("incepton")
+        open_extractor(FeatureSettings(features="incepton"))
 
 
-def test_bad_folders_are_told_in_one_line(folders, tmp_path):
+def test_bad_folders_are_answered_in_one_line(folders, tmp_path):
     empty, texts, one, broken, deep = (tmp_path / name for name in ("empty", "texts", "one", "broken", "deep"))
     for folder in (empty, texts, deep):
         folder.mkdir()
-    (texts / "notes.txt").write_text("no picture")
-    write_pictures(one, 1, seed=0)
-    (write_pictures(broken, 3, seed=0) / "001.png").write_bytes(b"\x89PNG but no more")
+    (texts / "notes.txt").write_text("no image")
+    write_images(one, 1, seed=0)
+    (write_images(broken, 3, seed=0) / "001.png").write_bytes(b"\x89PNG but no more")
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(deep / "a.png")
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(deep / "b.png")
     calls = [
         (empty, "is empty"),
-        (texts, "no picture"),
+        (texts, "no image"),
         (one, "at least 2"),
         (broken, "001.png cannot be decoded"),
         (deep, "more than 8 bits"),
         (texts / "notes.txt", "is a file"),
         (tmp_path / "absent", "does not exist"),
     ]
-    for folder, told in calls:
+    for folder, message in calls:
         with pytest.raises((InputError, FileNotFoundError)) as error:
-            collect(list_images(folder), toy_extractor())
-        assert told in str(error.value) and "\n" not in str(error.value)
+            collect(list_images(folder), grid_extractor(4))
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_data_sets_are_read_as_training_reads_them(tmp_path):
-    """Deep grey included, which a plain folder of pictures must not hold."""
-    records = pytest.importorskip("minildm.data.records")
-    folder = write_pictures(tmp_path / "set", 3, seed=0, kinds=("L",))
+    """Including more than 8 bits, which are an error in a plain folder of images."""
+    folder = write_images(tmp_path / "set", 3, seed=0, modes=("L",))
     Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(folder / "deep.png")
-    pictures = list_images(f"folder:{folder}")
-    assert isinstance(pictures[0], records.Record) and collect(pictures, toy_extractor()).n == 4
-    assert open_rgb(next(p for p in pictures if "deep" in p.name)).size == (512, 512)
+    records = list_images(f"folder:{folder}")
+    assert isinstance(records[0], Record) and collect(records, grid_extractor(4)).n == 4
+    assert open_rgb(next(record for record in records if "deep" in record.name)).size == (512, 512)
 
 
-def test_features_that_are_not_finite_name_the_picture(folders):
-    extractor = toy_extractor()
+def test_features_that_are_not_finite_name_the_image(folders):
+    extractor = grid_extractor(4)
 
-    def network(images):
-        features = extractor.network(images)[16]
+    def network(inputs):
+        features = extractor.network(inputs)[16]
         features[2, 1] = torch.nan
         return {16: features}
 
@@ -248,21 +211,20 @@ def test_features_that_are_not_finite_name_the_picture(folders):
 
 
 def test_command_answers_a_mistake_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
-    from minildm.errors import exit_cleanly
-
     with pytest.raises(SystemExit) as stop:
         exit_cleanly(main, ["fid", str(tmp_path / "no"), str(tmp_path / "where"), "--features", "random"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_import_is_light():
+def test_importing_the_metrics_loads_no_slow_library():
     code = "import sys, minildm.metrics; print({'scipy', 'open_clip', 'matplotlib', 'torchvision'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-def test_a_vae_s_mean_latents_on_an_8_x_8_grid_are_features_too(folders, tmp_path):
+def test_mean_latents_of_a_vae_on_an_8_x_8_grid_are_features_too(folders, tmp_path):
     model = random_model(ModelConfig.tiny())
-    extractor = open_extractor("vae", base=write_folder(model, tmp_path / "base"))
+    base = write_folder(model, tmp_path / "base")
+    extractor = open_extractor(FeatureSettings(features="vae", base=base, device="cpu"))
     image = open_rgb(sorted(folders[0].glob("*.png"))[0])
     pixels = torch.nn.functional.interpolate(as_tensor(image)[None] / 255, (256, 256), mode="bilinear", antialias=True)
     with torch.no_grad():

@@ -56,7 +56,7 @@ def test_symmetric_non_negative_and_zero_for_itself(n, m, d, seed):
 
 
 def test_singular_covariances_match_exact_arithmetic():
-    """n < d, where a square root of the product in float64 is noise: 60 digits as the judge."""
+    """n < d, where a square root of the product in float64 is noise; the reference has 60 digits."""
     a, b = features(5, 8, seed=1), features(6, 8, seed=2, shift=0.2)
     mu1, mu2, sigma1, sigma2 = a.mean(0), b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     with mpmath.workdps(60):
@@ -80,7 +80,7 @@ def test_distance_matches_pytorch_fid(n, d, tolerance):
 
 @pytest.mark.parametrize("n", [2, 30, 47, 48, 49, 95, 96, 97, 400])
 def test_streamed_statistics_equal_those_of_all_at_once(n):
-    a, b = (features(size, 48, seed=3) + 1000 for size in (n, 60))  # far from zero: naive sums would lose digits
+    a, b = (features(size, 48, seed=3) + 1000 for size in (n, 60))  # far from zero, where naive sums lose digits
     expected = frechet_distance_from_features(a, b)
     for size in (1, 7, 400):
         statistics = Statistics(48)
@@ -116,13 +116,13 @@ def test_wrong_input_is_answered_in_one_line(tmp_path):
         (lambda: frechet_distance_from_features(good[:1], good), "n >= 2"),
         (lambda: frechet_distance_from_features(good, features(10, 5, seed=1)), "4 and of 5 dims"),
         (lambda: frechet_distance(np.zeros(3), np.eye(4), np.zeros(4), np.eye(4)), "3 x 3"),
-        (lambda: frechet_distance(np.zeros(2), -np.eye(2), np.zeros(2), np.eye(2)), "no covariance"),
+        (lambda: frechet_distance(np.zeros(2), -np.eye(2), np.zeros(2), np.eye(2)), "eigenvalues >= 0"),
         (lambda: frechet_distance(np.zeros(2), [[1, 0.5], [0, 1]], np.zeros(2), np.eye(2)), "symmetric"),
         (lambda: SavedStatistics(tmp_path / "text.npz"), "text.npz"),
         (lambda: SavedStatistics(tmp_path / "keys.npz"), "mu (d,)"),
         (lambda: SavedStatistics(tmp_path / "shapes.npz"), "must agree"),
     ]
-    for call, told in calls:
+    for call, message in calls:
         with pytest.raises(InputError) as error:
             call()
-        assert told in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value) and "\n" not in str(error.value)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from metrics_helpers import SHARED_DATA, random_weights, reference_inception, smooth_noise
+from metrics_helpers import random_weights, reference_inception, smooth_noise
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -15,14 +15,9 @@ DIMS = (64, 192, 768, 2048)
 
 
 @pytest.fixture(scope="module")
-def state():
-    return random_weights()
-
-
-@pytest.fixture(scope="module")
-def weights(state, tmp_path_factory):
+def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(state, path)
+    torch.save(random_weights(), path)
     return path
 
 
@@ -32,8 +27,8 @@ def network(weights):
 
 
 @pytest.fixture(scope="module")
-def reference(state):
-    network = reference_inception(state)
+def reference():
+    network = reference_inception(random_weights())
 
     def features(images):
         with torch.no_grad():
@@ -46,26 +41,24 @@ def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def test_names_and_shapes_are_those_of_the_published_file():
-    path = SHARED_DATA / "keys" / "fid_inception_state_dict_keys.json"
-    if not path.is_file():
-        pytest.skip(f"no sample data at {path}")
-    tensors = json.loads(path.read_text())["tensors"]
+def test_names_and_shapes_are_those_of_the_published_file(shared_data):
+    tensors = json.loads((shared_data / "keys" / "fid_inception_state_dict_keys.json").read_text())["tensors"]
     assert {name: list(value.shape) for name, value in InceptionV3().state_dict().items()} == {
         name: entry["shape"] for name, entry in tensors.items()
     }
 
 
-def test_features_match_pytorch_fid_at_all_depths(state, network, reference):
+def test_features_match_pytorch_fid_at_all_depths(network, reference):
     for side in (96, 400):
         images = smooth_noise(2, side, seed=side)
         expected, features = reference(images), network.features(images)
         assert list(features) == list(DIMS)
         for dim in DIMS:
             assert features[dim].shape == (2, dim)
-            assert 0.1 < expected[dim].mean() < 10 and expected[dim].std() > 0.05  # O(1): the tolerance means something
+            assert 0.1 < expected[dim].mean() < 10 and expected[dim].std() > 0.05  # O(1): so the tolerance bites
             assert relative_error(features[dim], expected[dim]) < 1e-5
-    logits = torch.nn.functional.linear(features[2048], state["fc.weight"], state["fc.bias"])
+    state = random_weights()
+    logits = F.linear(features[2048], state["fc.weight"], state["fc.bias"])
     torch.testing.assert_close(network.logits(features[2048]), logits)
 
 
@@ -98,14 +91,14 @@ def test_uint8_float_and_grey_agree(network):
     torch.testing.assert_close(network.features(grey, dims=(64,))[64], expected)
 
 
-def test_safetensors_loads_the_same(state, network, tmp_path):
-    save_file(state, tmp_path / "inception.safetensors")
+def test_safetensors_loads_the_same(network, tmp_path):
+    save_file(random_weights(), tmp_path / "inception.safetensors")
     images = smooth_noise(1, 99, seed=4)
     other = InceptionV3.from_file(tmp_path / "inception.safetensors")
     torch.testing.assert_close(other.features(images)[2048], network.features(images)[2048])
 
 
-def test_random_networks_are_reproducible_and_keep_pictures_apart():
+def test_random_networks_are_reproducible_and_keep_images_apart():
     network, again = InceptionV3.random(seed=1), InceptionV3.random(seed=1)
     torch.testing.assert_close(network.state_dict(), again.state_dict())
     features = network.features(smooth_noise(2, 200, seed=5))
@@ -115,7 +108,7 @@ def test_random_networks_are_reproducible_and_keep_pictures_apart():
 
 
 @pytest.mark.parametrize(
-    "images, told",
+    "images, message",
     [
         (torch.rand(1, 2, 8, 8), "(B, 3, H, W)"),
         (torch.rand(1, 4, 8, 8), "(B, 3, H, W)"),
@@ -125,10 +118,10 @@ def test_random_networks_are_reproducible_and_keep_pictures_apart():
         (torch.ones(1, 3, 8, 8, dtype=torch.int64), "uint8"),
     ],
 )
-def test_wrong_images_are_refused(network, images, told):
+def test_wrong_images_are_refused(network, images, message):
     with pytest.raises(InputError) as error:
         network.features(images)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_missing_weights_say_what_to_get(tmp_path):
@@ -139,11 +132,11 @@ def test_missing_weights_say_what_to_get(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_other_files_are_refused(state, tmp_path):
+def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     torch.save([1], tmp_path / "list.pth")
-    torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "shape.pth")
+    torch.save({**random_weights(), "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "shape.pth")
     (tmp_path / "text.safetensors").write_text("no weights")
     for name in ("text.pth", "other.pth", "list.pth", "shape.pth", "text.safetensors"):
         with pytest.raises(InputError) as error:

@@ -78,8 +78,8 @@ def test_weighted_distance_equals_that_of_repeated_rows(n, m, d):
         assert resampler.real_to_real(u, w) == pytest.approx(frechet_distance_from_features(real[i], real[l]), rel=1e-9)
 
 
-def test_interval_floor_and_limit_tell_the_truth_on_gaussians():
-    """d = 16, n = 200: the plug-in value is biased; its interval covers its expectation, the limit comes near truth."""
+def test_interval_floor_and_limit_are_right_on_gaussians():
+    """d = 16, n = 200: the plug-in value is biased, its interval covers its expectation, the limit is near truth."""
     d, n = 16, 200
     sigma = np.diag(1 / np.arange(1, d + 1))
     truth = frechet_distance(np.zeros(d), sigma, np.full(d, 0.1), 1.44 * sigma)
@@ -92,13 +92,13 @@ def test_interval_floor_and_limit_tell_the_truth_on_gaussians():
     assert all(r.half == 100 and 0 < r.floor < r.distance_at_half for r in results)
 
 
-def test_same_seed_same_answer():
+def test_the_seed_determines_the_result():
     pair = gaussian(30, 8, 0), gaussian(20, 8, 1)
     assert small_sample(*pair, replicates=5, seed=3) == small_sample(*pair, replicates=5, seed=3)
     assert small_sample(*pair, replicates=5, seed=3) != small_sample(*pair, replicates=5, seed=4)
 
 
-def test_too_few_pictures_are_refused():
+def test_too_few_images_are_refused():
     with pytest.raises(InputError, match="k = 5"):
         precision_recall_density_coverage(gaussian(5, 3, 0), gaussian(9, 3, 1))
     with pytest.raises(InputError, match="n >= 3"):

@@ -48,7 +48,7 @@ from minildm.pretraining.pretrain import (
     unit_scale,
     whiten_codes,
 )
-from minildm.teaching import procedural
+from minildm.teaching import shapes
 from minildm.training import loop
 from minildm.training.finetune import Pictures
 from minildm.training.loop import State
@@ -672,7 +672,7 @@ def test_captions_teach_what_is_where(tmp_path):
     colours = dict(zip(("red", "green", "blue", "white"), 2 * torch.eye(4)))
     latents, prompts = {}, []
     for (a, first), (b, second) in itertools.permutations(colours.items(), 2):
-        for relation, (dx, dy) in procedural.RELATIONS.items():
+        for relation, (dx, dy) in shapes.RELATIONS.items():
             code = torch.zeros(4, 8, 8)
             for sign, patch in ((1, first), (-1, second)):
                 x, y = 2 + 2 * sign * dx, 2 + 2 * sign * dy

@@ -1,4 +1,4 @@
-"""Procedural pictures: reproducible, captioned, and judged exactly by the shape checker."""
+"""Procedural images: reproducible and captioned; the shape checker judges them correctly."""
 
 import numpy as np
 import pytest
@@ -8,16 +8,9 @@ from minildm.data.prompts import prompts_for
 from minildm.data.reading import Transform, read
 from minildm.data.sets.procedural import records
 from minildm.errors import InputError
-from minildm.teaching import procedural
-from minildm.teaching.procedural import (
-    COLOURS,
-    IMAGE_KINDS,
-    RELATIONS,
-    SHAPES,
-    check_shapes,
-    render_batch,
-    shape_prompt,
-)
+from minildm.teaching.procedural import IMAGE_KINDS, render_batch
+from minildm.teaching.shape_check import check_shapes
+from minildm.teaching.shapes import COLOURS, RELATIONS, SHAPES, shape_prompt
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +18,7 @@ def shapes():
     return render_batch([(1, i) for i in range(120)], 128, "shapes")
 
 
-def test_a_picture_depends_on_its_seed_alone():
+def test_an_image_depends_on_its_seed_alone():
     seeds = [(4, i) for i in range(12)]
     images, captions = render_batch(seeds, 64)
     assert images.shape == (12, 64, 64, 3) and images.dtype == np.uint8
@@ -43,18 +36,18 @@ def test_a_caption_does_not_depend_on_the_size():
 
 
 def test_records_depend_on_seed_and_number_alone():
-    some, notes = records(12, seed=3)
-    again, others = records(40, seed=3)[0], records(12, seed=4)[0]
+    few, notes = records(12, seed=3)
+    more, others = records(40, seed=3)[0], records(12, seed=4)[0]
     assert notes == []
-    assert [(r.name, r.patient, r.fields) for r in some] == [(r.name, r.patient, r.fields) for r in again[:12]]
-    assert [r.fields for r in some] != [r.fields for r in others]
-    assert len({r.name for r in again}) == len({r.patient for r in again}) == 40
-    for one, same, other in zip(some, again, others):
+    assert [(r.name, r.patient, r.fields) for r in few] == [(r.name, r.patient, r.fields) for r in more[:12]]
+    assert [r.fields for r in few] != [r.fields for r in others]
+    assert len({r.name for r in more}) == len({r.patient for r in more}) == 40
+    for one, same, other in zip(few, more, others):
         np.testing.assert_array_equal(one.render(48), same.render(48))
         assert not np.array_equal(one.render(48), other.render(48))
 
 
-def test_records_are_drawn_at_any_size():
+def test_records_render_at_any_size():
     for record in records(8)[0]:
         for size in (32, 56, 200):
             image = record.render(size)
@@ -81,7 +74,7 @@ def test_no_caption_speaks_of_a_chest():
     assert len(set(captions)) > 200
 
 
-def test_every_kind_can_be_drawn():
+def test_every_kind_can_be_rendered():
     for kind in IMAGE_KINDS:
         images, _ = render_batch([(2, i) for i in range(10)], 64, kind)
         assert images.std() > 10
@@ -94,14 +87,14 @@ def test_radiographs_are_grey_and_scenes_are_not():
     assert (scene[..., 0] != scene[..., 2]).any()
 
 
-def test_the_checker_agrees_with_what_was_drawn(shapes):
+def test_the_checker_accepts_images_with_their_own_captions(shapes):
     checks = [check_shapes(image, text) for image, text in zip(*shapes)]
     assert np.mean([check.right for check in checks]) > 0.98
 
 
 def test_the_checker_sees_a_wrong_colour_shape_or_order(shapes):
     for image, text in zip(*shapes):
-        plain = text.split(" on ")[0]  # a background may bear a colour's name
+        plain = text.split(" on ")[0]  # a background may have the name of a colour
         first = next(c for c in COLOURS if f"{c} " in plain)
         other = next(c for c in COLOURS if c not in plain)
         assert not check_shapes(image, plain.replace(first, other, 1)).colour
@@ -112,7 +105,7 @@ def test_the_checker_sees_a_wrong_colour_shape_or_order(shapes):
             assert check.colour and check.shape and not check.order
 
 
-def test_the_checker_bears_blur_and_noise(shapes):
+def test_the_checker_tolerates_blur_and_noise(shapes):
     rng = np.random.default_rng(0)
     right = []
     for image, text in zip(*shapes):
@@ -134,9 +127,9 @@ def test_what_cannot_be_checked_is_refused():
     with pytest.raises(InputError, match="cannot check the prompt"):
         check_shapes(np.zeros((8, 8, 3), np.uint8), "a bird on a tree")
     for prompt in ("two red circles above a blue square", "a red circle below a red circle"):
-        with pytest.raises(InputError, match="which of several like shapes"):
+        with pytest.raises(InputError, match="which of several equal shapes"):
             check_shapes(np.zeros((64, 64, 3), np.uint8), prompt)
     with pytest.raises(InputError, match="RGB uint8"):
         check_shapes(np.zeros((8, 8), np.uint8), "a red circle")
     with pytest.raises(InputError, match="no kind"):
-        procedural.render_batch([1], 64, "cats")
+        render_batch([1], 64, "cats")

@@ -1,4 +1,4 @@
-"""The ruler reads held-out phantoms well enough to score generated ones, at any size, softened or not."""
+"""The ruler reads held-out phantoms well enough to score generated ones, at any size, blurred or not."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def read(held_out):
 
 
 def rates(pairs, finding, seen):
-    """(sensitivity, specificity) among frontal pictures read as frontal."""
+    """(sensitivity, specificity) among frontal images read as frontal."""
     frontal = [(label, bool(seen(reading))) for label, reading in pairs if "lateral" not in (label.view, reading.view)]
     return tuple(
         np.mean([hit == ill for label, hit in frontal if (label.finding == finding) == ill]) for ill in (True, False)
@@ -79,7 +79,7 @@ def test_size_blur_and_noise_change_little(held_out, read):
             assert np.mean([getattr(a, field) == getattr(b, field) for a, b in pairs]) > 0.88
 
 
-def test_one_picture_gives_one_reading(held_out, read):
+def test_one_image_gives_one_reading(held_out, read):
     _, images = held_out
     alone = ruler.measure(images[3])
     for field in dataclasses.fields(alone):
@@ -94,7 +94,7 @@ def test_obeys_judges_only_what_was_asked(read):
     assert ruler.obeys(reading, {"diagnosis": "normal"}) == {"diagnosis": False}
 
 
-def test_colour_pictures_are_refused():
+def test_colour_images_are_refused():
     with pytest.raises(InputError, match="grey uint8"):
         ruler.measure([np.zeros((64, 64, 3), np.uint8)])
 

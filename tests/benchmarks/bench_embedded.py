@@ -1,17 +1,16 @@
 """The embedded model measured: python tests/benchmarks/bench_embedded.py [--only shapes unseen psnr ...]
 
-    shapes   does the bare base draw what 200 prompts of two shapes ask for? By guidance scale.
-    unseen   the same for prompts whose two shapes no picture of the data set shows in these places, however told
-    psnr     what its autoencoder loses, on pictures it never saw: procedural ones and phantoms
+    shapes   does the base without adapters show what 200 prompts for two shapes ask for? At several guidance scales.
+    unseen   the same for arrangements of two shapes that no image of the training data shows, in whatever words
+    psnr     what the autoencoder loses on images it never saw: procedural ones and phantoms
     time     sample.py from start to PNG, 50 DDIM steps with guidance
-    chest    the base with and without its adapter for chest radiographs: Frechet distance to held-out phantoms (in
-             FD-vae and FD-random features: no FID), and whether the phantom's ruler finds what was asked for
-    figure   docs/embedded.png: shapes of the base, chests of the base and with its adapter, phantoms of the same labels
+    chest    the base with and without its adapter for chest radiographs: Frechet distance to held-out phantoms (FD-vae
+             and FD-random, not FID), and whether the phantom's ruler finds what the prompts ask for
+    figure   docs/embedded.png: shapes by the base, chests by the base and with its adapter, phantoms of the same labels
 
-Numbers only, nothing is asserted; they go into the README. Not for clinical use.
+Prints numbers and asserts nothing. Not for clinical use.
 """
 
-import argparse
 import itertools
 import math
 import os
@@ -37,14 +36,18 @@ from minildm.images import contact_sheet
 from minildm.latent_diffusion import usual_guidance
 from minildm.loading import EMBEDDED, EMBEDDED_ADAPTER
 from minildm.metrics.adherence import prompt_adherence
-from minildm.metrics.extractors import collect, open_extractor
+from minildm.metrics.extractors import FeatureSettings, open_extractor
+from minildm.metrics.features import collect
+from minildm.settings import Parser
 from minildm.teaching import phantom, procedural, ruler
+from minildm.teaching.shape_check import SHAPE_PROMPT, check_shapes, direction
+from minildm.teaching.shapes import COLOURS, RELATIONS, SHAPES, shape_prompt, with_article
 
-SET = 1  # the seed of the pictures and prompts here; training had those of seed 0
+SET = 1  # the seed of the images and prompts here; the model was trained on those of seed 0
 
 
-def draw(model, prompts, args, guidance, seed=0):
-    """PIL pictures of all prompts, and the seconds they took."""
+def sample(model, prompts, args, guidance, seed=0):
+    """PIL images of all prompts, and the seconds they took."""
     images, begun = [], time.perf_counter()
     for first in range(0, len(prompts), args.batch_size):
         images += model.sample(
@@ -58,41 +61,44 @@ def draw(model, prompts, args, guidance, seed=0):
 
 
 def shapes(args):
-    draw_and_check(args, "shapes", [procedural.shape_prompt((SET, i)) for i in range(args.n)])
+    sample_and_check(args, "shapes", [shape_prompt((SET, i)) for i in range(args.n)])
 
 
 def unseen(args):
-    prompts = never_shown()
-    draw_and_check(args, f"unseen shapes (all there are: {len(prompts)})", prompts[:: math.ceil(len(prompts) / args.n)])
+    prompts = unseen_prompts()
+    subset = prompts[:: math.ceil(len(prompts) / args.n)]
+    sample_and_check(args, f"unseen shapes (of {len(prompts)} such prompts)", subset)
 
 
-def never_shown():
-    """Prompts of two shapes, unlike in colour and shape, that none of the data set's 40,000 captions means, in whatever
-    words. They come in pairs: one arrangement told from either shape."""
+def unseen_prompts():
+    """Prompts for two shapes of different colour and form whose arrangement no caption of the data set describes.
 
-    def place(caption):
-        told = procedural.SHAPE_PROMPT.fullmatch(caption)
-        if told and told["relation"]:
-            first, second = (told["c1"], told["s1"]), (told["c2"], told["s2"])
-            dx, dy = procedural.direction(told["relation"])
+    They come in pairs, as each arrangement can be described from either shape.
+    """
+
+    def arrangement(caption):
+        match = SHAPE_PROMPT.fullmatch(caption)
+        if match and match["relation"]:
+            first, second = (match["c1"], match["s1"]), (match["c2"], match["s2"])
+            dx, dy = direction(match["relation"])
             return (first, dx, dy, second) if dx + dy < 0 else (second, -dx, -dy, first)
 
-    shown = {place(record.fields["text"]) for record in procedural_set.records()[0]}
-    things = list(itertools.product(procedural.COLOURS, procedural.SHAPES))
+    seen = {arrangement(record.fields["text"]) for record in procedural_set.records()[0]}
+    things = list(itertools.product(COLOURS, SHAPES))
     pairs = [one + two for one, two in itertools.permutations(things, 2) if one[0] != two[0] and one[1] != two[1]]
     prompts = [
-        f"a {c1} {s1} {relation} a {c2} {s2}".replace("a orange", "an orange")
+        f"{with_article(c1)} {s1} {relation} {with_article(c2)} {s2}"
         for c1, s1, c2, s2 in pairs
-        for relation in procedural.RELATIONS
+        for relation in RELATIONS
     ]
-    return [prompt for prompt in prompts if place(prompt) not in shown]
+    return [prompt for prompt in prompts if arrangement(prompt) not in seen]
 
 
-def draw_and_check(args, name, prompts):
+def sample_and_check(args, name, prompts):
     model = minildm.load(args.base, device=args.device)
     for guidance in args.guidance:
-        images, seconds = draw(model, prompts, args, guidance)
-        checks = [procedural.check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
+        images, seconds = sample(model, prompts, args, guidance)
+        checks = [check_shapes(np.asarray(image), prompt) for image, prompt in zip(images, prompts)]
         colour, shape, order, right = (
             100 * np.mean([getattr(check, part) for check in checks]) for part in ("colour", "shape", "order", "right")
         )
@@ -107,22 +113,22 @@ def draw_and_check(args, name, prompts):
 
 @torch.no_grad()
 def psnr(args):
-    """Mean over pictures of 10 log10(255^2 / mean squared error), given back from the code's mean in 8 bits."""
+    """Mean over images of 10 log10(255^2 / mean squared error), reconstructed from the latents' mean, in 8 bits."""
     model = minildm.load(args.base, device=args.device)
     size = model.config.image_size
     seeds = [(SET, i) for i in range(args.n)]
-    films = phantom.render_batch([phantom.labels(seed) for seed in seeds], seeds, size)
-    sets = {"procedural pictures": procedural.render_batch(seeds, size)[0], "phantoms": np.stack([films] * 3, -1)}
-    for name, pictures in sets.items():
+    radiographs = phantom.render_batch([phantom.labels(seed) for seed in seeds], seeds, size)
+    sets = {"procedural images": procedural.render_batch(seeds, size)[0], "phantoms": np.stack([radiographs] * 3, -1)}
+    for name, batch in sets.items():
         values, pairs = [], []
-        for picture in pictures:
-            images = to_tensor(picture[None]).to(model.device)
-            back = model.vae.decode(model.vae.encode(images).mean).clamp(-1, 1)
-            back = ((back + 1) * 127.5).round().byte()[0].permute(1, 2, 0).cpu().numpy()
-            values.append(10 * np.log10(255**2 / np.square(back.astype(float) - picture).mean()))
-            pairs += [Image.fromarray(picture), Image.fromarray(back)]
+        for pixels in batch:
+            images = to_tensor(pixels[None]).to(model.device)
+            decoded = model.vae.decode(model.vae.encode(images).mean).clamp(-1, 1)
+            decoded = ((decoded + 1) * 127.5).round().byte()[0].permute(1, 2, 0).cpu().numpy()
+            values.append(10 * np.log10(255**2 / np.square(decoded.astype(float) - pixels).mean()))
+            pairs += [Image.fromarray(pixels), Image.fromarray(decoded)]
         print(
-            f"PSNR of {len(values)} held-out {name}, {size} px: {np.mean(values):.2f} dB (least {np.min(values):.2f})",
+            f"PSNR of {len(values)} held-out {name}, {size} px: {np.mean(values):.2f} dB (lowest {np.min(values):.2f})",
             flush=True,
         )
         if args.sheets:
@@ -150,30 +156,30 @@ def start_to_png(args):
             subprocess.run(command, check=True, capture_output=True)
             seconds.append(time.perf_counter() - begun)
     print(
-        f"sample.py, one picture, 50 DDIM steps with guidance, start-up included: {min(seconds):.1f} s (best of 3), "
+        f"sample.py, one image, 50 DDIM steps with guidance, start-up included: {min(seconds):.1f} s (best of 3), "
         f"{os.cpu_count()} cores",
         flush=True,
     )
 
 
 def chest(args):
-    """Pictures for the prompts of n frontal phantoms, against n others: as near as phantoms are to each other?"""
+    """Images for the prompts of n frontal phantoms, against n others: as near as phantoms are to each other?"""
     asked, real = (
         [record for record in phantom_set.records(2 * args.n, SET + i)[0] if record.frontal][: args.n] for i in range(2)
     )
-    prompts = [render(phantom.PROMPT, record.fields) for record in asked]
+    prompts = [render(phantom_set.PROMPT, record.fields) for record in asked]
     extractors = [
-        open_extractor("vae", base=args.base, device=args.device),
-        open_extractor("random", dims=(192, 64), device=args.device),
+        open_extractor(FeatureSettings(features="vae", base=args.base, device=args.device)),
+        open_extractor(FeatureSettings(features="random", device=args.device), dims=(192, 64)),
     ]
     real = [collect(real, extractor, keep=0).statistics for extractor in extractors]
 
-    def report(name, pictures):
+    def report(name, images):
         words = []
         for extractor, theirs in zip(extractors, real):
-            ours = collect(pictures, extractor, keep=0).statistics
+            ours = collect(images, extractor, keep=0).statistics
             words += [f"{extractor.label}-{dim} {ours[dim].distance(theirs[dim]):.4g}" for dim in extractor.dims]
-        agreement = prompt_adherence(pictures, [record.fields for record in asked], ruler.measure, ruler.obeys)
+        agreement = prompt_adherence(images, [record.fields for record in asked], ruler.measure, ruler.obeys)
         words += [
             f"{field} {100 * one.share:.1f} % (chance {100 * one.chance:.1f}, n {one.n})"
             for field, one in agreement.items()
@@ -184,7 +190,7 @@ def chest(args):
     for name, adapters in (("base", []), ("adapter", [args.adapter])):
         model = minildm.load(args.base, adapters, device=args.device)
         for guidance in args.guidance if adapters else args.guidance[:1]:
-            images, seconds = draw(model, prompts, args, guidance)
+            images, seconds = sample(model, prompts, args, guidance)
             with tempfile.TemporaryDirectory() as folder:
                 paths = [Path(folder) / f"{i:04}.png" for i in range(len(images))]
                 for image, path in zip(images, paths):
@@ -217,35 +223,35 @@ def figure(args):
         )
         for column, (view, sex, finding, place) in enumerate(kinds)
     ]
-    chests = [render(phantom.PROMPT, phantom.fields(person)) for person in people]
+    chests = [render(phantom_set.PROMPT, phantom.fields(person)) for person in people]
     base, adapted = (minildm.load(args.base, adapters, device=args.device) for adapters in ([], [args.adapter]))
     rows = [
-        draw(model, prompts, args, usual_guidance(model.config))[0]
+        sample(model, prompts, args, usual_guidance(model.config))[0]
         for model, prompts in ((base, words), (base, chests), (adapted, chests))
     ]
-    films = [
+    radiographs = [
         Image.fromarray(phantom.render(person, (SET, i), rows[0][0].width)).convert("RGB")
         for i, person in enumerate(people)
     ]
     print("\n".join(words + chests))
-    contact_sheet(list(itertools.chain(*rows, films))).save(args.sheets / "embedded.png")
+    contact_sheet(list(itertools.chain(*rows, radiographs))).save(args.sheets / "embedded.png")
 
 
 def main():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=["shapes", "unseen", "psnr", "time", "chest"], help="which parts")
     parser.add_argument("--base", type=Path, default=EMBEDDED)
     parser.add_argument("--adapter", default=str(EMBEDDED_ADAPTER))
-    parser.add_argument("-n", type=int, default=200, help="prompts, or pictures")
+    parser.add_argument("-n", type=int, default=200, help="prompts, or images")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0])
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="write sheets of pictures here")
+    parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="write contact sheets here")
     args = parser.parse_args()
     if "figure" in args.only and not args.sheets:
-        parser.error("figure is a picture: say where to write it, --sheets FOLDER")
+        parser.error("--only figure needs a folder to write to: add --sheets FOLDER")
     if args.sheets:
         args.sheets.mkdir(parents=True, exist_ok=True)
     for name, part in (

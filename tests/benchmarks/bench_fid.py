@@ -1,8 +1,8 @@
-"""FID side by side with pytorch-fid and scipy: time of the distance, pictures a second end to end, peak memory.
+"""FID side by side with pytorch-fid and scipy: time of the distance, images per second end to end, peak memory.
 
     python tests/benchmarks/bench_fid.py [distance] [folders] [memory]
 
-The weights are random ones in the published layout (time does not depend on their values).
+The weights are random, in the published layout; the times do not depend on their values.
 """
 
 import os
@@ -24,7 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from metrics_helpers import random_weights, smooth_noise
 
 from minildm.metrics import frechet_distance, frechet_distance_from_features
-from minildm.metrics.extractors import Extractor, as_tensor, collect, inception_extractor, list_images
+from minildm.metrics.extractors import Extractor, inception_extractor
+from minildm.metrics.features import collect
+from minildm.metrics.sources import as_tensor, list_images
 
 warnings.simplefilter("ignore")
 
@@ -61,8 +63,8 @@ def bench_folders(n=64, side=512):
         torch.save(state, root / "weights.pth")
         for seed, name in enumerate(("real", "fake")):
             (root / name).mkdir()
-            for i, picture in enumerate(smooth_noise(n, side, seed)):
-                pixels = (picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+            for i, noise in enumerate(smooth_noise(n, side, seed)):
+                pixels = (noise.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
                 Image.fromarray(pixels).save(root / name / f"{i}.png")
 
         def ours(dims):
@@ -87,7 +89,7 @@ def bench_folders(n=64, side=512):
             _, all_depths = timed(ours, (2048, 192, 64))
             their_other_depths = sum(timed(theirs, dim)[1] for dim in (192, 64))
     print(
-        f"  pictures/s at 2048 dims, loading included: ours {2 * n / seconds:.2f}, pytorch-fid "
+        f"  images/s at 2048 dims, loading included: ours {2 * n / seconds:.2f}, pytorch-fid "
         f"{2 * n / their_seconds:.2f}, ratio {their_seconds / seconds:.2f}"
     )
     our_total, their_total = seconds + distance, their_seconds + their_distance
@@ -103,11 +105,11 @@ def bench_folders(n=64, side=512):
 
 
 def bench_memory():
-    """Peak resident memory of one pass over 1,000 to 10,000 pictures, 2048 dims, each in a fresh process."""
+    """Peak resident memory of one pass over 1,000 to 10,000 images, 2048 dims, each in a fresh process."""
     print("peak memory of a pass, 2048 dims (a cheap encoder in place of Inception: the same reading and statistics)")
     for n in (1000, 3000, 10_000):
         peak = subprocess.run([sys.executable, __file__, f"_memory:{n}"], capture_output=True, text=True, check=True)
-        print(f"  {n:6} pictures: {peak.stdout.strip()} MiB")
+        print(f"  {n:6} images: {peak.stdout.strip()} MiB")
 
 
 def _memory(n):
@@ -116,20 +118,22 @@ def _memory(n):
         "FD-projection",
         (2048,),
         lambda image: as_tensor(image)[:1].float() / 255,
-        lambda images: {2048: (images.flatten(1) @ projection).relu()},
+        lambda inputs: {2048: (inputs.flatten(1) @ projection).relu()},
     )
     with tempfile.TemporaryDirectory() as folder:
         for i, noise in enumerate(np.random.default_rng(0).integers(256, size=(n, 32, 32), dtype=np.uint8)):
             Image.fromarray(noise).save(Path(folder) / f"{i:05d}.png")
-        collected = collect(list_images(folder), extractor, keep=1000)
-    collected.statistics[2048].distance(collected.statistics[2048])
+        features = collect(list_images(folder), extractor, keep=1000)
+    features.statistics[2048].distance(features.statistics[2048])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
+PARTS = {"distance": bench_distance, "folders": bench_folders, "memory": bench_memory}
+
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or ["distance", "folders", "memory"]
-    if wanted[0].startswith("_memory:"):
-        _memory(int(wanted[0].split(":")[1]))
+    names = sys.argv[1:] or list(PARTS)
+    if names[0].startswith("_memory:"):
+        _memory(int(names[0].split(":")[1]))
     else:
-        for name in wanted:
-            {"distance": bench_distance, "folders": bench_folders, "memory": bench_memory}[name]()
+        for name in names:
+            PARTS[name]()

@@ -1,12 +1,11 @@
-"""The phantom measured: speed, likeness to real radiographs, and what its ruler can be trusted with.
+"""The phantom measured: speed, similarity to real radiographs, accuracy of its ruler and of the shape checker.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_phantom.py [--sheet docs/phantom_sheet.png]
 
-Real pictures come from the folder in MINILDM_SHARED_DATA (default ../shared/data): ``cxr/metadata.csv`` with columns
-file and view; without it that part is left out, and says so.
+Real radiographs come from the folder in MINILDM_SHARED_DATA (default ../shared/data): ``cxr/metadata.csv`` with the
+columns file and view. Without it, that part is skipped with a message.
 """
 
-import argparse
 import csv
 import os
 import time
@@ -15,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from minildm.settings import Parser
 from minildm.teaching import phantom, procedural, ruler
+from minildm.teaching.shape_check import check_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 VIEWS = {"PA": ("PA",), "AP": ("AP", "AP Supine"), "lateral": ("L",)}
@@ -35,15 +36,15 @@ def speed():
         wall, cpu = time.perf_counter(), time.process_time()
         phantom.render_batch(batch[:count], seeds[:count], size)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        print(f"phantoms, {size} px: {count / wall:.0f} a second ({count / cpu:.0f} a second of processor time)")
+        print(f"phantoms, {size} px: {count / wall:.0f} per second ({count / cpu:.0f} per second of processor time)")
     for kind in procedural.IMAGE_KINDS:
         start = time.process_time()
         procedural.render_batch(seeds[:200], 128, kind)
-        print(f"procedural {kind}, 128 px: {200 / (time.process_time() - start):.0f} a second of processor time")
+        print(f"procedural {kind}, 128 px: {200 / (time.process_time() - start):.0f} per second of processor time")
 
 
 def radial_spectrum(images):
-    """Mean power by radial frequency (cycles a picture, 0 to half the side) of windowed pictures (B, n, n)."""
+    """Mean power by radial frequency (cycles per image, 0 to half the side) of windowed images (B, n, n)."""
     n = images.shape[-1]
     window = np.hanning(n)[:, None] * np.hanning(n)
     power = np.abs(np.fft.fft2((images - images.mean((1, 2), keepdims=True)) * window)) ** 2
@@ -52,18 +53,16 @@ def radial_spectrum(images):
     return (np.bincount(ring, power.mean(0).ravel()) / np.bincount(ring))[: n // 2]
 
 
-def likeness(size=128):
+def similarity(size=128):
     folder = Path(os.environ.get("MINILDM_SHARED_DATA", ROOT.parent / "shared" / "data")) / "cxr"
     if not (folder / "metadata.csv").exists():
-        print(f"likeness: left out, no real pictures in {folder} (set MINILDM_SHARED_DATA)")
+        print(f"similarity: skipped, no real radiographs in {folder} (set MINILDM_SHARED_DATA)")
         return
     with open(folder / "metadata.csv", encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
     for view, names in VIEWS.items():
         files = [folder / row["file"] for row in rows if row["view"] in names]
-        real = np.stack([np.asarray(ImageOps.fit(Image.open(f).convert("L"), (size, size))) for f in files]).astype(
-            float
-        )
+        real = np.stack([np.asarray(ImageOps.fit(Image.open(f).convert("L"), (size, size)), float) for f in files])
         seeds = [(6, i) for i in range(150)]
         labels = [phantom.labels(seed, view=view) for seed in seeds]
         ours = phantom.render_batch(labels, seeds, size).astype(float)
@@ -91,7 +90,7 @@ def accuracy():
         sex = np.mean([a.sex == b.sex for a, b in zip(batch, readings)])
         ctr = np.mean([abs(a.ctr - b.ctr) for a, b in pairs])
         fluid = [(a.size, b.effusion_size) for a, b in pairs if a.finding == "pleural effusion" and b.effusion]
-        print(f"\nruler, {count} held-out phantoms, {size} px{', softened and noisy' if blemished else ''}")
+        print(f"\nruler, {count} held-out phantoms, {size} px{', blurred and noisy' if blemished else ''}")
         print(f"  view {view:.3f}, sex {sex:.3f}, cardiothoracic ratio +-{ctr:.3f}, ", end="")
         print(f"effusion size +-{np.mean([abs(a - b) for a, b in fluid]):.3f}")
         for finding, field in (
@@ -113,9 +112,9 @@ def accuracy():
 
 def checker():
     images, captions = procedural.render_batch([(88, i) for i in range(1000)], 128, "shapes")
-    right = [procedural.check_shapes(image, text).right for image, text in zip(images, captions)]
-    wrong = [procedural.check_shapes(image, text).right for image, text in zip(images, captions[1:] + captions[:1])]
-    print(f"\nshape checker: {np.mean(right):.3f} right on what was drawn, {np.mean(wrong):.3f} on another's caption")
+    right = [check_shapes(image, text).right for image, text in zip(images, captions)]
+    wrong = [check_shapes(image, text).right for image, text in zip(images, captions[1:] + captions[:1])]
+    print(f"\nshape checker: accepts {np.mean(right):.3f} of the captions, {np.mean(wrong):.3f} of the next image's")
 
 
 def sheet(path, size=384):
@@ -128,11 +127,11 @@ def sheet(path, size=384):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--sheet", type=Path, help="write the 4 x 4 sheet to this file and stop")
     arguments = parser.parse_args()
     if arguments.sheet:
         sheet(arguments.sheet)
     else:
-        for part in (speed, likeness, accuracy, checker):
+        for part in (speed, similarity, accuracy, checker):
             part()
