@@ -825,7 +825,7 @@ def test_loading_takes_little_more_memory_than_the_weights(half_gigabyte, file, 
 
 # --- Stable Diffusion v1.5 at full size ------------------------------------------------------------------------------
 def fill_cheaply(model, seed=0):
-    """Give 1.07 billion parameters fp16 values in seconds: slices of one pool of random numbers, scaled as usual."""
+    """Fill 1.07 billion fp16 parameters within seconds: with slices of one pool of random numbers, scaled as usual."""
     pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(seed)).half()
     start = 0
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and one-line errors with an exit code."""
+"""Files that are never half-written, and one-line errors with an exit code."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["result.png"]
 
 
-def test_others_may_read_a_file_as_far_as_the_umask_lets_them(tmp_path):
+def test_a_files_permissions_are_those_of_the_umask(tmp_path):
     (tmp_path / "plain").write_text("")
     with written_beside(tmp_path / "result.bin") as beside:
         os.close(os.open(beside, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -46,13 +46,13 @@ def test_an_old_file_is_replaced(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_a_writable_folder_is_made_and_left_empty(tmp_path):
+def test_a_writable_folder_is_created_and_left_empty(tmp_path):
     folder = writable_folder(tmp_path / "a" / "b")
     assert folder.is_dir() and not list(folder.iterdir())
     assert writable_folder(folder) == folder
 
 
-def test_a_folder_that_is_a_file_is_refused(tmp_path):
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError) as caught:
         writable_folder(tmp_path / "file")
@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_written_is_refused():
     assert_says(caught, "/proc/minildm", "cannot write", "give another --out")
 
 
-def test_a_hash_is_sha256_whatever_the_chunks(tmp_path):
+def test_a_hash_is_sha256_for_any_chunk_size(tmp_path):
     data = os.urandom(100_003)
     (tmp_path / "file").write_bytes(data)
     assert sha256(tmp_path / "file") == sha256(tmp_path / "file", chunk_bytes=1000) == hashlib.sha256(data).hexdigest()
@@ -96,7 +96,7 @@ def test_a_users_mistake_is_one_line_and_an_exit_code(error, code, says, capsys)
     assert capsys.readouterr().err == says
 
 
-def test_success_is_exit_code_zero_and_our_own_bugs_keep_their_traceback():
+def test_success_is_exit_code_zero_and_a_bug_keeps_its_traceback():
     with pytest.raises(SystemExit) as caught:
         exit_cleanly(lambda value: value, 0)
     assert caught.value.code == 0

@@ -1,4 +1,4 @@
-"""PNG text and contact sheets."""
+"""PNG files with their text, and contact sheets."""
 
 import pytest
 from PIL import Image
@@ -28,7 +28,7 @@ def test_values_that_would_break_the_line_are_quoted_as_json(value, written):
 
 
 @pytest.mark.parametrize("text", ["plain", "two\nlines", "naïve — 胸部", "x" * 5000])
-def test_a_png_gives_its_parameters_back(text, tmp_path):
+def test_the_parameters_of_a_png_can_be_read_back(text, tmp_path):
     save_png(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png", text)
     assert read_parameters(tmp_path / "a.png") == text
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -36,7 +36,7 @@ def test_a_png_gives_its_parameters_back(text, tmp_path):
         assert image.getpixel((3, 3)) == (255, 0, 0)
 
 
-def test_a_png_cut_short_is_no_picture(tmp_path):
+def test_a_png_that_was_cut_short_is_refused(tmp_path):
     save_png(Image.effect_noise((64, 64), 50), tmp_path / "a.png", "x")
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
@@ -44,13 +44,13 @@ def test_a_png_cut_short_is_no_picture(tmp_path):
         read_parameters(tmp_path / "a.png")
 
 
-def test_a_png_of_others_has_no_parameters(tmp_path):
+def test_a_png_without_parameters_gives_none(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     assert read_parameters(tmp_path / "a.png") is None
 
 
 @pytest.mark.parametrize("n, size", [(1, (10, 6)), (4, (24, 16)), (5, (38, 16))])
-def test_a_contact_sheet_is_as_square_as_it_gets(n, size):
+def test_a_contact_sheet_is_a_nearly_square_grid(n, size):
     colours = [(i, 2 * i, 255 - i) for i in range(n)]
     sheet = contact_sheet([Image.new("RGB", (10, 6), colour) for colour in colours])
     assert sheet.size == size

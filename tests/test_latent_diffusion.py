@@ -1,8 +1,7 @@
-"""The assembled model: prompts in, pictures out; bad input refused; half precision that overflows."""
+"""The assembled model: prompts in, images out; refused input; overflow in half precision."""
 
 import copy
 import math
-import re
 import warnings
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from PIL import Image
 import minildm
 from minildm.config import ModelConfig
 from minildm.errors import InputError
-from minildm.latent_diffusion import to_pil
+from minildm.latent_diffusion import to_pil, usual_guidance
 from minildm.loading import find_base
 from minildm.schedule import NoiseSchedule
 
@@ -43,11 +42,11 @@ def sample(model, prompts, kind="ddim", **options):
     )
 
 
-# --- whole pictures against diffusers' pipeline ----------------------------------------------------------------------
+# --- whole images against diffusers' pipeline ------------------------------------------------------------------------
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("kind", ["ddim", "plms", "dpm++", "dpm++, karras"])
-def test_pictures_match_diffusers_pipeline(kind, v2, tmp_path):
-    """Tokens, text features, guided sampling and decoding in one: the only thing given is the initial noise."""
+def test_images_match_diffusers_pipeline(kind, v2, tmp_path):
+    """Tokens, text features, guided sampling and decoding together; only the initial noise is shared."""
     model = peers.random_model(ModelConfig.tiny(v2=v2), seed=2)
     peers.write_folder(model, tmp_path)
     peers.write_tokenizer(tmp_path / "tokenizer")
@@ -80,14 +79,14 @@ def test_pictures_match_diffusers_pipeline(kind, v2, tmp_path):
         output="tensor",
     )
     assert relative_error((ours + 1) / 2, theirs) <= 1e-4
-    assert theirs.std() > 0.1  # not saturated by clamping: there is something to compare
+    assert theirs.std() > 0.1  # not saturated by clamping
     inside = (theirs > 0) & (theirs < 1)
     assert inside.float().mean() > 0.3
 
 
-# --- one generator an image ------------------------------------------------------------------------------------------
+# --- one generator per image ----------------------------------------------------------------------------------------
 @KINDS
-def test_picture_i_of_seed_s_is_the_picture_of_seed_s_plus_i(kind, model):
+def test_image_i_of_seed_s_is_the_image_of_seed_s_plus_i(kind, model):
     together = sample(model, PROMPTS, kind, seed=40)
     for i, prompt in enumerate(PROMPTS):
         assert relative_error(together[i : i + 1], sample(model, [prompt], kind, seed=40 + i)) <= 1e-4
@@ -95,16 +94,16 @@ def test_picture_i_of_seed_s_is_the_picture_of_seed_s_plus_i(kind, model):
 
 
 @KINDS
-def test_the_same_seed_draws_the_same_picture_and_another_seed_another(kind, model):
+def test_the_same_seed_gives_the_same_image_and_another_seed_another_image(kind, model):
     first = sample(model, PROMPTS[:1], kind, seed=7)
-    torch.manual_seed(123)  # the global generator has no part in it
+    torch.manual_seed(123)  # the global generator has no effect
     assert torch.equal(sample(model, PROMPTS[:1], kind, seed=7), first)
     assert relative_error(sample(model, PROMPTS[:1], kind, seed=8), first) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "ddim, eta 0.7"])
-def test_generators_draw_the_initial_latents_first_and_then_one_noise_a_step(kind, model):
-    """The promise that lets anyone repeat a picture with other tools."""
+def test_generators_give_the_initial_latents_first_and_then_noise_once_per_step(kind, model):
+    """So that other tools can reproduce an image."""
     path = []
     sample(model, ["a"], kind, seed=5, guidance=1.0, callback=lambda step, latents: path.append(latents))
     generator = torch.Generator("cpu").manual_seed(5)
@@ -121,40 +120,40 @@ def test_generators_draw_the_initial_latents_first_and_then_one_noise_a_step(kin
             assert relative_error(ours, latents) <= 1e-4
 
 
-def test_given_latents_are_where_sampling_starts_and_stay_as_they_are(model):
+def test_sampling_starts_from_given_latents_and_does_not_change_them(model):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     before = latents.clone()
     given = sample(model, ["a"], seed=99, latents=latents)
-    assert torch.equal(given, sample(model, ["a"], seed=3))  # the very noise that seed 3 draws
+    assert torch.equal(given, sample(model, ["a"], seed=3))  # the initial noise of seed 3
     assert torch.equal(latents, before)
 
 
-# --- what comes out --------------------------------------------------------------------------------------------------
-def test_the_three_kinds_of_output_are_one_picture(model):
+# --- outputs ---------------------------------------------------------------------------------------------------------
+def test_the_three_kinds_of_output_are_the_same_image(model):
     options = {"steps": 3, "seed": 1, "height": 40, "width": 72}
     latents = model.sample(PROMPTS, output="latent", **options)
     images = model.sample(PROMPTS, output="tensor", **options)
-    pictures = model.sample(PROMPTS, output="pil", **options)
+    pil_images = model.sample(PROMPTS, output="pil", **options)
     assert latents.shape == (3, 4, 5, 9) and images.shape == (3, 3, 40, 72)
     assert latents.dtype == images.dtype == torch.float32
     assert images.min() >= -1 and images.max() <= 1
     with torch.no_grad():
         torch.testing.assert_close(model.decode_latents(latents).clamp(-1, 1), images)
-    assert {(picture.size, picture.mode) for picture in pictures} == {((72, 40), "RGB")}
-    for picture, image in zip(pictures, images):
+    assert {(image.size, image.mode) for image in pil_images} == {((72, 40), "RGB")}
+    for pil_image, image in zip(pil_images, images):
         expected = np.rint((image.permute(1, 2, 0).numpy() + 1) * 127.5)
-        assert np.abs(np.asarray(picture, dtype=float) - expected).max() <= 1
+        assert np.abs(np.asarray(pil_image, dtype=float) - expected).max() <= 1
 
 
 def test_pixels_are_rounded_and_clamped_to_eight_bits():
     values = torch.tensor([-5.0, -1.0, -0.999, 0.0, 0.5, 1.0, 3.0])
-    (picture,) = to_pil(values.expand(1, 3, 1, 7))
-    assert np.asarray(picture)[0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]  # 0.1275, 127.5, 191.25
+    (image,) = to_pil(values.expand(1, 3, 1, 7))
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]  # 0.1275, 127.5, 191.25
 
 
 @pytest.mark.parametrize("height, width", [(224, 224), (8, 8), (16, 120), (None, None), (None, 32)])
 def test_any_multiple_of_eight_is_a_size(height, width):
-    """With four levels, 224 px are latents of 28, 14, 7 and 4."""
+    """224 px give latents of height 28, 14, 7 and 4 on the four levels."""
     config = ModelConfig.tiny()
     config = replace(
         config,
@@ -168,7 +167,7 @@ def test_any_multiple_of_eight_is_a_size(height, width):
     assert images.isfinite().all()
 
 
-def test_what_is_returned_may_take_part_in_training(model):
+def test_returned_tensors_can_be_used_in_training(model):
     for output in ("latent", "tensor"):
         result = model.sample(["a"], steps=1, output=output)
         assert not result.is_inference() and not result.requires_grad
@@ -186,6 +185,16 @@ def test_the_callback_is_called_after_every_network_call(kind, steps, model):
     assert [step for step, _ in calls] == list(range(1, expected + 1))
     assert all(preview.shape == latents.shape for _, preview in calls)
     assert torch.equal(calls[-1][1], latents)
+
+
+def test_integers_and_floats_of_numpy_are_accepted(model):
+    ours = sample(model, ["a"], steps=np.int64(2), guidance=np.float32(2), height=np.int64(16))
+    assert torch.equal(ours, sample(model, ["a"], steps=2, guidance=2.0, height=16))
+
+
+def test_guidance_none_is_the_guidance_that_suits_the_model(model):
+    assert usual_guidance(model.config) == 3.0 and usual_guidance(ModelConfig()) == 7.5
+    assert torch.equal(sample(model, ["a"], guidance=None), sample(model, ["a"], guidance=3.0))
 
 
 # --- prompts and guidance --------------------------------------------------------------------------------------------
@@ -207,14 +216,14 @@ def test_guidance_up_to_one_runs_half_the_batch(guidance, rows, model, monkeypat
     assert batches == [(rows, rows)] * 2
 
 
-def test_without_guidance_the_negative_prompt_has_no_say(model):
+def test_without_guidance_the_negative_prompt_has_no_effect(model):
     with pytest.warns(UserWarning, match="negative prompt is not used: guidance 1 is off"):
-        unheard = sample(model, ["a"], guidance=1, negative_prompt="x")
-    assert torch.equal(unheard, sample(model, ["a"], guidance=1))
+        unguided = sample(model, ["a"], guidance=1, negative_prompt="x")
+    assert torch.equal(unguided, sample(model, ["a"], guidance=1))
     assert relative_error(sample(model, ["a"], negative_prompt="x y z"), sample(model, ["a"])) > 1e-3
 
 
-def test_negative_prompts_are_one_for_all_or_one_for_each(model):
+def test_a_negative_prompt_is_for_all_images_or_for_one_each(model):
     one = sample(model, ["a", "b"], negative_prompt="x")
     assert torch.equal(sample(model, ["a", "b"], negative_prompt=["x", "x"]), one)
     each = sample(model, ["a", "b"], negative_prompt=["x", "y"])
@@ -226,28 +235,28 @@ def test_a_single_string_is_one_prompt(model):
     assert torch.equal(sample(model, "a cat"), sample(model, ["a cat"]))
 
 
-def test_a_prompt_that_is_cut_is_told_through_sample(model):
+def test_sample_warns_of_a_cut_prompt(model):
     with pytest.warns(UserWarning, match="has 80 tokens and only the first 75 are read; cut: 'word( word){4}'"):
         sample(model, ["word " * 80], steps=1)
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- refused input ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options, says",
     [
         ({"prompts": []}, ["no prompts", "give at least one"]),
-        ({"steps": 0}, ["steps must be in [1, 1000], got 0"]),
-        ({"steps": -1}, ["steps must be in [1, 1000], got -1"]),
-        ({"steps": 1001}, ["steps must be in [1, 1000], got 1001"]),
-        ({"guidance": -0.1}, ["guidance must be a number >= 0", "-0.1"]),
-        ({"guidance": math.nan}, ["guidance must be a number >= 0", "nan"]),
-        ({"guidance": math.inf}, ["guidance must be a number >= 0", "inf"]),
-        ({"sampler": "euler"}, ["unknown sampler 'euler'", "ddim, ddpm, plms, dpm++"]),
-        ({"eta": -0.1}, ["eta must be in [0, 1], got -0.1"]),
-        ({"eta": 1.5}, ["eta must be in [0, 1], got 1.5"]),
-        ({"eta": math.nan}, ["eta must be in [0, 1], got nan"]),
-        ({"eta": 0.5, "sampler": "plms"}, ["eta is an option of the ddim sampler", "plms"]),
-        ({"karras": True}, ["karras", "dpm++", "ddim"]),
+        ({"steps": 0}, ["--steps must be a number at least 1 and at most 1000, got 0"]),
+        ({"steps": -1}, ["--steps must be a number at least 1 and at most 1000, got -1"]),
+        ({"steps": 1001}, ["--steps must be a number at least 1 and at most 1000, got 1001"]),
+        ({"guidance": -0.1}, ["--guidance must be a number at least 0", "-0.1"]),
+        ({"guidance": math.nan}, ["--guidance must be a number at least 0", "nan"]),
+        ({"guidance": math.inf}, ["--guidance must be a number at least 0", "inf"]),
+        ({"sampler": "euler"}, ["--sampler must be one of ddim, ddpm, plms, dpm++, got 'euler'"]),
+        ({"eta": -0.1}, ["--eta must be a number at least 0 and at most 1, got -0.1"]),
+        ({"eta": 1.5}, ["--eta must be a number at least 0 and at most 1, got 1.5"]),
+        ({"eta": math.nan}, ["--eta must be a number at least 0 and at most 1, got nan"]),
+        ({"eta": 0.5, "sampler": "plms"}, ["--eta is for the ddim sampler only", "0.5", "plms"]),
+        ({"karras": True}, ["--karras is for the dpm++ sampler only", "ddim"]),
         ({"height": 500}, ["height must be a positive multiple of 8, got 500; try 496"]),
         ({"width": 30}, ["width must be a positive multiple of 8, got 30; try 32"]),
         ({"height": 0}, ["height must be a positive multiple of 8, got 0; try 8"]),
@@ -257,10 +266,10 @@ def test_a_prompt_that_is_cut_is_told_through_sample(model):
         ({"output": "numpy"}, ["output must be pil, tensor or latent, got 'numpy'"]),
         ({"negative_prompt": ["x", "y"]}, ["2 negative prompts for 1 prompts", "give one, or one for each"]),
         ({"latents": torch.zeros(1, 4, 8, 9)}, ["latents must be (1, 4, 8, 8)", "(1, 4, 8, 9)"]),
-        ({"latents": torch.zeros(2, 4, 8, 8)}, ["latents must be (1, 4, 8, 8) for 1 pictures", "(2, 4, 8, 8)"]),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, ["latents must be (1, 4, 8, 8) for 1 images", "(2, 4, 8, 8)"]),
     ],
 )
-def test_bad_input_is_refused_before_any_work(options, says, model, monkeypatch):
+def test_invalid_arguments_are_refused_before_any_work(options, says, model, monkeypatch):
     batches = count_batches(model, monkeypatch)
     with pytest.raises(InputError) as caught:
         model.sample(**({"prompts": ["a"], "steps": 2} | options))
@@ -279,15 +288,15 @@ def test_the_scaling_factor_is_applied_on_the_way_in_and_out(model):
 
 
 def overflowing_model(seed=4):
-    """In float16 and float32: a model whose decoder passes the largest float16 on its way to ordinary pictures."""
+    """(float16, float32): a model whose decoder exceeds the largest float16 on the way to ordinary pixels."""
     exact = peers.random_model(ModelConfig.tiny(), seed=seed)
-    weight = exact.vae.decoder.up_blocks[1].resnets[-1].conv2.weight  # what it gives is normalised before the end
+    weight = exact.vae.decoder.up_blocks[1].resnets[-1].conv2.weight  # its output is normalised later on
     weight.data = (weight.data * 3e5).half().float()
     assert weight.isfinite().all()
     return copy.deepcopy(exact).half(), exact
 
 
-def test_a_half_precision_vae_that_overflows_decodes_in_float32_and_says_so():
+def test_a_vae_that_overflows_in_half_precision_decodes_in_float32_with_a_warning():
     half, exact = overflowing_model()
     latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -296,25 +305,25 @@ def test_a_half_precision_vae_that_overflows_decodes_in_float32_and_says_so():
             images = half.decode_latents(latents)
         assert images.dtype == torch.float32
         assert relative_error(images, exact.decode_latents(latents)) <= 1e-2  # the weights were rounded to half
-        assert half.unet.conv_in.weight.dtype == torch.float16  # the U-Net stays as it was
+        assert half.unet.conv_in.weight.dtype == torch.float16  # the U-Net does not change
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # said once
+            warnings.simplefilter("error")  # one warning only
             assert torch.equal(half.decode_latents(latents), images)
 
 
-def test_an_overflow_inside_sample_gives_whole_pictures_and_usable_weights():
+def test_after_an_overflow_in_sample_the_vae_can_still_be_trained():
     model, _ = overflowing_model()
     with pytest.warns(UserWarning, match="decodes in float32 from here on"):
         images = model.sample(["a"], steps=1, output="tensor")
     assert images.isfinite().all()
     assert not any(parameter.is_inference() for parameter in model.parameters())
-    # Training goes on with the very same VAE: its weights must not have become inference tensors.
+    # Training continues with the same VAE, so its weights must not be inference tensors.
     latents = torch.randn(1, 4, 2, 2, requires_grad=True)
     model.decode_latents(latents).square().mean().backward()
     assert latents.grad.isfinite().all()
 
 
-def test_images_encode_after_the_vae_has_changed_to_float32():
+def test_images_can_be_encoded_after_the_vae_has_changed_to_float32():
     model, _ = overflowing_model()
     with pytest.warns(UserWarning, match="decodes in float32"):
         model.sample(["a"], steps=1, output="tensor")
@@ -323,23 +332,23 @@ def test_images_encode_after_the_vae_has_changed_to_float32():
     assert latents.dtype == torch.float16  # what the U-Net reads
 
 
-def test_a_float32_vae_that_gives_nonsense_is_an_error():
+def test_non_finite_pixels_in_float32_are_an_error():
     model = peers.random_model(ModelConfig.tiny(), seed=4)
     model.vae.decoder.conv_out.bias.data[:] = math.nan
     with torch.no_grad(), pytest.raises(InputError, match="non-finite pixels in float32"):
         model.decode_latents(torch.zeros(1, 4, 2, 2))
 
 
-def test_latents_that_are_not_numbers_are_an_error_and_no_black_picture():
+def test_non_finite_latents_are_an_error():
     model = peers.random_model(ModelConfig.tiny(), seed=4).to(torch.bfloat16)
     model.unet.conv_out.bias.data[:] = math.nan
     with pytest.raises(InputError, match=r"non-finite latents in torch\.bfloat16"):
         model.sample(["a"], steps=2)
-    assert model.vae.post_quant_conv.weight.dtype == torch.bfloat16  # the VAE is not blamed for it
+    assert model.vae.post_quant_conv.weight.dtype == torch.bfloat16  # the VAE was not converted in vain
 
 
-def test_a_denoising_loop_is_one_program_to_a_compiler():
-    """Timesteps reach the U-Net as a tensor: as numbers, each would be compiled anew."""
+def test_the_denoising_loop_is_compiled_once():
+    """The U-Net gets its timesteps as a tensor; each Python integer would be compiled anew."""
     model = peers.random_model(ModelConfig.tiny(), seed=4)
     programs = []
 
@@ -354,9 +363,9 @@ def test_a_denoising_loop_is_one_program_to_a_compiler():
     assert len(programs) == 1
 
 
-def test_step_counts_that_begin_too_late_are_warned_of():
+def test_sample_warns_of_step_counts_that_start_too_late():
     model = peers.random_model(ModelConfig.tiny(), seed=4)
-    with pytest.warns(UserWarning, match="begin at timestep 668 of 1000"):
+    with pytest.warns(UserWarning, match="334 steps of ddim cover only 668 of 1000 timesteps"):
         model.sample(["a"], steps=334, output="latent", callback=lambda step, latents: None)
 
 
@@ -366,7 +375,7 @@ def test_half_precision_samples_near_float32(dtype):
     options = {"steps": 3, "guidance": 2.0, "output": "latent"}
     expected = exact.sample(["a cat"], **options)
     ours = copy.deepcopy(exact).to(dtype).sample(["a cat"], **options)
-    assert ours.dtype == torch.float32  # the sampler's arithmetic
+    assert ours.dtype == torch.float32  # the sampler computes in float32
     assert 0 < relative_error(ours, expected) <= 30 * torch.finfo(dtype).eps
 
 
@@ -377,17 +386,17 @@ def test_sampling_changes_no_weight_and_no_setting(model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_parameter_names_begin_with_their_network(model):
+def test_parameter_names_start_with_their_network(model):
     assert {name.partition(".")[0] for name in model.state_dict()} == {"unet", "vae", "text_encoder"}
 
 
-def test_the_schedule_is_the_configs(tmp_path):
+def test_the_schedule_and_the_padding_are_those_of_the_config():
     model = peers.random_model(ModelConfig.tiny(v2=True))
     assert isinstance(model.schedule, NoiseSchedule) and model.schedule.prediction == "v"
     assert model.tokenize(["a"])[0, -1] == 0
 
 
-def test_the_base_hash_is_that_of_the_file(tmp_path):
+def test_the_base_hash_is_that_of_the_file_with_the_unet(tmp_path):
     import hashlib
 
     path = peers.write_single_file(shared_model(), tmp_path / "model.safetensors")
@@ -400,7 +409,7 @@ def test_the_base_hash_is_that_of_the_file(tmp_path):
 
 
 # --- which base ------------------------------------------------------------------------------------------------------
-def test_the_one_published_model_in_weights_comes_before_the_embedded_one(tmp_path):
+def test_a_published_model_in_weights_takes_precedence_over_the_embedded_one(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         find_base(tmp_path)
     assert_says(caught, tmp_path, "v1-5-pruned-emaonly.safetensors", "--base")
@@ -418,7 +427,6 @@ def test_the_one_published_model_in_weights_comes_before_the_embedded_one(tmp_pa
 def test_to_pil_gives_rows_of_pixels_in_order():
     image = torch.full((1, 3, 2, 3), -1.0)
     image[0, 0, 0, 2] = 1.0  # red, first row, last column
-    (picture,) = to_pil(image)
-    assert isinstance(picture, Image.Image) and picture.size == (3, 2)
-    assert picture.getpixel((2, 0)) == (255, 0, 0) and picture.getpixel((0, 1)) == (0, 0, 0)
-    assert re.fullmatch("RGB", picture.mode)
+    (pil_image,) = to_pil(image)
+    assert isinstance(pil_image, Image.Image) and pil_image.size == (3, 2) and pil_image.mode == "RGB"
+    assert pil_image.getpixel((2, 0)) == (255, 0, 0) and pil_image.getpixel((0, 1)) == (0, 0, 0)

@@ -1,4 +1,4 @@
-"""sample.py from the command line: pictures that say how they were made, resumed runs, one-line errors."""
+"""sample.py from the command line: its images and their text, continued runs, one-line errors."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from peers import assert_says
 from PIL import Image
 
 import minildm
-from minildm import latent_diffusion
+from minildm import loading
 from minildm.config import ModelConfig
 from minildm.errors import InputError
 from minildm.images import SYNTHETIC
@@ -41,20 +41,22 @@ def base(tmp_path_factory):
     return peers.write_folder(peers.random_model(ModelConfig.tiny(), seed=1), folder)
 
 
-def draw(base, out, *arguments):
+def generate(base, out, *arguments):
+    """Run the command. Returns: the images in ``out``."""
     assert sample_py.main([*map(str, arguments), "--base", str(base), "--out", str(out), "--device", "cpu"]) == 0
     return sorted(out.glob("*.png"))
 
 
 def refused(base, out, *arguments, error=InputError):
+    """Run the command, which must fail. Returns: the error."""
     with pytest.raises(error) as caught:
         sample_py.main([*map(str, arguments), "--base", str(base), "--out", str(out), "--device", "cpu"])
     return caught
 
 
 def read_as_the_web_ui(text):
-    """(prompt, negative prompt, {key: value}) by the rules of AUTOMATIC1111's infotext parser (its regular expression
-    for pairs, its three-pair minimum)."""
+    """(prompt, negative prompt, {key: value}), parsed like AUTOMATIC1111's infotext: with its regular expression for
+    pairs and its minimum of three pairs."""
     pairs = r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
     *lines, last = text.strip().split("\n")
     if len(re.findall(pairs, last)) < 3:
@@ -65,9 +67,9 @@ def read_as_the_web_ui(text):
     return "\n".join(lines[:at]), negative, values
 
 
-# --- what is drawn ---------------------------------------------------------------------------------------------------
-def test_pictures_are_those_of_the_library(base, tmp_path):
-    paths = draw(
+# --- one prompt ------------------------------------------------------------------------------------------------------
+def test_images_equal_those_of_the_python_interface(base, tmp_path):
+    paths = generate(
         base,
         tmp_path,
         "chest x-ray, age 47 male",
@@ -92,11 +94,11 @@ def test_pictures_are_those_of_the_library(base, tmp_path):
     expected = minildm.load(base, device="cpu").sample(
         ["chest x-ray, age 47 male"] * 3, "blurry", steps=3, guidance=2, seed=5, height=40, width=64
     )
-    for path, picture in zip(paths, expected):
-        with Image.open(path) as image:
-            assert image.size == (64, 40)
-            difference = np.asarray(image, dtype=int) - np.asarray(picture, dtype=int)
-            assert np.abs(difference).max() <= 1  # another batch size may round a pixel the other way
+    for path, theirs in zip(paths, expected):
+        with Image.open(path) as ours:
+            assert ours.size == (64, 40)
+            difference = np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)
+            assert np.abs(difference).max() <= 1  # another batch size may round a pixel differently
 
 
 @pytest.mark.parametrize(
@@ -109,15 +111,15 @@ def test_pictures_are_those_of_the_library(base, tmp_path):
         (["--sampler", "dpm++", "--karras"], "DPM++ 2M Karras", {}),
     ],
 )
-def test_every_sampler_draws_and_signs(arguments, name, extra, base, tmp_path):
-    (path,) = draw(base, tmp_path, "a", "--steps", 3, *arguments)
+def test_every_sampler_runs_and_is_named_in_the_png(arguments, name, extra, base, tmp_path):
+    (path,) = generate(base, tmp_path, "a", "--steps", 3, *arguments)
     values = read_as_the_web_ui(Image.open(path).info["parameters"])[2]
     assert values["Sampler"] == name and values["Steps"] == "3"
     assert {key: values.get(key) for key in extra} == extra and ("Eta" in values) == ("Eta" in extra)
 
 
-def test_a_png_says_how_it_was_made_and_that_it_is_synthetic(base, tmp_path):
-    (path,) = draw(
+def test_a_png_records_how_it_was_made_and_that_it_is_synthetic(base, tmp_path):
+    (path,) = generate(
         base,
         tmp_path,
         "chest x-ray: PA, upright",
@@ -150,89 +152,89 @@ def test_a_png_says_how_it_was_made_and_that_it_is_synthetic(base, tmp_path):
     assert text.splitlines()[1] == "Negative prompt: text, marks"
 
 
-def test_prompts_of_any_script_survive_in_the_png(base, tmp_path):
+def test_prompts_in_any_script_are_stored_in_the_png(base, tmp_path):
     prompt = "épanchement — 胸部X線 🫁"
-    (path,) = draw(base, tmp_path, prompt, *QUICK)
+    (path,) = generate(base, tmp_path, prompt, *QUICK)
     assert read_as_the_web_ui(Image.open(path).info["parameters"])[0] == prompt
 
 
 def test_values_with_commas_are_quoted(base, tmp_path):
     named = tmp_path / "a, b: c"
     named.symlink_to(base)
-    (path,) = draw(named, tmp_path / "out", "x", *QUICK)
+    (path,) = generate(named, tmp_path / "out", "x", *QUICK)
     text = Image.open(path).info["parameters"]
     assert 'Model: "a, b: c"' in text
     assert read_as_the_web_ui(text)[2]["Model"] == "a, b: c"
 
 
-def test_pictures_of_a_second_call_are_numbered_on(base, tmp_path):
-    draw(base, tmp_path, "a", *QUICK, "-n", 2)
-    paths = draw(base, tmp_path, "b", *QUICK, "--seed", 0)
+def test_numbers_of_a_second_call_go_on_from_the_first(base, tmp_path):
+    generate(base, tmp_path, "a", *QUICK, "-n", 2)
+    paths = generate(base, tmp_path, "b", *QUICK, "--seed", 0)
     assert [path.name for path in paths] == ["00000-seed0.png", "00001-seed1.png", "00002-seed0.png"]
 
 
-def test_a_contact_sheet_shows_the_pictures_in_order_beside_the_others(base, tmp_path):
-    paths = draw(base, tmp_path, "a", *QUICK, "-n", 3)
+def test_a_contact_sheet_in_its_own_folder_shows_the_images_in_order(base, tmp_path):
+    paths = generate(base, tmp_path, "a", *QUICK, "-n", 3)
     (sheet,) = (tmp_path / "sheets").glob("*.png")
     with Image.open(sheet) as image:
         assert image.size == (2 * 64 + 4, 2 * 64 + 4)
         for path, corner in zip(paths, ((0, 0), (68, 0), (0, 68))):
-            with Image.open(path) as picture:
-                assert image.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == picture.tobytes()
-    draw(base, tmp_path / "single", "a", *QUICK)
+            with Image.open(path) as part:
+                assert image.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == part.tobytes()
+    generate(base, tmp_path / "single", "a", *QUICK)
     assert not (tmp_path / "single" / "sheets").exists()
 
 
-def test_it_prints_what_it_made_and_the_next_command(base, tmp_path, capsys):
-    paths = draw(base, tmp_path, "a", *QUICK, "-n", 2, "--seed", 3)
+def test_the_output_names_the_images_and_the_next_command(base, tmp_path, capsys):
+    paths = generate(base, tmp_path, "a", *QUICK, "-n", 2, "--seed", 3)
     printed = capsys.readouterr().out
     for part in (*map(str, paths), "epsilon-prediction", "64 px", "float32 on cpu", "next:", "--seed 5"):
         assert part in printed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_dtype_draws(dtype, base, tmp_path, capsys):
-    draw(base, tmp_path, "a", *QUICK, "--dtype", dtype)
+def test_every_dtype_generates_an_image(dtype, base, tmp_path, capsys):
+    generate(base, tmp_path, "a", *QUICK, "--dtype", dtype)
     assert dtype in capsys.readouterr().out
 
 
 # --- many prompts ----------------------------------------------------------------------------------------------------
-def test_a_file_of_prompts_draws_each_line(base, tmp_path):
+def test_each_line_of_a_text_file_is_a_prompt(base, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffchest x-ray\n\n  a cat  \r\nnaïve\n", encoding="utf-8")
-    paths = draw(base, tmp_path / "out", "--prompts", tmp_path / "prompts.txt", *QUICK, "-n", 2, "--seed", 10)
+    paths = generate(base, tmp_path / "out", "--prompts", tmp_path / "prompts.txt", *QUICK, "-n", 2, "--seed", 10)
     prompts = [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths]
     assert prompts == ["chest x-ray"] * 2 + ["a cat"] * 2 + ["naïve"] * 2
     assert [path.name for path in paths] == [f"{i:05d}-seed{10 + i}.png" for i in range(6)]
 
 
 @pytest.mark.parametrize("arguments, column", [([], "prompt"), (["--column", "finding"], "finding")])
-def test_a_csv_column_is_a_file_of_prompts(arguments, column, base, tmp_path):
+def test_each_row_of_a_csv_column_is_a_prompt(arguments, column, base, tmp_path):
     (tmp_path / "p.csv").write_text('id,prompt,finding\n1,"a, b",x\n2,"c ""d""",y\n3,"two\nlines",z\n')
-    paths = draw(base, tmp_path / "out", "--prompts", tmp_path / "p.csv", *QUICK, *arguments)
+    paths = generate(base, tmp_path / "out", "--prompts", tmp_path / "p.csv", *QUICK, *arguments)
     prompts = [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths]
     assert prompts == {"prompt": ["a, b", 'c "d"', "two\nlines"], "finding": ["x", "y", "z"]}[column]
 
 
-def test_a_tsv_is_a_table_and_a_row_without_a_prompt_is_named(base, tmp_path):
+def test_a_tsv_is_read_by_columns_and_a_row_without_a_prompt_is_named(base, tmp_path):
     (tmp_path / "p.tsv").write_text("id\tprompt\n1\ta, b\n2\tc\n")
-    paths = draw(base, tmp_path / "out", "--prompts", tmp_path / "p.tsv", *QUICK)
+    paths = generate(base, tmp_path / "out", "--prompts", tmp_path / "p.tsv", *QUICK)
     assert [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths] == ["a, b", "c"]
     (tmp_path / "p.csv").write_text("id,prompt\n1,a\n2, \n3\n")
-    with pytest.raises(InputError, match="2 of 3 rows, first in row 2"):
-        draw(base, tmp_path / "more", "--prompts", tmp_path / "p.csv", *QUICK)
+    with pytest.raises(InputError, match="2 of 3 rows, the first of them row 2"):
+        generate(base, tmp_path / "more", "--prompts", tmp_path / "p.csv", *QUICK)
 
 
-def test_an_interrupted_call_goes_on_where_it_stopped(base, tmp_path, capsys):
+def test_repeating_an_interrupted_call_continues_it(base, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
     command = ["--prompts", tmp_path / "prompts.txt", *QUICK, "--batch-size", 2]
-    paths = draw(base, tmp_path / "out", *command)
+    paths = generate(base, tmp_path / "out", *command)
     whole = {path.name: path.read_bytes() for path in paths}
     times = {path.name: path.stat().st_mtime_ns for path in paths}
     for i in (1, 3, 4):
         paths[i].unlink()
     capsys.readouterr()
-    paths = draw(base, tmp_path / "out", *command)
-    assert "2 pictures are already in" in capsys.readouterr().out
+    paths = generate(base, tmp_path / "out", *command)
+    assert "2 images are already in" in capsys.readouterr().out
     assert [path.name for path in paths] == list(whole)
     for path in paths:
         kept = path.name in ("00000-seed0.png", "00002-seed2.png")
@@ -240,56 +242,77 @@ def test_an_interrupted_call_goes_on_where_it_stopped(base, tmp_path, capsys):
         ours, before = np.asarray(Image.open(path), dtype=int), tmp_path / "before.png"
         before.write_bytes(whole[path.name])
         assert np.abs(ours - np.asarray(Image.open(before), dtype=int)).max() <= 1
-    draw(base, tmp_path / "out", *command)  # nothing left to draw: no error
-    assert "0 to draw" in capsys.readouterr().out
+    generate(base, tmp_path / "out", *command)  # nothing left to generate is no error
+    assert "0 to generate" in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_only_whole_pictures(base, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_only_whole_images(base, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
-    draw_one, calls = minildm.LatentDiffusion.sample, []
+    sample, calls = minildm.LatentDiffusion.sample, []
 
     def interrupted(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return draw_one(self, *arguments, **options)
+        return sample(self, *arguments, **options)
 
     monkeypatch.setattr(minildm.LatentDiffusion, "sample", interrupted)
     command = ["--prompts", tmp_path / "prompts.txt", *QUICK, "--batch-size", 1]
     refused(base, tmp_path / "out", *command, error=KeyboardInterrupt)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["00000-seed0.png"]
     monkeypatch.undo()
-    assert len(draw(base, tmp_path / "out", *command)) == 3
+    assert len(generate(base, tmp_path / "out", *command)) == 3
 
 
-def test_pictures_made_otherwise_are_not_taken_for_done(base, tmp_path):
+def test_existing_images_with_other_settings_are_an_error(base, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb\n")
-    paths = draw(base, tmp_path / "out", "--prompts", tmp_path / "prompts.txt", *QUICK)
+    paths = generate(base, tmp_path / "out", "--prompts", tmp_path / "prompts.txt", *QUICK)
     caught = refused(base, tmp_path / "out", "--prompts", tmp_path / "prompts.txt", "--steps", 3, "--guidance", 1)
     assert_says(caught, paths[0], "Steps: 2", "Steps: 3", "give another --out")
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- refused input ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "arguments, says",
     [
         ([], ["one prompt", "--prompts FILE"]),
+        (["a", "--column", "x"], ["--column x is for --prompts FILE.csv"]),
         (["a", "--prompts", "x.txt"], ["one prompt", "--prompts FILE"]),
-        (["a", "-n", 0], ["-n must be at least 1, got 0"]),
-        (["a", "--batch-size", 0], ["--batch-size must be at least 1, got 0"]),
-        (["a", "--steps", 0], ["steps must be in [1, 1000], got 0"]),
-        (["a", "--steps", 1001], ["steps must be in [1, 1000], got 1001"]),
-        (["a", "--guidance", "nan"], ["guidance", "nan"]),
-        (["a", "--guidance", -1], ["guidance", "-1"]),
+        (["a", "--steps", 0], ["--steps must be a number at least 1 and at most 1000, got 0"]),
+        (["a", "--steps", 1001], ["--steps must be a number at least 1 and at most 1000, got 1001"]),
+        (["a", "--guidance", -1], ["--guidance must be a number at least 0, got -1"]),
         (["a", "--height", 100], ["height must be a positive multiple of 8, got 100; try 96"]),
         (["a", "--width", 0], ["width must be a positive multiple of 8, got 0"]),
-        (["a", "--eta", 0.5, "--sampler", "plms"], ["eta", "ddim"]),
-        (["a", "--seed", 2**64], ["seed", str(2**64)]),
+        (["a", "--eta", 0.5, "--sampler", "plms"], ["--eta is for the ddim sampler only", "plms"]),
+        (["a", "--karras"], ["--karras is for the dpm++ sampler only", "ddim"]),
+        (["a", "--seed", -1], ["--seed must be in [0, 2^63), got -1"]),
+        (["a", "-n", 3, "--seed", 2**63 - 2], ["--seed must be at most 2^63 - 3 for 3 images", str(2**63 - 2)]),
+        (["a\udcff"], ["not valid UTF-8"]),
+        (["a", "--adapter", "none", "--adapter", "x"], ["--adapter none means no adapter"]),
     ],
 )
-def test_bad_flags_are_refused_in_one_line(arguments, says, base, tmp_path):
+def test_values_out_of_range_are_refused_in_one_line(arguments, says, base, tmp_path):
     assert_says(refused(base, tmp_path / "out", *arguments), *says)
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["-n", 0], "argument -n: must be at least 1 and below 2^63, got 0"),
+        (["--batch-size", 0], "argument --batch-size: must be at least 1 and below 2^63, got 0"),
+        (["--seed", 2**64], f"argument --seed: must be a whole number of at most 64 bits, got {2**64}"),
+        (["--guidance", "nan"], "argument --guidance: must be a number of at most 64 bits, got nan"),
+        (["--steps", "ten"], "argument --steps: invalid whole number value: 'ten'"),
+        (["--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
+        (["--n", 4], "unrecognized arguments: --n 4"),  # not short for --negative
+        (["--guid", 4], "unrecognized arguments: --guid 4"),
+    ],
+)
+def test_malformed_and_abbreviated_flags_are_refused_by_name(arguments, says, base, tmp_path, capsys):
+    assert refused(base, tmp_path / "out", "a", *arguments, error=SystemExit).value.code == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -298,17 +321,17 @@ def test_bad_flags_are_refused_in_one_line(arguments, says, base, tmp_path):
         ("", "txt", "holds no prompt"),
         ("\n \n", "txt", "holds no prompt"),
         ("", "csv", "no column 'prompt or text'"),
-        ("id,caption\n1,x\n", "csv", "its columns: id, caption"),
+        ("id,caption\n1,x\n", "csv", "its columns are id, caption"),
         ("prompt\n", "csv", "holds no prompt"),
     ],
 )
-def test_a_useless_file_of_prompts_is_refused(content, suffix, says, base, tmp_path):
+def test_a_prompt_file_without_prompts_is_refused(content, suffix, says, base, tmp_path):
     path = tmp_path / f"prompts.{suffix}"
     path.write_text(content)
     assert_says(refused(base, tmp_path / "out", "--prompts", path), path, says)
 
 
-def test_a_missing_or_binary_file_of_prompts_is_refused(base, tmp_path):
+def test_a_missing_or_binary_prompt_file_is_refused(base, tmp_path):
     assert_says(refused(base, tmp_path, "--prompts", tmp_path / "none.txt", error=FileNotFoundError), "none.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     assert_says(refused(base, tmp_path, "--prompts", tmp_path / "binary.txt"), "binary.txt", "not UTF-8")
@@ -316,7 +339,7 @@ def test_a_missing_or_binary_file_of_prompts_is_refused(base, tmp_path):
 
 def test_an_unwritable_folder_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(latent_diffusion, "load", lambda *arguments, **options: pytest.fail("loaded first"))
+    monkeypatch.setattr(loading, "load", lambda *arguments, **options: pytest.fail("loaded first"))
     with pytest.raises(NotADirectoryError) as caught:
         sample_py.main(["a", "--out", str(tmp_path / "file")])
     assert_says(caught, tmp_path / "file", "give another --out")
@@ -341,7 +364,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_command_ends_with_code_zero_and_a_picture(base, tmp_path):
+def test_the_command_ends_with_code_zero_and_an_image(base, tmp_path):
     done = run("chest x-ray", "--base", base, "--out", tmp_path, "--device", "cpu", *QUICK)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -352,5 +375,15 @@ def test_a_mistake_ends_with_code_two_and_one_line(tmp_path):
     done = run("chest x-ray", "--base", tmp_path / "none.safetensors", "--out", tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no such base model: ") and done.stderr.count("\n") == 1
-    done = run("chest x-ray", "--sampler", "euler")
-    assert done.returncode == 2 and "invalid choice: 'euler'" in done.stderr
+
+
+def test_a_mistake_on_the_command_line_is_reported_before_torch_is_imported(tmp_path):
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    code = f"import sys; sys.argv = {[str(ROOT / 'sample.py'), 'a', '--steps', '0', '--out', str(tmp_path)]}\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout.strip() == "False"
+    assert done.stderr == "error: --steps must be a number at least 1 and at most 1000, got 0\n"

@@ -1,11 +1,10 @@
-"""Sampling, side by side with diffusers + transformers: python tests/benchmarks/bench_sampling.py [--device cuda]
+"""Sampling compared with diffusers + transformers: python tests/benchmarks/bench_sampling.py [--device cuda]
 
-Both run in one process tree on the same random weights, taking turns, so that what else the machine does falls on
-both; each row gives the median of its turns, and the ratio peer / minildm (above 1: minildm is faster or leaner).
-Start-up and loading run in fresh processes. Nothing here is asserted: the numbers go into the README.
+Both use the same random weights and take turns, so that other load on the machine affects both. Each row gives the
+median over the turns and the ratio diffusers / minildm: above 1, minildm is faster or needs less memory. Start-up and
+loading run in new processes. Nothing is asserted.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -18,6 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from minildm.settings import Parser
+
+PARTS = ["start", "image", "unet", "vae"]
 SMALL = {
     "widths": (64, 128, 128),
     "attention": (True, True, False),
@@ -25,10 +28,10 @@ SMALL = {
     "layers_per_block": 1,
     "context_dim": 128,
     "latent_size": 16,
-}  # of the size of an embedded teaching model
+}  # a U-Net about as large as that of weights/tiny
 
 
-# --- fresh processes: start-up and loading ---------------------------------------------------------------------------
+# --- new processes: start-up and loading -----------------------------------------------------------------------------
 def child_minildm(folder, what, dtype):
     start = time.perf_counter()
     import torch
@@ -74,7 +77,7 @@ def child_diffusers(folder, what, dtype):
 
 
 def _resident(entry="VmRSS"):
-    """MB held; VmHWM: at the most so far. (getrusage would count the parent's.)"""
+    """Resident memory in MB; VmHWM: its peak. (The peak of getrusage includes the parent process.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(entry))
 
@@ -92,12 +95,12 @@ def _report(start, ready, loaded, memory, peak):
     )
 
 
-def in_fresh_processes(folder, what, dtype, turns):
-    """Median of each measure over ``turns`` alternating processes of either side: {side: {measure: median}}."""
+def in_new_processes(folder, what, dtype, turns):
+    """Each side's median of each measure over ``turns`` alternating processes: {side: {measure: median}}."""
     results = {"minildm": [], "diffusers": []}
     for _ in range(turns):
         for side, rows in results.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             out = subprocess.run(
                 [sys.executable, __file__, "--child", side, str(folder), what, dtype],
                 check=True,
@@ -105,27 +108,27 @@ def in_fresh_processes(folder, what, dtype, turns):
                 text=True,
                 env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
             )
-            rows.append(json.loads(out.stdout.splitlines()[-1]) | {"process_s": time.perf_counter() - begun})
+            rows.append(json.loads(out.stdout.splitlines()[-1]) | {"process_s": time.perf_counter() - start})
     return {
         side: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for side, rows in results.items()
     }
 
 
-# --- one process: the same work by turns -----------------------------------------------------------------------------
-def by_turns(ours, peer, device, seconds=6.0, least=3):
-    """Median seconds of each function, called alternately."""
+# --- one process: the same work in turns -----------------------------------------------------------------------------
+def in_turns(ours, peer, device, seconds=6.0, least=3):
+    """Median seconds of each function. They are called alternately, for at least ``seconds`` and ``least`` times."""
     import torch
 
     def once(function):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         function()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     once(ours), once(peer)  # warm up
-    times, begun = ([], []), time.perf_counter()
-    while len(times[0]) < least or time.perf_counter() - begun < seconds:
+    times, start = ([], []), time.perf_counter()
+    while len(times[0]) < least or time.perf_counter() - start < seconds:
         times[0].append(once(ours))
         times[1].append(once(peer))
     return tuple(statistics.median(t) for t in times)
@@ -141,7 +144,7 @@ class Table:
 
 
 def bench_startup_and_loading(table, folder, small, turns):
-    result = in_fresh_processes(small, "startup", "float32", turns)
+    result = in_new_processes(small, "startup", "float32", turns)
     table.add(
         "start-up to the first denoising step, small model",
         result["minildm"]["process_s"],
@@ -149,17 +152,17 @@ def bench_startup_and_loading(table, folder, small, turns):
         note=f"imports: {result['minildm']['import_s']:.1f} s, {result['diffusers']['import_s']:.1f} s",
     )
     for dtype in ("float16", "float32"):
-        result = in_fresh_processes(folder, "load", dtype, turns)
+        result = in_new_processes(folder, "load", dtype, turns)
         table.add(f"load SD v1.5 (fp16 files) as {dtype}", result["minildm"]["load_s"], result["diffusers"]["load_s"])
         table.add(
-            f"  memory it takes at its peak, {dtype}",
+            f"  peak memory while loading, {dtype}",
             result["minildm"]["memory_mb"],
             result["diffusers"]["memory_mb"],
             "MB",
         )
 
 
-def bench_unet(table, device, dtypes, sides, batches):
+def bench_unet(table, device, dtypes, sizes, batches):
     import torch
     from peers import diffusers_unet
 
@@ -173,18 +176,18 @@ def bench_unet(table, device, dtypes, sides, batches):
         if device == "cuda":
             peer_fast = diffusers_unet(unet)  # channels-last, as its own guide advises
             variants.append((" compiled", torch.compile(unet), torch.compile(peer_fast)))
-        for side in sides:
+        for size in sizes:
             for batch in batches:
-                x = torch.randn(batch, 4, side // 8, side // 8, device=device, dtype=dtype)
+                x = torch.randn(batch, 4, size // 8, size // 8, device=device, dtype=dtype)
                 context = torch.randn(batch, 77, 768, device=device, dtype=dtype)
                 t = torch.tensor([500], device=device)
                 for name, a, b in variants:
-                    ours, theirs = by_turns(
+                    ours, theirs = in_turns(
                         lambda a=a: a(x, t, context), lambda b=b: b(x, t, context, return_dict=False), device
                     )
                     rate = flops(unet, x, t, context) / ours / 1e12
                     table.add(
-                        f"U-Net step{name}, {side} px, batch {batch}, {str(dtype)[6:]}",
+                        f"U-Net step{name}, {size} px, batch {batch}, {str(dtype)[6:]}",
                         ours,
                         theirs,
                         note=f"{rate:.2f} TFLOP/s",
@@ -219,11 +222,11 @@ def bench_vae(table, device, dtypes):
         z = torch.randn(1, 4, 64, 64, device=device, dtype=dtype)
         table.add(
             f"VAE decode, 512 px, {str(dtype)[6:]}",
-            *by_turns(lambda: vae.decode(z), lambda: peer.decode(z, return_dict=False), device),
+            *in_turns(lambda: vae.decode(z), lambda: peer.decode(z, return_dict=False), device),
         )
 
 
-def bench_small_picture(table, device, small, what):
+def bench_small_image(table, device, small, what):
     import torch
     from peers import diffusers_pipeline
 
@@ -238,29 +241,29 @@ def bench_small_picture(table, device, small, what):
     def theirs():
         pipe("chest x-ray", num_inference_steps=20, guidance_scale=7.5, generator=torch.Generator().manual_seed(0))
 
-    table.add(f"20-step guided DDIM picture, {what}", *by_turns(ours, theirs, device, seconds=15))
+    table.add(f"image in 20 guided DDIM steps, {what}", *in_turns(ours, theirs, device, seconds=15))
 
 
 def bench_machine(device):
-    """What the machine can do: the rates that the rows above should be seen against."""
+    """Print the machine's rates for matrix products and convolutions, with which the other rates can be compared."""
     import torch
 
     for dtype in (torch.float32, torch.bfloat16):
         size = 8192 if device == "cuda" else 2048
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        seconds, _ = by_turns(lambda a=a, b=b: a @ b, lambda: None, device, seconds=1)
+        seconds, _ = in_turns(lambda a=a, b=b: a @ b, lambda: None, device, seconds=1)
         print(f"matrix product {size} cubed, {str(dtype)[6:]}: {2 * size**3 / seconds / 1e12:.3f} TFLOP/s")
     if device == "cpu":
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(1, 320, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
             w = torch.randn(320, 320, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            seconds, _ = by_turns(lambda x=x, w=w: torch.conv2d(x, w, padding=1), lambda: None, device, seconds=1)
+            seconds, _ = in_turns(lambda x=x, w=w: torch.conv2d(x, w, padding=1), lambda: None, device, seconds=1)
             rate = 2 * 9 * 320**2 * 64**2 / seconds / 1e12
             print(f"3x3 convolution 320 x 64 x 64, {str(dtype)[6:]}: {rate:.3f} TFLOP/s")
 
 
 def write_models(folder):
-    """Random weights: an SD v1.5-sized folder in fp16, and two small ones in fp32 with the peer's tokenizer files."""
+    """Write models with random weights: one of SD v1.5's size in fp16, two small ones in fp32 with tokenizer files."""
     import torch
     from peers import random_model, write_folder, write_tokenizer
 
@@ -280,11 +283,11 @@ def main():
     if sys.argv[1:2] == ["--child"]:
         side, folder, what, dtype = sys.argv[2:]
         return (child_minildm if side == "minildm" else child_diffusers)(folder, what, dtype)
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Compare sampling with diffusers.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", nargs="*", default=["start", "picture", "unet", "vae"], help="which parts")
-    parser.add_argument("--sides", nargs="*", type=int, default=[256, 512])
-    parser.add_argument("--turns", type=int, default=3, help="fresh processes of each side")
+    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="parts to run")
+    parser.add_argument("--sizes", nargs="*", type=int, default=[256, 512], help="image height and width, pixels")
+    parser.add_argument("--turns", type=int, default=3, help="new processes of each side")
     args = parser.parse_args()
     import torch
 
@@ -298,15 +301,15 @@ def main():
     print(f"{'':<52} {'minildm':>13} {'diffusers':>13}  ratio")
     table = Table()
     with tempfile.TemporaryDirectory() as folder:
-        if "start" in args.only or "picture" in args.only:
+        if "start" in args.only or "image" in args.only:
             full, small, toy = write_models(Path(folder))
             if "start" in args.only:
                 bench_startup_and_loading(table, full, small, args.turns)
-            if "picture" in args.only:
-                bench_small_picture(table, args.device, toy, "0.8 M U-Net, 64 px")
-                bench_small_picture(table, args.device, small, "5.9 M U-Net, 128 px")
+            if "image" in args.only:
+                bench_small_image(table, args.device, toy, "0.8 M U-Net, 64 px")
+                bench_small_image(table, args.device, small, "5.9 M U-Net, 128 px")
     if "unet" in args.only:
-        bench_unet(table, args.device, dtypes, args.sides, (1,) if args.device == "cpu" else (2, 8))
+        bench_unet(table, args.device, dtypes, args.sizes, (1,) if args.device == "cpu" else (2, 8))
     if "vae" in args.only:
         bench_vae(table, args.device, dtypes)
 
