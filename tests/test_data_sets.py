@@ -76,19 +76,19 @@ def test_padchest_is_also_read_from_a_flat_folder_and_a_compressed_table(tmp_pat
 
 
 def test_real_padchest_tables_are_read(shared_data, tmp_path):
-    found, notes = padchest.records(shared_data / "padchest")
-    assert len(found) == 67 and not notes
-    assert {record.fields["labelled_by"] for record in found} == {"physician", "model"}
-    assert sum("diagnosis" in record.fields for record in found) == 66
+    listed, notes = padchest.records(shared_data / "padchest")
+    assert len(listed) == 67 and not notes
+    assert {record.fields["labelled_by"] for record in listed} == {"physician", "model"}
+    assert sum("diagnosis" in record.fields for record in listed) == 66
     for name in ("neumo_pneumonia_f.tsv", "neumo_pneumonia_m.tsv"):
         shutil.copy(shared_data / "padchest" / name, tmp_path)
-    found, notes = padchest.records(tmp_path)
-    assert len(found) == 5920 and notes == ["1 of 5,921 left out: known to be broken in the distribution"]
-    ages = [int(record.fields["age"]) for record in found]
+    listed, notes = padchest.records(tmp_path)
+    assert len(listed) == 5920 and notes == ["1 of 5,921 left out: known to be broken in the distribution"]
+    ages = [int(record.fields["age"]) for record in listed]
     assert (min(ages), max(ages)) == (0, 99)
-    assert {record.fields["projection"] for record in found} == {"PA", "L", "AP", "AP horizontal", "COSTAL"}
-    assert {record.fields.get("view") for record in found} == {None, "PA", "AP", "L"}
-    words = [part for record in found for part in record.fields.get("diagnosis", "").split(", ")]
+    assert {record.fields["projection"] for record in listed} == {"PA", "L", "AP", "AP horizontal", "COSTAL"}
+    assert {record.fields.get("view") for record in listed} == {None, "PA", "AP", "L"}
+    words = [part for record in listed for part in record.fields.get("diagnosis", "").split(", ")]
     assert all(word == word.strip() for word in words) and "exclude" not in words
 
 
@@ -115,14 +115,14 @@ def test_montgomery_readings_become_records(tmp_path):
 
 
 def test_real_montgomery_readings_are_read(shared_data):
-    found, _ = montgomery.records(shared_data / "montgomery")
-    assert len(found) == 138 and len({record.patient for record in found}) == 135
-    by_number = {record.name[7:11]: record for record in found}
+    listed, _ = montgomery.records(shared_data / "montgomery")
+    assert len(listed) == 138 and len({record.patient for record in listed}) == 135
+    by_number = {record.name[7:11]: record for record in listed}
     assert by_number["0117"].patient == "0113" and by_number["0170"].patient == by_number["0166"].patient == "0162"
     assert by_number["0170"].fields["findings"].endswith("will switch to HR only")
     assert "sex" not in by_number["0080"].fields and "findings" not in by_number["0166"].fields
-    assert collections.Counter(record.fields["diagnosis"] for record in found) == {"normal": 80, "tuberculosis": 58}
-    ages = sorted(int(record.fields["age"]) for record in found)
+    assert collections.Counter(record.fields["diagnosis"] for record in listed) == {"normal": 80, "tuberculosis": 58}
+    ages = sorted(int(record.fields["age"]) for record in listed)
     assert (ages[0], ages[-1]) == (4, 89)
 
 
@@ -142,27 +142,27 @@ def test_iu_xray_kaggle_tables_become_records(tmp_path):
 def test_real_iu_xray_has_the_papers_number_of_frontal_images_with_findings(shared_data, tmp_path):
     for name in ("indiana_reports.csv", "indiana_projections.csv"):
         shutil.copy(shared_data / "iu_xray" / name, tmp_path)
-    found, _ = iu_xray.records(tmp_path)
-    frontal = [record for record in found if record.frontal]
+    listed, _ = iu_xray.records(tmp_path)
+    frontal = [record for record in listed if record.frontal]
     assert len(frontal) == 3307 and round(0.04 * len(frontal)) == 132
 
 
 def test_real_iu_xray_xml_reports_are_read(shared_data, tmp_path):
     shutil.copytree(shared_data / "iu_xray" / "NLMCXR_reports", tmp_path / "NLMCXR_reports")
-    found, _ = iu_xray.records(tmp_path)
-    first = next(record for record in found if record.name == "CXR1_1_IM-0001-3001.png")
+    listed, _ = iu_xray.records(tmp_path)
+    first = next(record for record in listed if record.name == "CXR1_1_IM-0001-3001.png")
     assert first.fields["findings"].startswith("The cardiac silhouette") and first.fields["diagnosis"] == "normal"
-    assert {record.frontal for record in found} == {None}
+    assert {record.frontal for record in listed} == {None}
     shutil.copy(shared_data / "iu_xray" / "indiana_projections.csv", tmp_path)
-    found, _ = iu_xray.records(tmp_path)  # views from the table, texts from the XML
-    views = collections.Counter(record.frontal for record in found)
+    listed, _ = iu_xray.records(tmp_path)  # views from the table, texts from the XML
+    views = collections.Counter(record.frontal for record in listed)
     assert views == {True: 164, False: 150, None: views[None]} and views[None] <= 3
     kaggle = {
         row["uid"]: row.get("findings") for _, row in read_table(shared_data / "iu_xray" / "indiana_reports.csv", ())
     }
     same = [
         record.fields["findings"] == " ".join(kaggle[record.patient].split())
-        for record in found
+        for record in listed
         if kaggle.get(record.patient)
     ]
     assert len(same) > 300 and sum(same) / len(same) > 0.95

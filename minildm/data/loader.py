@@ -90,15 +90,15 @@ class SampleSequence(Dataset):
         self.pairs, self.seed, self.classes = pairs, seed, classes
         self.epoch, self.order = None, None  # the epoch last asked for; ids come in ascending order
 
-    def record_index(self, id):
-        """Which record sample ``id`` shows, as an index into ``pairs``."""
-        epoch, position = divmod(id, len(self.pairs))
+    def record_index(self, sample_id):
+        """Which record the sample shows, as an index into ``pairs``."""
+        epoch, position = divmod(sample_id, len(self.pairs))
         if epoch != self.epoch:
             self.epoch, self.order = epoch, epoch_order(len(self.pairs), self.seed, epoch, self.classes)
         return int(self.order[position])
 
-    def __getitem__(self, id):
-        return {**self.pairs[self.record_index(id)], "id": id, "weight": torch.tensor(1.0)}
+    def __getitem__(self, sample_id):
+        return {**self.pairs[self.record_index(sample_id)], "id": sample_id, "weight": torch.tensor(1.0)}
 
 
 def training_batches(pairs, batch_size, seed, first_step, last_step, workers=0, classes=None):

@@ -39,7 +39,7 @@ def find_warnings(pixels):
     if (aspect := max(height, width) / min(height, width)) > MAX_ASPECT:
         warnings.append(f"unusual shape: {width} x {height}, {aspect:.1f} to 1")
     if looks_inverted(grey):
-        warnings.append("greys look inverted: the edges are lighter than the middle")
+        warnings.append("greys look inverted: the middle is darker than both sides of it")
     return warnings
 
 

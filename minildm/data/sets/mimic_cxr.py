@@ -20,7 +20,7 @@ def records(root):
     if table is None:
         raise not_found(root, LOOKED_FOR)
     labels = _labels(_find_table(root, "chexpert"))
-    reports, found = {}, []
+    reports, listed = {}, []
     for _, row in read_table(table, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
         patient, study, position = row["subject_id"], row["study_id"], view(row.get("ViewPosition"))
         patient_folder = f"p{patient[:2]}/p{patient}"
@@ -29,7 +29,7 @@ def records(root):
         path = root / "files" / patient_folder / f"s{study}" / f"{row['dicom_id']}.jpg"
         if not path.exists() and path.with_suffix(".dcm").exists():
             path = path.with_suffix(".dcm")
-        found.append(
+        listed.append(
             Record(
                 name=f"{patient_folder}/s{study}/{path.name}",
                 patient=patient,
@@ -38,7 +38,7 @@ def records(root):
                 fields=known(view=position, projection=position, diagnosis=labels.get(study), **reports[study]),
             )
         )
-    return found, []
+    return listed, []
 
 
 def _find_table(root, name):

@@ -16,13 +16,13 @@ def records(root):
     if table is None or not patches:
         raise not_found(root, LOOKED_FOR)
     captions = {row["id"]: row for _, row in read_table(table, ("id", "subtype", "text"))}
-    found = []
+    listed = []
     for name, path in patches.items():
         slide = name.split("_")[0]
         if slide in captions:
             caption = captions[slide]
             fields = known(text=caption.get("text"), subtype=caption.get("subtype"))
-            found.append(Record(name, slide, fields, path))
-    left_out = len(patches) - len(found)
+            listed.append(Record(name, slide, fields, path))
+    left_out = len(patches) - len(listed)
     notes = [f"{left_out:,} of {len(patches):,} left out: no caption for their slide in {table.name}"]
-    return found, notes if left_out else []
+    return listed, notes if left_out else []
