@@ -4,7 +4,6 @@ import torch
 
 
 def sum_over_processes(tensors):
-    """Add up each tensor over the processes, in place; alone, nothing happens."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
+    """Add up each tensor over the processes, in place."""
+    for tensor in tensors:
+        torch.distributed.all_reduce(tensor)

@@ -113,9 +113,9 @@ class FisherProbe:
         return self.layers[path].expansion
 
 
-@contextlib.contextmanager
 def fisher_probe(model, generator=None, expected=False, batch_size=None):
-    """Measure while one ordinary forward and backward (or several, whose samples add up) run inside the block.
+    """Measure the live adapter while one ordinary forward and backward (or several, whose samples add up) run inside
+    the block.
 
     Args:
         generator: samples the tested rows; None = seeded with 0.
@@ -124,7 +124,13 @@ def fisher_probe(model, generator=None, expected=False, batch_size=None):
     Yields: FisherProbe. A factor of the loss (float16's loss scale) cancels in the ratio.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    probe = FisherProbe(adapter_layers(model), generator, expected, batch_size)
+    return probe_layers(adapter_layers(model), generator, expected, batch_size)
+
+
+@contextlib.contextmanager
+def probe_layers(layers, generator, expected, batch_size):
+    """`fisher_probe` of {path: layer}."""
+    probe = FisherProbe(layers, generator, expected, batch_size)
 
     def tap(layer_probe):
         return lambda layer, inputs, y: Tap.apply(y, inputs[0], layer_probe)

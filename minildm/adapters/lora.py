@@ -92,6 +92,17 @@ class LoRA(Method):
             model, self.layer_class, settings.rank, settings.alpha, settings.targets, settings.layers, seed
         )
 
+    def trained(self):
+        return {
+            f"{path}.{name}": parameter
+            for path, layer in self.layers.items()
+            for name, parameter in layer.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def rate(self, name):
+        return 1.0
+
     def describe(self):
         layers = adapter_layers(self.model)
         ranks = {path: layer.rank for path, layer in layers.items()}

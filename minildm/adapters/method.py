@@ -58,9 +58,7 @@ class Method:
         """Context manager around all forward and backward passes of step ``step`` (0, 1, ...); not of validation."""
         return contextlib.nullcontext()
 
-    def penalty(self):
-        """A scalar to add to the loss, once per step of the optimizer; None: nothing."""
-        return None
+    penalty = None  # or a method () -> a scalar, which is added to the loss once per step of the optimizer
 
     def statistics(self):
         """Tensors to sum over processes, in place, together with the gradients."""

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minildm.adapters.fisher import fisher_probe
+from minildm.adapters.fisher import probe_layers
 from minildm.adapters.lora import LoRA, LoRALinear, LoRASettings
 from minildm.seeds import seeded
 from minildm.settings import setting
@@ -124,11 +124,9 @@ class SeLoRA(LoRA):
             yield
             return
         expected = self.settings.expand_criterion == "expected"
+        generator = seeded(self.seed, "rows", step)
         # batch_size 1: scores in units of the loss as it is; the factor cancels in the ratio.
-        with (
-            as_written(),
-            fisher_probe(self.model, seeded(self.seed, "rows", step), expected, batch_size=1) as self.probe,
-        ):
+        with as_written(), probe_layers(self.layers, generator, expected, batch_size=1) as self.probe:
             yield
 
     def statistics(self):

@@ -97,9 +97,11 @@ def train_step(state, method, task, config, batch, lr):
             loss = loss + part_loss.detach()
     parameters = state.optimizer.parameters
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    sum_over_processes([loss, *gradients, *method.statistics()])
+    if torch.distributed.is_initialized():
+        sum_over_processes([loss, *gradients, *method.statistics()])
     entry = {}
-    if (penalty := method.penalty()) is not None:
+    if method.penalty is not None:
+        penalty = method.penalty()
         (penalty * state.loss_scale).backward()
         entry["penalty"] = penalty.item()
     if state.loss_scale != 1:
@@ -111,15 +113,27 @@ def train_step(state, method, task, config, batch, lr):
         state.optimizer.step(lr)
         state.bad_steps = 0
         if changes := method.update(state.step, state.optimizer):
-            state.adopt_changes()
+            adopt(state, method)
             entry |= changes
     else:
         state.bad_steps, state.skipped = state.bad_steps + 1, state.skipped + 1
         entry["skipped"] = state.skipped
-    state.adjust_loss_scale(good)
+    if state.loss_scale != 1:
+        state.adjust_loss_scale(good)
     for parameter in parameters:
         parameter.grad = None
     return entry
+
+
+def adopt(state, method):
+    """Give the parameters a method has added, and the rows it has restarted, to the optimizer and the average."""
+    added = {name: parameter for name, parameter in method.trained().items() if name not in state.trained}
+    state.trained |= added
+    state.optimizer.add(list(added.values()), [method.rate(name) for name in added])
+    state.average.add(added)
+    names = {id(parameter): name for name, parameter in state.trained.items()}
+    for parameter, row, dim in state.optimizer.take_restarted():
+        state.average.restart(names[id(parameter)], parameter, row, dim)
 
 
 def learning_rate(step, steps, config):

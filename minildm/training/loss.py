@@ -48,16 +48,16 @@ class Captions:
     """
 
     def __init__(self, model, prompts, contexts=None):
-        self.model, self.contexts = model, contexts
+        self.text_encoder, self.contexts = model.text_encoder, contexts
+        self.device, self.dtype = model.device, model.dtype
         self.token_ids = None if contexts is not None else model.tokenize([*prompts, ""])  # (n + 1, 77)
 
     def __call__(self, batch, dropped):
-        """batch["index"] (B,) and dropped (B,) bool -> context (B, 77, D)."""
-        device = self.model.device
+        """batch["index"] (B,) and dropped (B,) bool -> context (B, 77, D), on the model's device."""
         if self.contexts is None:
-            return self.model.text_encoder(self.token_ids[torch.where(dropped, -1, batch["index"])].to(device))
+            return self.text_encoder(self.token_ids[torch.where(dropped, -1, batch["index"])].to(self.device))
         empty = self.contexts[len(self.contexts) - 1]  # (77, D)
-        return torch.where(dropped[:, None, None], empty, batch["context"]).to(device, self.model.dtype)
+        return torch.where(dropped[:, None, None], empty, batch["context"]).to(self.device, self.dtype)
 
 
 def denoising_losses(model, batch, randomness, captions, config):
@@ -67,19 +67,20 @@ def denoising_losses(model, batch, randomness, captions, config):
         batch: "index" (B,), "mean" and "logvar" (B, 4, h, w) of the VAE, "context" where contexts are cached.
         config: caption_dropout, min_snr_gamma and noise_offset.
     """
+    context = captions(batch, randomness.caption < config.caption_dropout)
+    device = context.device
     z = batch["mean"] + (0.5 * batch["logvar"]).exp() * randomness.latent_noise
-    latents = (z * model.config.vae.scaling_factor).to(model.device)
+    latents = (z * model.config.vae.scaling_factor).to(device)
     # Noise offset: a shift of each channel's mean, which noise alone hardly ever hides, so that the U-Net also learns
     # an image's overall brightness (Guttenberg 2023, "Diffusion with Offset Noise").
-    noise = (randomness.noise + config.noise_offset * randomness.offset).to(model.device)
+    noise = (randomness.noise + config.noise_offset * randomness.offset).to(device)
     timesteps = randomness.timesteps
     noisy_latents = model.schedule.add_noise(latents, noise, timesteps)
 
-    context = captions(batch, randomness.caption < config.caption_dropout)
-    prediction = model.unet(noisy_latents.to(model.dtype), timesteps.to(model.device), context).float()
+    prediction = model.unet(noisy_latents.to(context.dtype), timesteps.to(device), context).float()
     losses = (prediction - model.schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
     if config.min_snr_gamma:
-        losses = losses * model.schedule.min_snr_weight(timesteps, config.min_snr_gamma).to(model.device)
+        losses = losses * model.schedule.min_snr_weight(timesteps, config.min_snr_gamma).to(device)
     return losses
 
 

@@ -27,17 +27,6 @@ class State:
         self.good_steps = 0  # since the loss scale changed
         self.seconds = 0.0  # of training, over all sittings
 
-    def adopt_changes(self):
-        """Take in the parameters that the method has added, and the rows it has restarted."""
-        added = {name: p for name, p in self.method.trained().items() if name not in self.trained}
-        if added:
-            self.trained |= added
-            self.optimizer.add(list(added.values()), [self.method.rate(name) for name in added])
-            self.average.add(added)
-        names = {id(parameter): name for name, parameter in self.trained.items()}
-        for parameter, row, dim in self.optimizer.take_restarted():
-            self.average.restart(names[id(parameter)], parameter, row, dim)
-
     @contextlib.contextmanager
     def averaged(self):
         """Inside, the model has its averaged weights, where there is an average."""
@@ -50,8 +39,6 @@ class State:
     def adjust_loss_scale(self, good):
         """float16 only: halve the scale after an overflow, double it after many good steps."""
         self.good_steps = self.good_steps + 1 if good else 0
-        if self.loss_scale == 1:
-            return
         if not good:
             self.loss_scale = max(self.loss_scale / 2, 2.0)
         elif self.good_steps % FP16_PATIENCE == 0:

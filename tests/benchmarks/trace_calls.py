@@ -68,6 +68,25 @@ def guided_ddim_step():
     return torch.no_grad()(lambda: next(steps))
 
 
+def selora_training_step():
+    """A function that takes one training step at which SeLoRA tests every layer, with a small model."""
+    from made_runs import samples, settings
+
+    from minildm.adapters import METHODS
+    from minildm.data.cache import CachedLatents
+    from minildm.training.finetune import Finetuning, Samples
+    from minildm.training.loop import train_step
+    from minildm.training.state import State
+
+    model = random_model(ModelConfig.tiny())
+    method_settings, config = settings("selora", expand_interval=1)
+    method = METHODS["selora"](model, method_settings, 10, config.seed)
+    nothing = Samples((), (), CachedLatents({}, (), []))
+    task = Finetuning(model, samples(8), nothing, config)
+    batch, state = next(iter(task.batches(0, 1))), State(method, config)
+    return lambda: train_step(state, method, task, config, batch, config.lr)
+
+
 def show(title, function):
     files, depth, stack = trace(function)
     print(f"{title}: {len(files)} files ({', '.join(sorted(files))}), {depth} nested calls:")
@@ -77,6 +96,7 @@ def show(title, function):
 
 def main():
     show("one guided DDIM step", guided_ddim_step())
+    show("one SeLoRA training step with its test", selora_training_step())
 
 
 if __name__ == "__main__":
