@@ -19,7 +19,7 @@ from minildm.tokenizer import Tokenizer
 
 def usual_guidance(config):
     """The default guidance scale for a ModelConfig: 7.5, or 3 for models smaller than any Stable Diffusion (context
-    width below 768), such as the embedded one, whose images lose their midtones at 7.5."""
+    width below 768), such as the embedded one, whose images are over-saturated at 7.5."""
     return 3.0 if config.unet.context_dim < 768 else 7.5
 
 
@@ -71,7 +71,7 @@ class LatentDiffusion(nn.Module):
         """A list of B prompts -> context (B, 77, D) in the model's dtype."""
         return self.text_encoder(self.tokenize(prompts).to(self.device))
 
-    # --- images -------------------------------------------------------------------------------------------------------
+    # --- images ------------------------------------------------------------------------------------------------------
     def encode_images(self, images, generator=None):
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), sampled from the encoder's Gaussian.
 
@@ -88,7 +88,7 @@ class LatentDiffusion(nn.Module):
     def decode_latents(self, latents):
         """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) float32, nominally in [-1, 1], not clamped.
 
-        The VAE can overflow in float16 (SD 2.x does). It is then converted to float32 permanently, with a warning.
+        A VAE that overflows in half precision (SD 2.x) is converted to float32 permanently, with a warning.
 
         Raises: InputError if pixels are not finite in float32 either.
         """

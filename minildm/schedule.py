@@ -27,9 +27,7 @@ class NoiseSchedule:
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         self.betas, self.alphas_cumprod = betas.float(), alphas_cumprod.float()
         self.alpha_bar = alphas_cumprod.tolist()
-        self._tables = {
-            torch.device("cpu"): (self.betas, self.alphas_cumprod)
-        }  # copies on other devices, made when used
+        self._tables = {torch.device("cpu"): (self.betas, self.alphas_cumprod)}  # `_at` adds copies on other devices
 
     @property
     def n_timesteps(self):

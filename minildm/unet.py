@@ -82,7 +82,7 @@ class UNet(nn.Module):
         """
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(latents.shape[0])
         sinusoids = timestep_embedding(timesteps, self.config.widths[0]).to(latents.dtype)
-        time = F.silu(self.time_embedding(sinusoids))  # (B, time_dim); every resnet starts with this SiLU
+        time = F.silu(self.time_embedding(sinusoids))  # (B, time_dim); every resnet needs this SiLU
 
         x = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
         skips = [x]

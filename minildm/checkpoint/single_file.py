@@ -214,9 +214,7 @@ def _unet_modules(config):
         for i in range(n + 1):
             table[f"up_blocks.{level}.resnets.{i}"] = f"output_blocks.{up + i}.0"
             table[f"up_blocks.{level}.attentions.{i}"] = f"output_blocks.{up + i}.1"
-        position = (
-            2 if config.attention[levels - 1 - level] else 1
-        )  # after the resnet and the attention, if there is one
+        position = 2 if config.attention[levels - 1 - level] else 1  # after the resnet and any attention
         table[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{up + n}.{position}.conv"
     return table
 
