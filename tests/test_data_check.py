@@ -121,7 +121,7 @@ def test_the_real_chest_x_rays_pass(shared_data, tmp_path):
 
 def test_an_output_folder_that_cannot_be_written_is_an_error_before_any_work(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="is a file, but a folder for the results was expected"):
+    with pytest.raises(NotADirectoryError, match="is a file, expected a folder for the results"):
         check.main(["folder:/nowhere", "--out", str(tmp_path / "file")])
 
 

@@ -12,13 +12,14 @@ from safetensors import safe_open
 from test_sample_command import sample_py
 
 import minildm
-import train
 from minildm.data.reading import to_tensor
 from minildm.errors import InputError
+from minildm.images import read_parameters
 from minildm.latent_diffusion import usual_guidance
 from minildm.loading import EMBEDDED, EMBEDDED_ADAPTER, find_base, is_embedded
 from minildm.metrics.adherence import prompt_adherence
 from minildm.teaching import phantom, procedural, ruler, shape_check, shapes
+from minildm.training.command_line import parse
 from minildm.training.config import PRESETS
 
 
@@ -97,7 +98,7 @@ def first_line(capsys, out, *arguments):
     settings = ["--base", str(EMBEDDED), "--steps", "2", "--device", "cpu", "--out", str(out)]
     assert sample_py.main(["chest x-ray, age 47 male", *settings, *arguments]) == 0
     path = max(out.glob("*.png"))
-    return capsys.readouterr().out.splitlines()[0], sample_py.read_parameters(path)
+    return capsys.readouterr().out.splitlines()[0], read_parameters(path)
 
 
 def test_sample_uses_the_adapter_beside_the_base_and_says_so(capsys, tmp_path):
@@ -112,13 +113,13 @@ def test_sample_uses_the_base_alone_with_adapter_none(capsys, tmp_path):
 
 
 def test_the_embedded_base_has_its_own_settings_which_flags_override(tmp_path):
-    args = train.parse(["--base", str(EMBEDDED), "--lr", "0.5"])
-    assert args.lr == 0.5 and args.steps == PRESETS["tiny"]["steps"] and args.preset == "tiny"
-    assert train.parse(["--base", str(tmp_path)]).lr == 1e-4
-    assert train.parse(["--base", str(EMBEDDED), "--preset", "selora-iu"]).steps is None
-    assert train.parse(["--base", str(EMBEDDED), "--epochs", "100"]).steps is None  # no limit on the epochs
+    plan = parse(["--base", str(EMBEDDED), "--lr", "0.5"])
+    assert plan.config.lr == 0.5 and plan.config.steps == PRESETS["tiny"]["steps"] and plan.preset == "tiny"
+    assert parse(["--base", str(tmp_path)]).config.lr == 1e-4
+    assert parse(["--base", str(EMBEDDED), "--preset", "selora-iu"]).config.steps is None
+    assert parse(["--base", str(EMBEDDED), "--epochs", "100"]).config.steps is None  # no limit on the epochs
 
 
 def test_adapter_none_beside_another_adapter_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="--adapter none is the bare base"):
+    with pytest.raises(InputError, match="--adapter none means no adapter"):
         sample_py.main(["x", "--base", str(EMBEDDED), "--adapter", "none", "--adapter", "a", "--out", str(tmp_path)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.trace_calls import selora_training_step, trace
 from made_runs import factors, largest_difference, same_bits, settings, short_run, small_model, training_config
 from peers import assert_says, relative_error
 from safetensors.torch import load_file, save_file
@@ -383,6 +384,12 @@ def test_a_penalty_counts_once_per_step_and_not_per_micro_batch(tmp_path):
 def test_the_loop_names_no_method():
     text = (ROOT / "minildm" / "training" / "loop.py").read_text().lower()
     assert not [word for word in ("selora", "lora", "fisher", "rank") if word in text]
+
+
+def test_a_selora_training_step_with_its_test_crosses_twelve_files_and_ten_nested_calls():
+    files, depth, stack = trace(selora_training_step())
+    assert len(files) <= 12, files
+    assert depth <= 10, stack
 
 
 class BitFit(Method):
