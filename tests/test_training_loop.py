@@ -458,6 +458,29 @@ def test_the_moving_average_of_a_grown_row_starts_at_its_value(tmp_path):
             assert live.abs().amax(1).min() > 0
 
 
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_the_text_encoder_can_have_a_learning_rate_of_its_own(tmp_path, adapter):
+    """Adam's first step is the learning rate times the gradient's sign, whatever the gradient's size."""
+    targets = ("unet", "text_encoder")
+    before = small_model()
+    METHODS[adapter](before, settings(adapter, targets=targets)[0], 1, 0)
+    before = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    changes = {"adapter": adapter, "targets": targets, "steps": 1, "lr": 1e-3, "text_encoder_rate": 0.1}
+    _, state, *_ = short_run(tmp_path / "run", **changes)
+    largest = {"unet": 0.0, "text_encoder": 0.0}
+    for name, parameter in state.trained.items():
+        network = name.split(".")[0]
+        largest[network] = max(largest[network], (parameter - before[name]).abs().max().item())
+    assert largest == {"unet": pytest.approx(1e-3, rel=0.01), "text_encoder": pytest.approx(1e-4, rel=0.01)}
+
+
+def test_rank_stabilized_lora_divides_alpha_by_the_root_of_the_rank(tmp_path):
+    *_, method = short_run(tmp_path / "run", adapter="lora", steps=1, rank=4, alpha=3.0, rank_stabilized=True)
+    assert {layer.scale for layer in method.layers.values()} == {1.5}
+    with pytest.raises(InputError, match="--rank-stabilized needs --alpha"):
+        settings("lora", rank_stabilized=True)
+
+
 def test_full_fine_tuning_writes_a_folder_that_loads(tmp_path):
     model, state, run, method = short_run(tmp_path / "run", adapter="full", targets=("unet", "text_encoder"))
     assert run.result.is_symlink() and json.loads((run.result / "minildm.json").read_text())["steps"] == 12

@@ -24,6 +24,7 @@ from minildm.settings import Settings, setting
 @dataclass(frozen=True)
 class FullSettings(Settings):
     targets: tuple[str, ...] = setting(("unet",), "which networks to train", choices=NETWORKS)
+    text_encoder_rate: float = setting(1.0, "the text encoder's learning rate, as a multiple of --lr", at_least=0)
 
 
 class Full(Method):
@@ -39,8 +40,11 @@ class Full(Method):
         for network in settings.targets:
             getattr(model, network).requires_grad_(True)
 
+    def rate(self, name):
+        return self.settings.text_encoder_rate if name.startswith("text_encoder.") else 1.0
+
     def optimizer(self, config, trained):
-        return FusedAdamW(list(trained.values()), weight_decay=config.weight_decay)
+        return FusedAdamW(list(trained.values()), [self.rate(name) for name in trained], config.weight_decay)
 
     def describe(self):
         return ["full fine-tuning"] + [

@@ -22,10 +22,13 @@ LAYERS = {
 }
 
 
-def wrap(model, layer_class, rank, alpha=None, targets=NETWORKS, layers="all-linear", seed=0):
+def wrap(model, layer_class, rank, alpha=None, targets=NETWORKS, layers="all-linear", seed=0, stabilized=False):
     """Freeze the model and put a new adapter around its linear layers; the output does not change.
 
-    Args: layer_class: builds a wrapper from (base, rank, scale, generator). The others as in `adapters.add_adapter`.
+    Args:
+        layer_class: builds a wrapper from (base, rank, scale, generator).
+        stabilized: scale = alpha / sqrt(rank) instead of alpha / rank (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
+        The others as in `adapters.add_adapter`.
     Returns: {module path: wrapper}, in the model's order.
     """
     if adapter_layers(model):
@@ -41,7 +44,7 @@ def wrap(model, layer_class, rank, alpha=None, targets=NETWORKS, layers="all-lin
     if alpha is not None and not math.isfinite(alpha):
         raise InputError(f"alpha must be a finite number, got {alpha}")
     generator = torch.Generator().manual_seed(seed)
-    scale = 1.0 if alpha is None else alpha / rank
+    scale = 1.0 if alpha is None else alpha / (math.sqrt(rank) if stabilized else rank)
     model.requires_grad_(False)
     for path in paths:
         _replace(model, path, layer_class(model.get_submodule(path), rank, scale, generator))

@@ -23,6 +23,7 @@ from minildm.adapters.fused import LoRAFunction
 from minildm.adapters.inject import LAYERS, NETWORKS, adapter_layers, parameter_counts, wrap
 from minildm.adapters.method import Method
 from minildm.adapters.rank_map import rank_map
+from minildm.errors import InputError
 from minildm.settings import Settings, setting
 
 
@@ -78,6 +79,13 @@ class LoRASettings(Settings):
     alpha: float | None = setting(None, "scale = alpha / rank (default: alpha = rank, so the scale is 1)", above=0)
     layers: str = setting("all-linear", "which linear layers to adapt", choices=tuple(LAYERS))
     targets: tuple[str, ...] = setting(NETWORKS, "which networks to adapt", choices=NETWORKS)
+    rank_stabilized: bool = setting(False, "scale = alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732); needs --alpha")
+    text_encoder_rate: float = setting(1.0, "the text encoder's learning rate, as a multiple of --lr", at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank_stabilized and self.alpha is None:
+            raise InputError("--rank-stabilized needs --alpha; alpha = sqrt(rank) gives scale 1")
 
 
 class LoRA(Method):
@@ -89,7 +97,14 @@ class LoRA(Method):
     def __init__(self, model, settings, steps, seed):
         super().__init__(model, settings, steps, seed)
         self.layers = wrap(
-            model, self.layer_class, settings.rank, settings.alpha, settings.targets, settings.layers, seed
+            model,
+            self.layer_class,
+            settings.rank,
+            settings.alpha,
+            settings.targets,
+            settings.layers,
+            seed,
+            settings.rank_stabilized,
         )
 
     def trained(self):
@@ -101,7 +116,7 @@ class LoRA(Method):
         }
 
     def rate(self, name):
-        return 1.0
+        return self.settings.text_encoder_rate if name.startswith("text_encoder.") else 1.0
 
     def describe(self):
         layers = adapter_layers(self.model)
