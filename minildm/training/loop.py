@@ -45,7 +45,7 @@ def train(method, task, config, run, steps):
             elif interval is None and last:
                 save_result(method, config, run)
             if config.sample_interval and (last or step % config.sample_interval == 0):
-                task.sample_sheet(run.folder / "samples" / f"step-{step:06}.png")
+                run.save_sheet(step, task.sample_sheet)
         if (last or step % config.save_interval == 0) and not state.bad_steps:
             run.save_state(state.state_dict())
 
@@ -76,11 +76,11 @@ def train(method, task, config, run, steps):
                     f"stopped at step {state.step} of {steps}; the state is saved. Continue with: {run.continue_with}"
                 )
                 raise KeyboardInterrupt
+    if not complete and (found := method.finish(task.validate if task.validation_interval else None)):
+        run.log(step=state.step, **found)
     if stops:  # during the last step, whose state is saved
         print(f"stopped after the last step. For the rest: {run.continue_with}")
         raise KeyboardInterrupt
-    if not complete and (found := method.finish(task.validate if task.validation_interval else None)):
-        run.log(step=state.step, **found)
     return state
 
 

@@ -138,6 +138,10 @@ class Run:
         """``write(path)`` puts the best weights at ``result``."""
         self._guarded(write, self.result)
 
+    def save_sheet(self, step, write):
+        """``write(path)`` makes the sheet of sample images of this step."""
+        self._guarded(write, self.folder / "samples" / f"step-{step:06}.png")
+
     def _guarded(self, write, what):
         try:
             write(what)

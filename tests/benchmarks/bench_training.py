@@ -6,7 +6,7 @@ Peak memory: each in a fresh process of its own (by a GPU's allocator; on a CPU 
 the first step). Ratio peer / minildm: above 1, minildm is faster or leaner.
 
 Then what SeLoRA's test costs: steps with it against steps without, by turns, spread over expand_interval = 40 steps.
-Nothing here is asserted: the numbers go into the README.
+Nothing here is asserted: the numbers go into docs/performance.md.
 """
 
 import argparse
@@ -242,7 +242,7 @@ def main():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="small", choices=("small", "sd15"), help="sd15: SD v1.5's networks")
-    parser.add_argument("--pixels", type=int, help="side of the pictures (default: 128 small, 224 sd15)")
+    parser.add_argument("--pixels", type=int, help="side of the images (default: 128 small, 224 sd15)")
     parser.add_argument("--batches", nargs="*", type=int, help="(default: 8 small; 1 sd15 on a CPU, 1 and 8 on a GPU)")
     parser.add_argument("--dtypes", nargs="*", help="(default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of turns for each row")
