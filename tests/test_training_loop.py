@@ -85,7 +85,7 @@ def test_no_layer_grows_beyond_its_width(tmp_path):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])  # 3 does not divide the batch size of 4
-@pytest.mark.parametrize("adapter", ["lora", "selora"])
+@pytest.mark.parametrize("adapter", ["lora", "selora", "adalora"])
 def test_micro_batches_of_any_cut_equal_the_whole_batch(tmp_path, adapter, micro_batch):
     whole, _, a, _ = short_run(tmp_path / "a", steps=4, adapter=adapter)
     parts, _, b, _ = short_run(tmp_path / "b", steps=4, adapter=adapter, micro_batch=micro_batch)
@@ -289,9 +289,10 @@ def test_a_frozen_text_encoder_runs_once_a_prompt(tmp_path):
     assert all(path.startswith("unet.") for path in adapter_layers(model))
 
 
-def test_checkpointing_changes_no_bit(tmp_path):
-    model, *_ = short_run(tmp_path / "a", steps=5)
-    again, *_ = short_run(tmp_path / "b", steps=5, checkpointing=True)
+@pytest.mark.parametrize("adapter", ["selora", "adalora"])
+def test_checkpointing_changes_no_bit(tmp_path, adapter):
+    model, *_ = short_run(tmp_path / "a", adapter=adapter, steps=5)
+    again, *_ = short_run(tmp_path / "b", adapter=adapter, steps=5, checkpointing=True)
     assert same_bits(model, again)
 
 
@@ -420,10 +421,11 @@ def test_a_sixth_method_takes_a_few_lines_and_no_other_file(tmp_path, monkeypatc
     assert load_file(run.result).keys() == state.trained.keys()
 
 
-@pytest.mark.parametrize("adapter", ["lora", "selora", "full", "bitfit"])
+@pytest.mark.parametrize("adapter", ["lora", "selora", "adalora", "full", "bitfit"])
 def test_every_method_stops_and_continues_bit_for_bit(tmp_path, adapter, monkeypatch):
     monkeypatch.setitem(METHODS, "bitfit", BitFit)
     changes = {"adapter": adapter, "steps": 9, "expand_interval": 2, "ema_decay": 0.9, "lr": 1e-3}
+    changes |= {"prune_interval": 1, "final_share": 0.2}  # AdaLoRA stops while it prunes
     _, whole, *_ = short_run(tmp_path / "whole", **changes)
     ordinary = loop.train_step
 

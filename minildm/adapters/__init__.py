@@ -1,5 +1,6 @@
 """Fine-tuning methods, and adapters: small trainable changes of a frozen model."""
 
+from minildm.adapters.adalora import AdaLoRA
 from minildm.adapters.files import merge_file, save_adapter
 from minildm.adapters.fisher import fisher_probe
 from minildm.adapters.full import Full
@@ -9,7 +10,7 @@ from minildm.adapters.method import Method
 from minildm.adapters.selora import SeLoRA, layers_to_grow
 from minildm.errors import InputError
 
-METHODS = {"selora": SeLoRA, "lora": LoRA, "full": Full}  # --adapter NAME
+METHODS = {"selora": SeLoRA, "lora": LoRA, "adalora": AdaLoRA, "full": Full}  # --adapter NAME
 
 __all__ = [
     "METHODS",
