@@ -12,16 +12,8 @@ from peers import assert_says, relative_error
 from torch import nn
 
 from minildm import kernels
-from minildm.adapters import (
-    METHODS,
-    adapter_layers,
-    add_adapter,
-    merge_adapter,
-    merge_file,
-    parameter_counts,
-    save_adapter,
-)
-from minildm.adapters.adalora import AdaLoRA, AdaLoRALinear, AdaLoRASettings, Importance, highest, rank_budget
+from minildm.adapters import adapter_layers, add_adapter, merge_adapter, merge_file, parameter_counts, save_adapter
+from minildm.adapters.adalora import AdaLoRA, AdaLoRASettings, Importance, highest, rank_budget
 from minildm.checkpoint import build_networks
 from minildm.config import ModelConfig
 from minildm.errors import InputError
@@ -424,7 +416,3 @@ def test_importance_and_masks_survive_a_saved_state(stop, tmp_path):
     for layer, other in zip(method.layers.values(), resumed.layers.values()):
         assert layer.rank == other.rank and torch.equal(layer.mask, other.mask)
         assert all(torch.equal(a, b) for a, b in zip(layer.factors(), other.factors()))
-
-
-def test_adalora_is_a_method_by_name():
-    assert METHODS["adalora"] is AdaLoRA and AdaLoRA.layer_class is AdaLoRALinear

@@ -17,8 +17,9 @@ Then the mask is frozen: pruned triplets are neither saved nor counted, and a la
 this final phase are kept as the best. The loss gets a penalty on lora_A and lora_B that are not orthogonal, see
 `AdaLoRA.penalty`. A saved AdaLoRA is a plain LoRA.
 
-Cost beyond LoRA's: 2 numbers for each trained one (28 MB for SD v1.5 at rank 6) until the mask is frozen, about ten
-passes over the adapter's parameters a step, and the penalty's products of (init_rank, d) matrices.
+Cost beyond LoRA's: until the mask is frozen, two numbers for each trained one (28 MB for SD v1.5 at rank 6) and about
+ten passes over the adapter's parameters a step; throughout, the penalty's products of (init_rank, d) matrices. For SD
+v1.5 all that takes 0.1 s a step on one CPU core.
 
 Differs from the paper, as PEFT and the authors' code do:
     Eq. 3 has no scale. (PEFT divides alpha by init_rank + 1e-5, here it is init_rank.)
