@@ -125,11 +125,15 @@ class AdaLoRASettings(Settings):
     alpha: float | None = setting(None, "scale = alpha / init_rank, constant (default: scale 1)", above=0)
     layers: str = setting("all-linear", "which linear layers to adapt", choices=tuple(LAYERS))
     targets: tuple[str, ...] = setting(NETWORKS, "which networks to adapt", choices=NETWORKS)
+    text_encoder_rate: float = setting(1.0, "the text encoder's learning rate, as a multiple of --lr", at_least=0)
     # The authors' scripts for GLUE and SQuAD spend 5 to 15 % of a run before pruning and 44 to 58 % after it.
     initial_share: float = setting(0.1, "share of the run before pruning begins", at_least=0, below=1)
     final_share: float = setting(0.5, "share of the run after pruning, with the final ranks", at_least=0, below=1)
     prune_interval: int = setting(10, "steps between prunings", at_least=1)
-    orthogonality_weight: float = setting(0.5, "weight of the orthogonality penalty; 0 = off", at_least=0)
+    orthogonality_weight: float = setting(0.5, "weight of the orthogonality penalty in the loss", at_least=0)
+
+    rank_stabilized = False  # no setting: alpha is divided by init_rank
+    rank = property(lambda self: self.init_rank)  # what LoRA's constructor reads
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,10 +147,6 @@ class AdaLoRASettings(Settings):
                 f"--initial-share {self.initial_share:g} and --final-share {self.final_share:g} leave no step to prune "
                 "in; their sum must be below 1"
             )
-
-    @property
-    def rank(self):  # what LoRA's constructor reads
-        return self.init_rank
 
 
 class AdaLoRA(LoRA):
@@ -170,8 +170,6 @@ class AdaLoRA(LoRA):
 
         PEFT's form of Eq. 4. A and B are whole: pruned triplets count, too.
         """
-        if self.settings.orthogonality_weight == 0:
-            return None
         by_width = {}  # factors of one width share a product
         for layer in self.layers.values():
             for rows in (layer.lora_A, layer.lora_B.t()):
