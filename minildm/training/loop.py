@@ -28,7 +28,6 @@ def train(method, task, config, run, steps):
     state = State(method, config)
     if saved := run.load_state():
         state.load_state_dict(saved, config)
-    complete = state.step >= steps  # before this sitting
 
     def between_steps():
         """Validation, the best result, sample images, the saved state: each at its interval, and at the end."""
@@ -46,6 +45,8 @@ def train(method, task, config, run, steps):
                 save_result(method, config, run)
             if config.sample_interval and (last or step % config.sample_interval == 0):
                 task.sample_sheet(run.folder / "samples" / f"step-{step:06}.png")
+            if last and (found := method.finish(task.validate if interval is not None else None)):
+                run.log(step=step, **found)  # before the state is saved: a resumed run keeps it
         if (last or step % config.save_interval == 0) and not state.bad_steps:
             run.save_state(state.state_dict())
 
@@ -79,8 +80,6 @@ def train(method, task, config, run, steps):
     if stops:  # during the last step, whose state is saved
         print(f"stopped after the last step. For the rest: {run.continue_with}")
         raise KeyboardInterrupt
-    if not complete and (found := method.finish(task.validate if task.validation_interval else None)):
-        run.log(step=state.step, **found)
     return state
 
 
