@@ -37,9 +37,9 @@ def parse(arguments):
         "--adapter",
         action="append",
         default=[],
-        metavar="FILE[:0.6]",
-        help="adapter file or run folder, with a multiplier; may be repeated (default: none, but with weights/tiny the "
-        "adapter that comes with it; --adapter none: not even that)",
+        metavar="FILE[@RANK][:0.6]",
+        help="adapter file or run folder, with the rank to use (DyLoRA) and a multiplier; may be repeated (default: "
+        "none, but with weights/tiny the adapter that comes with it; --adapter none: not even that)",
     )
     add("--prediction", choices=("epsilon", "v"), help="what a single file's U-Net predicts; v for SD v2.x at 768 px")
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")

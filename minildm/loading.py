@@ -1,6 +1,8 @@
 """Find the base model, load it on a device in a precision, and merge adapters into it."""
 
+import contextlib
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -21,8 +23,8 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
 
     Args:
         base: a single .safetensors or .ckpt file, or a diffusers-layout folder; None = the model of `find_base`.
-        adapters: adapter files to merge, in order: "adapter.safetensors", or "adapter.safetensors:0.6" to scale its
-            change of the weights by 0.6.
+        adapters: adapter files or run folders to merge, in order: "runs/a", "runs/a:0.6" to scale its change of the
+            weights by 0.6, "runs/a@2" or "runs/a@2:0.6" to use a DyLoRA adapter at rank 2.
         device: "cpu", "cuda", ...; None = a GPU if there is one, else the CPU.
         dtype: of the networks; None = float16 on a GPU, float32 elsewhere.
         prediction: "epsilon" or "v"; None = what a folder's scheduler file says, and "epsilon" for a single file,
@@ -36,7 +38,7 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
     plan = checkpoint.inspect(find_base() if base is None else base, prediction)
     model = LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
     for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
-        merge_file(model, *split_multiplier(adapter))
+        merge_file(model, *parse_adapter(adapter))
     return model
 
 
@@ -53,14 +55,25 @@ def usable_device(name):
         ) from None
 
 
+def parse_adapter(adapter):
+    """Split "path@2:0.6" into (Path("path"), multiplier 0.6, rank 2).
+
+    Without them the multiplier is 1 and the rank None (all rows). What exists as a file or folder is a path, whatever
+    its name ends in. A folder stands for its adapter.safetensors.
+    """
+    path, multiplier, rank = str(adapter), 1.0, None
+    if not Path(path).exists() and ":" in path:
+        before, _, number = path.rpartition(":")
+        with contextlib.suppress(ValueError):  # the colon is part of the path
+            path, multiplier = before, float(number)
+    if not Path(path).exists() and (match := re.fullmatch(r"(.+)@(-?[0-9]+)", path)):
+        path, rank = match[1], int(match[2])
+    return (Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)), multiplier, rank
+
+
 def split_multiplier(adapter):
-    """Split "path:0.6" into (Path("path"), 0.6); the multiplier is 1 by default. A folder: its adapter.safetensors."""
-    path, colon, number = str(adapter).rpartition(":")
-    try:
-        path, multiplier = (path, float(number)) if colon else (number, 1.0)
-    except ValueError:  # the colon is part of the path
-        path, multiplier = str(adapter), 1.0
-    return (Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)), multiplier
+    """The path and the multiplier of `parse_adapter`."""
+    return parse_adapter(adapter)[:2]
 
 
 def weights_folders():

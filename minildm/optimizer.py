@@ -124,9 +124,6 @@ class FusedAdamW:
         groups = [{"params": [p], "factor": f} for p, f in zip(self.parameters, self.factors)]
         self.torch = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
-    def add(self, parameters, factors=None):
-        assert not parameters, "parameters cannot be added to torch's fused optimizer here"
-
     def take_restarted(self):
         return []
 

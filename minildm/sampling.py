@@ -92,7 +92,7 @@ def choose_adapters(adapters, base):
 
     Raises: InputError; FileNotFoundError, naming the adapters that do not exist.
     """
-    from minildm.loading import EMBEDDED_ADAPTER, is_embedded, split_multiplier
+    from minildm.loading import EMBEDDED_ADAPTER, is_embedded, parse_adapter
 
     if adapters == ["none"]:
         return []
@@ -101,19 +101,19 @@ def choose_adapters(adapters, base):
     if not adapters and is_embedded(base) and EMBEDDED_ADAPTER.is_file():
         print("using the embedded base with its adapter for chest radiographs (--adapter none: without it)")
         return [str(EMBEDDED_ADAPTER)]
-    paths = [split_multiplier(adapter)[0] for adapter in adapters]
+    paths = [parse_adapter(adapter)[0] for adapter in adapters]
     if absent := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"no such adapter: {', '.join(absent)}")
     return adapters
 
 
 def describe_adapters(adapters):
-    """The adapters for a PNG's text: name, hash (a later run may write to the same path) and multiplier."""
-    from minildm.loading import split_multiplier
+    """The adapters for a PNG's text: name, hash (a later run may write to the same path), rank if any, multiplier."""
+    from minildm.loading import parse_adapter
 
     return " + ".join(
-        f"{path.parent.name}/{path.name} {sha256(path)[:10]} x {multiplier:g}"
-        for path, multiplier in map(split_multiplier, adapters)
+        f"{path.parent.name}/{path.name} {sha256(path)[:10]}{'' if rank is None else f' rank {rank}'} x {multiplier:g}"
+        for path, multiplier, rank in map(parse_adapter, adapters)
     )
 
 

@@ -85,7 +85,7 @@ def test_no_layer_grows_beyond_its_width(tmp_path):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])  # 3 does not divide the batch size of 4
-@pytest.mark.parametrize("adapter", ["lora", "selora", "adalora"])
+@pytest.mark.parametrize("adapter", ["lora", "selora", "adalora", "dylora"])
 def test_micro_batches_of_any_cut_equal_the_whole_batch(tmp_path, adapter, micro_batch):
     whole, _, a, _ = short_run(tmp_path / "a", steps=4, adapter=adapter)
     parts, _, b, _ = short_run(tmp_path / "b", steps=4, adapter=adapter, micro_batch=micro_batch)
@@ -104,7 +104,7 @@ def test_workers_change_nothing(tmp_path):
     assert same_bits(model, other)
 
 
-@pytest.mark.parametrize("kind", ["selora", "lora"])
+@pytest.mark.parametrize("kind", ["selora", "lora", "dylora"])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, monkeypatch):
     """Ctrl-C twice, at steps that are no save's; growth into a second block lies on the way."""
     changes = {"adapter": kind, "rank": 7, "steps": 16, "expand_interval": 3, "warmup": 4, "lr_schedule": "cosine"}
@@ -289,7 +289,7 @@ def test_a_frozen_text_encoder_runs_once_a_prompt(tmp_path):
     assert all(path.startswith("unet.") for path in adapter_layers(model))
 
 
-@pytest.mark.parametrize("adapter", ["selora", "adalora"])
+@pytest.mark.parametrize("adapter", ["selora", "adalora", "dylora"])
 def test_checkpointing_changes_no_bit(tmp_path, adapter):
     model, *_ = short_run(tmp_path / "a", adapter=adapter, steps=5)
     again, *_ = short_run(tmp_path / "b", adapter=adapter, steps=5, checkpointing=True)
@@ -421,7 +421,7 @@ def test_a_sixth_method_takes_a_few_lines_and_no_other_file(tmp_path, monkeypatc
     assert load_file(run.result).keys() == state.trained.keys()
 
 
-@pytest.mark.parametrize("adapter", ["lora", "selora", "adalora", "full", "bitfit"])
+@pytest.mark.parametrize("adapter", ["lora", "selora", "adalora", "dylora", "full", "bitfit"])
 def test_every_method_stops_and_continues_bit_for_bit(tmp_path, adapter, monkeypatch):
     monkeypatch.setitem(METHODS, "bitfit", BitFit)
     changes = {"adapter": adapter, "steps": 9, "expand_interval": 2, "ema_decay": 0.9, "lr": 1e-3}

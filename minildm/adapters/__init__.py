@@ -1,6 +1,7 @@
 """Fine-tuning methods, and adapters: small trainable changes of a frozen model."""
 
 from minildm.adapters.adalora import AdaLoRA
+from minildm.adapters.dylora import DyLoRA
 from minildm.adapters.files import merge_file, save_adapter
 from minildm.adapters.fisher import fisher_probe
 from minildm.adapters.full import Full
@@ -10,7 +11,7 @@ from minildm.adapters.method import Method
 from minildm.adapters.selora import SeLoRA, layers_to_grow
 from minildm.errors import InputError
 
-METHODS = {"selora": SeLoRA, "lora": LoRA, "adalora": AdaLoRA, "full": Full}  # --adapter NAME
+METHODS = {"selora": SeLoRA, "lora": LoRA, "adalora": AdaLoRA, "dylora": DyLoRA, "full": Full}  # --adapter NAME
 
 __all__ = [
     "METHODS",
@@ -31,7 +32,7 @@ def add_adapter(model, kind="lora", rank=4, alpha=None, targets=NETWORKS, layers
     """Freeze the model and put a new adapter around its linear layers; the output does not change.
 
     Args:
-        kind: "lora", or "selora", whose rank can grow.
+        kind: "lora"; "selora", whose rank can grow; "dylora", which can be used at every rank up to ``rank``.
         rank: of every layer; SeLoRA's at the start.
         alpha: scale = alpha / rank, constant even if the rank grows; None = rank (scale 1).
         targets: networks to adapt. layers: "all-linear", "paper" or "attention".

@@ -19,6 +19,7 @@ from minildm.errors import InputError
 from minildm.files import sha256, written_beside
 
 FORMAT = 1
+NESTED = ("dylora",)  # kinds of which the first rows are an adapter, too
 
 
 def save_adapter(model, path, format="native", settings=None):
@@ -49,11 +50,13 @@ def save_adapter(model, path, format="native", settings=None):
         save_file(tensors, beside, metadata={"minildm": json.dumps(about)})
 
 
-def merge_file(model, path, multiplier=1.0):
+def merge_file(model, path, multiplier=1.0, rank=None):
     """Add an adapter file to the model's weights: W += multiplier scale B A, in float32 before the cast.
 
+    Args: rank: use the first ``rank`` rows of a DyLoRA file; None = all.
     Returns: what the file says about itself, a dict.
-    Raises: InputError for a file that is not an adapter, or one that does not fit, naming the tensor.
+    Raises: InputError for a file that is not an adapter, or one that does not fit, naming the tensor; for a rank that
+        the file does not have.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,13 +87,15 @@ def merge_file(model, path, multiplier=1.0):
         raise InputError(f"{path}: tensor {odd[0]} is {'missing' if odd[0] in expected else 'not of an adapter'}")
     pairs = {name: (_linear(model, name, path), tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in paths}
     for name, (layer, A, B) in pairs.items():
-        rank = len(A)
-        if A.shape != (rank, layer.in_features) or B.shape != (layer.out_features, rank):
+        rows = len(A)
+        if A.shape != (rows, layer.in_features) or B.shape != (layer.out_features, rows):
             raise InputError(
                 f"{path} is for another base: {name} has lora_A {tuple(A.shape)} and lora_B "
-                f"{tuple(B.shape)}, expected ({rank}, {layer.in_features}) and ({layer.out_features}, "
-                f"{rank})"
+                f"{tuple(B.shape)}, expected ({rows}, {layer.in_features}) and ({layer.out_features}, "
+                f"{rows})"
             )
+    if rank is not None:
+        _check_rank(rank, path, about.get("kind"), max(len(A) for _, A, _ in pairs.values()))
     if about.get("base") and model.files and about["base"] != model.base_hash:
         warnings.warn(
             f"{path} was trained on another base ({about['base'][:10]}) than this one ({model.base_hash[:10]})",
@@ -100,11 +105,22 @@ def merge_file(model, path, multiplier=1.0):
         warnings.warn(
             f"{path} was trained on top of other adapters, not merged here: {', '.join(missing)}", stacklevel=2
         )
-    model.merged.append({"adapter": sha256(path), "multiplier": multiplier})
+    at_rank = {} if rank is None else {"rank": rank}
+    model.merged.append({"adapter": sha256(path), "multiplier": multiplier, **at_rank})
     for layer, A, B in pairs.values():  # only now that all of it fits
-        A, B = (factor.to(layer.weight.device, torch.float32) for factor in (A, B))
+        A, B = (factor.to(layer.weight.device, torch.float32) for factor in (A[:rank], B[:, :rank]))
         layer.weight.data = (layer.weight.float() + multiplier * about["scale"] * B @ A).to(layer.weight.dtype)
     return about
+
+
+def _check_rank(rank, path, kind, max_rank):
+    if kind not in NESTED:
+        raise InputError(
+            f"{path} is a {kind} adapter, which has one rank only: leave @{rank} out (only dylora files can be loaded "
+            "at any rank)"
+        )
+    if not isinstance(rank, int) or not 1 <= rank <= max_rank:
+        raise InputError(f"the rank of {path} must be in [1, {max_rank}], got {rank}; change @{rank}")
 
 
 def _linear(model, name, path):

@@ -38,7 +38,7 @@ def wrap(model, layer_class, rank, alpha=None, targets=NETWORKS, layers="all-lin
         base = model.get_submodule(path)
         most = min(base.in_features, base.out_features)
         if not 1 <= rank <= most:
-            raise InputError(f"rank must be in [1, {most}] for {path}, got {rank}; choose another --rank")
+            raise InputError(f"rank must be in [1, {most}] for {path}, got {rank}; choose another rank")
     if not paths:
         raise InputError(f"an adapter needs a network to adapt, from {', '.join(NETWORKS)}; got {targets}")
     if alpha is not None and not math.isfinite(alpha):

@@ -26,7 +26,7 @@ FREE = ("device", "workers", "cache", "compile", "micro_batch")  # settings that
 class Goal(Settings):
     adapter: str = setting("selora", "the method; --adapter NAME --help shows its settings", choices=tuple(METHODS))
     base: str | None = setting(None, "checkpoint file or diffusers-layout folder (default: the one in weights/)")
-    on_top_of: tuple[str, ...] = setting((), "adapters to merge into the base first", metavar="FILE[:0.6]")
+    on_top_of: tuple[str, ...] = setting((), "adapters to merge into the base first", metavar="FILE[@RANK][:0.6]")
     prediction: str | None = setting(
         None,
         "what the U-Net predicts, where a single file cannot say: v for SD v2.x at 768 px",

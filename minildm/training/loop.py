@@ -28,7 +28,6 @@ def train(method, task, config, run, steps):
     state = State(method, config)
     if saved := run.load_state():
         state.load_state_dict(saved, config)
-    complete = state.step >= steps  # before this sitting
 
     def between_steps():
         """Validation, the best result, sample images, the saved state: each at its interval, and at the end."""
@@ -46,6 +45,8 @@ def train(method, task, config, run, steps):
                 save_result(method, config, run)
             if config.sample_interval and (last or step % config.sample_interval == 0):
                 run.save_sheet(step, task.sample_sheet)
+            if last and (found := method.finish(task.validate if interval is not None else None)):
+                run.log(step=step, **found)  # before the state is saved: a resumed run keeps it
         if (last or step % config.save_interval == 0) and not state.bad_steps:
             run.save_state(state.state_dict())
 
@@ -128,9 +129,10 @@ def train_step(state, method, task, config, batch, lr):
 def adopt(state, method):
     """Give the parameters a method has added, and the rows it has restarted, to the optimizer and the average."""
     added = {name: parameter for name, parameter in method.trained().items() if name not in state.trained}
-    state.trained |= added
-    state.optimizer.add(list(added.values()), [method.rate(name) for name in added])
-    state.average.add(added)
+    if added:
+        state.trained |= added
+        state.optimizer.add(list(added.values()), [method.rate(name) for name in added])
+        state.average.add(added)
     names = {id(parameter): name for name, parameter in state.trained.items()}
     for parameter, row, dim in state.optimizer.take_restarted():
         state.average.restart(names[id(parameter)], parameter, row, dim)
