@@ -77,8 +77,6 @@ def train(method, task, config, run, steps):
                     f"stopped at step {state.step} of {steps}; the state is saved. Continue with: {run.continue_with}"
                 )
                 raise KeyboardInterrupt
-    if not complete and (found := method.finish(task.validate if task.validation_interval else None)):
-        run.log(step=state.step, **found)
     if stops:  # during the last step, whose state is saved
         print(f"stopped after the last step. For the rest: {run.continue_with}")
         raise KeyboardInterrupt
