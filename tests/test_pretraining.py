@@ -446,10 +446,11 @@ def test_resuming_with_another_setting_names_it(whole, given, words):
     assert files(whole) == before
 
 
-def test_resuming_what_is_no_run_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
-        command.main(["--resume", str(tmp_path)])
-    assert_says(error, tmp_path, "no run to resume")
+def test_resuming_what_is_no_run_says_so(whole, tmp_path):
+    for path in (tmp_path, whole / "decoder"):
+        with pytest.raises(FileNotFoundError) as error:
+            command.main(["--resume", str(path)])
+        assert_says(error, f"{path} holds no pretraining run to resume")
 
 
 @pytest.mark.parametrize("other", ["other", "runs/pretrain"])  # the second is the default

@@ -95,6 +95,8 @@ def parse(arguments):
     if given.resume:
         if given.out:
             raise InputError(f"--resume {given.resume} continues in its own folder; leave --out {given.out} out")
+        if not (given.resume / "autoencoder" / "config.json").is_file():
+            raise FileNotFoundError(f"{given.resume} holds no pretraining run to resume (no autoencoder/config.json)")
         parser.set_defaults(**read_record(given.resume / "autoencoder")["settings"])
     args = parser.parse_args(arguments)
     machine = from_flags(Machine, args)
@@ -125,7 +127,7 @@ def make_parser():
     parser = Parser(prog="python -m minildm pretrain", description="Train a latent diffusion model from scratch.")
     add_flags(parser, Goal, "what")
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, help="folder of the run (default: runs/pretrain)")
+    add("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/pretrain)")
     add("--resume", type=Path, metavar="RUN", help="continue this run exactly where it stopped")
     add_flags(parser, DataSettings, "data", skip=("size",))  # which has a default here
     for stage in STAGES.values():
