@@ -1,6 +1,5 @@
 """Pretraining: whole runs of the command on the tiny shape, the average of the weights, and the stages' mathematics."""
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -15,11 +14,11 @@ import peers
 import pytest
 import torch
 from made_data import folder
-from made_runs import settings
+from made_runs import training_config
 from peers import assert_says, relative_error
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -35,35 +34,29 @@ from minildm.data.records import Record
 from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.images import FROM_DATA, SYNTHETIC
-from minildm.pretraining import pretrain
-from minildm.pretraining.pretrain import (
-    SHAPES,
-    WORD,
-    CaptionReader,
-    autoencoder_losses,
-    autoencoder_psnr,
-    new_model,
-    random_crops,
-    train_text_encoder,
-    unit_scale,
-    whiten_codes,
-)
+from minildm.pretraining import autoencoder, command
+from minildm.pretraining import stage as stages
+from minildm.pretraining.autoencoder import autoencoder_losses, psnr, random_crops, unit_scale, whiten_codes
+from minildm.pretraining.command import FREE, image_pairs, parse, rebuild_command
+from minildm.pretraining.models import SHAPES, WORD, new_model
+from minildm.pretraining.stage import STAGES, Networks, run_stage, stage_config
+from minildm.pretraining.text_encoder import CaptionReader, CaptionReading
 from minildm.teaching import shapes
 from minildm.training import loop
-from minildm.training.finetune import Pictures
-from minildm.training.loop import State
+from minildm.training.finetune import Samples
 from minildm.training.run import Run
+from minildm.training.state import State
+from minildm.training.task import Task
 from minildm.unet import UNet
 from minildm.vae import VAE, Gaussian
-
-STAGES = ("autoencoder", "text_encoder", "diffusion", "decoder")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_held_out():
-    """256 pairs at each validation would be most of the time of a run of four steps."""
+    """With 256 pairs, validation would take most of the time of a run of four steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "HELD_OUT", 8)
+        patch.setattr(stages, "HELD_OUT", 8)
+        patch.setattr(command, "HELD_OUT", 8)
         yield
 
 
@@ -97,13 +90,13 @@ def flags(place, **changes):
 @pytest.fixture(scope="module")
 def whole(place):
     """The uninterrupted run that others are compared with."""
-    assert pretrain.main([*flags(place), "--out", str(place / "whole")]) == 0
+    assert command.main([*flags(place), "--out", str(place / "whole")]) == 0
     return place / "whole"
 
 
 @functools.cache
-def fresh_model():
-    """What the runs with seed 0 begin with; nobody may change it."""
+def initial_model():
+    """The initial model of the runs with seed 0; no test may change it."""
     return new_model(SHAPES["tiny"], 0, "cpu")
 
 
@@ -117,7 +110,7 @@ def tensors(run, network):
 
 
 def files(run):
-    """{name: bytes} of the model; the card tells how many minutes it took and is compared by nobody."""
+    """{name: bytes} of the model, without the card, which states how long training took."""
     return {
         path.relative_to(run / "model").as_posix(): path.read_bytes()
         for path in sorted((run / "model").rglob("*"))
@@ -142,8 +135,8 @@ def assert_same_run(run, other):
             }
 
 
-# --- what a run leaves -----------------------------------------------------------------------------------------------
-def test_a_run_leaves_a_model_that_loads_and_samples(whole):
+# --- the result of a run ---------------------------------------------------------------------------------------------
+def test_a_run_makes_a_model_that_loads_and_samples(whole):
     assert set(files(whole)) == {
         "scheduler/scheduler_config.json",
         "tokenizer/special_tokens_map.json",
@@ -155,7 +148,7 @@ def test_a_run_leaves_a_model_that_loads_and_samples(whole):
         "vae/diffusion_pytorch_model.safetensors",
     }
     model = minildm.load(whole / "model", device="cpu")
-    for network in NETWORKS:  # loading is strict; here once more, by names
+    for network in NETWORKS:
         assert getattr(model, network).state_dict().keys() == tensors(whole, network).keys()
     shape = SHAPES["tiny"]
     assert model.config == dataclasses.replace(
@@ -169,13 +162,18 @@ def test_a_run_leaves_a_model_that_loads_and_samples(whole):
     assert images.std() > 0.01 and not torch.equal(images[0], images[1])
 
 
-def test_the_weights_are_float16_on_disk(whole):
+def test_weights_are_trained_in_float32_and_saved_in_float16(whole):
     for path in (whole / "model").rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
     assert all(
         tensor.dtype == torch.float32 for stage in STAGES for tensor in saved_state(whole, stage)["trained"].values()
-    )  # but trained in float32
+    )
+
+
+def test_only_the_stages_that_read_captions_keep_their_best_weights(whole):
+    kept = [stage for stage in STAGES if (whole / stage / Networks.result).exists()]
+    assert kept == ["text_encoder", "diffusion"] == [name for name, stage in STAGES.items() if stage.reads_captions]
 
 
 def card(run):
@@ -189,7 +187,7 @@ def rows(text, after):
     return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table]
 
 
-def test_the_card_gives_the_hashes_that_the_files_have(whole):
+def test_the_card_states_the_hashes_of_the_files(whole):
     listed = {name: (size, digest) for name, size, digest in rows(card(whole), "file")}
     paths = {path.relative_to(whole / "model").as_posix(): path for path in (whole / "model").rglob("*.safetensors")}
     assert listed == {name: (f"{path.stat().st_size:,}", sha256(path)) for name, path in paths.items()}
@@ -197,7 +195,7 @@ def test_the_card_gives_the_hashes_that_the_files_have(whole):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_card_gives_the_losses_of_the_log(whole, stage):
+def test_the_card_states_the_losses_of_the_log(whole, stage):
     entries = [json.loads(line) for line in (whole / stage / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     first, last = (entry["validation"] for entry in entries if "validation" in entry)
@@ -208,11 +206,11 @@ def test_the_card_gives_the_losses_of_the_log(whole, stage):
     ]
 
 
-def test_the_card_gives_seed_size_quality_and_the_warning(whole):
+def test_the_card_states_seed_size_precision_quality_and_the_warning(whole):
     for words in (
-        "phantom, 64 px; seed 0; products in bfloat16",
-        "4 steps of 4 pictures",
-        "dB on held-out pictures",
+        f"phantom, 64 px; seed 0; products in {parse(flags(whole)).goal.dtype}",
+        "4 steps of 4 images",
+        "dB on held-out images",
         "decoder alone",
         "# whole: a latent diffusion model",
         "Not for clinical use.",
@@ -220,43 +218,39 @@ def test_the_card_gives_seed_size_quality_and_the_warning(whole):
         assert words in card(whole), words
 
 
-def settings_of(args):
-    """The flags as main keeps them."""
-    return {
-        name: str(value) if isinstance(value, pretrain.Path) else value
-        for name, value in vars(args).items()
-        if name not in ("resume", "out")
-    }
-
-
 def command_of(text):
-    """The arguments of the card's command."""
+    """The arguments of the command that the card states."""
     words = shlex.split(text.partition("Made by `")[2].partition("`")[0])
     assert words[:4] == ["python", "-m", "minildm", "pretrain"]
     return words[4:]
 
 
-def without_machine(args):
-    return {name: value for name, value in settings_of(args).items() if name not in (*pretrain.FREE, "device")}
+def lasting(plan):
+    """The settings that a resumed run may not change."""
+    return {name: value for name, value in plan.record.items() if name not in FREE}
 
 
 def test_the_cards_command_makes_this_model(place, whole):
-    assert without_machine(pretrain.parse(command_of(card(whole)))) == without_machine(pretrain.parse(flags(place)))
+    assert lasting(parse(command_of(card(whole)))) == lasting(parse(flags(place)))
 
 
 @pytest.mark.parametrize(
-    "given", [["--ema-decay", "0.9"], ["--drop-pediatric"], ["--prompt-template", "chest x-ray, age {age}"]]
+    "given",
+    [
+        ["--ema-decay", "0.9"],
+        ["--drop-pediatric"],
+        ["--prompt-template", "chest x-ray, age {age}"],
+        ["--vae-crop", "64", "--decoder-lr", "1e-5", "--dtype", "float32"],
+    ],
 )
-def test_the_cards_command_can_be_typed_whatever_the_flags(tmp_path, given):
-    args = pretrain.parse([*given, "--device", "cpu"])
-    runs = {stage: Run(tmp_path / stage, {}) for stage in STAGES}
-    (tmp_path / "model").mkdir()
-    pretrain.write_card(tmp_path / "model", args, settings_of(args), runs, [0.0] * 4, 20.0)
-    typed = command_of((tmp_path / "model" / "README.md").read_text(encoding="utf-8"))
-    assert without_machine(pretrain.parse(typed)) == without_machine(args)
+def test_the_cards_command_can_be_typed_whatever_the_flags(given):
+    plan = parse([*given, "--device", "cpu"])
+    words = shlex.split(rebuild_command(plan))
+    assert set(given) <= {*words, "1e-5"}  # which is written 1e-05
+    assert lasting(parse(words[4:])) == lasting(plan)
 
 
-# --- the same again --------------------------------------------------------------------------------------------------
+# --- what changes the result, and what does not ----------------------------------------------------------------------
 def test_the_same_seed_and_command_give_the_same_files(place, whole):
     arguments = [*flags(place, cache=place / "another cache"), "--out", str(place / "again")]
     assert command_line.main(["pretrain", *arguments]) == 0
@@ -264,7 +258,7 @@ def test_the_same_seed_and_command_give_the_same_files(place, whole):
 
 
 def test_another_seed_gives_other_weights(place, whole):
-    assert pretrain.main([*flags(place, seed=1), "--out", str(place / "other")]) == 0
+    assert command.main([*flags(place, seed=1), "--out", str(place / "other")]) == 0
     for network in NETWORKS:
         ours, theirs = tensors(whole, network), tensors(place / "other", network)
         assert ours.keys() == theirs.keys()
@@ -276,21 +270,33 @@ def test_each_networks_weights_depend_on_seed_and_name_alone():
     config = ModelConfig.tiny()
     model = new_model(config, 5, "cpu")
     wider = new_model(dataclasses.replace(config, vae=configs.VAEConfig.tiny(widths=(32, 32, 32, 64))), 5, "cpu")
-    assert torch.equal(torch.get_rng_state(), before)  # nothing global is drawn from
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is not used
     for network in ("unet", "text_encoder"):
         ours, theirs = getattr(model, network).state_dict(), getattr(wider, network).state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_sheets_come_at_their_steps_and_change_nothing(place, whole):
-    assert pretrain.main([*flags(place, sample_interval=3, save_interval=2), "--out", str(place / "seen")]) == 0
+@pytest.fixture(scope="module")
+def with_sheets(place):
+    assert command.main([*flags(place, sample_interval=3, save_interval=2), "--out", str(place / "sheets")]) == 0
+    return place / "sheets"
+
+
+def test_sample_sheets_come_at_their_steps_and_change_nothing(whole, with_sheets):
     for stage in STAGES:
-        assert sorted(path.name for path in (place / "seen" / stage / "samples").iterdir()) == [
+        assert sorted(path.name for path in (with_sheets / stage / "samples").iterdir()) == [
             "step-000000.png",
             "step-000003.png",
             "step-000004.png",
         ]
-    assert_same_run(whole, place / "seen")
+    assert_same_run(whole, with_sheets)
+
+
+def test_sheets_of_the_data_set_do_not_call_themselves_synthetic(with_sheets):
+    for stage in STAGES:
+        for path in (with_sheets / stage / "samples").iterdir():
+            with Image.open(path) as image:
+                assert image.info["Description"] == (SYNTHETIC if stage == "diffusion" else FROM_DATA)
 
 
 def logged_losses(run, stage):
@@ -301,69 +307,67 @@ def logged_losses(run, stage):
     ]
 
 
-def test_micro_batches_change_nothing_but_rounding(place, whole):
-    assert pretrain.main([*flags(place, micro_batch=2), "--out", str(place / "micro")]) == 0
+def test_an_uneven_micro_batch_changes_nothing_but_rounding(place):
+    runs = [place / "float32", place / "micro"]
+    for path, changes in zip(runs, ({}, {"micro_batch": 3})):  # batches of 4: cut into 3 and 1
+        assert command.main([*flags(place, dtype="float32", **changes), "--out", str(path)]) == 0
     for stage in STAGES:
-        assert logged_losses(place / "micro", stage) == pytest.approx(logged_losses(whole, stage), rel=0.01), stage
+        whole, cut = (logged_losses(path, stage) for path in runs)
+        assert cut == pytest.approx(whole, rel=1e-4), stage
+        assert cut[0] == pytest.approx(whole[0], rel=1e-5), stage
 
 
+@pytest.mark.slow
 def test_checkpointing_and_workers_change_nothing(place, whole):
-    assert pretrain.main([*flags(place, workers=1), "--checkpointing", "--out", str(place / "lean")]) == 0
+    assert command.main([*flags(place, workers=1), "--checkpointing", "--out", str(place / "lean")]) == 0
     assert_same_run(whole, place / "lean")
 
 
-def end_with(folder, losses, network):
-    """Train a layer through validations of these losses, and end as the stages that see captions do."""
-    run = Run(folder, {})
-    run.begin()
-    seen, rising = [], iter(losses)
+class Shrinking(Task):
+    """Train a layer's output towards 0, through validations that give the listed losses."""
 
-    def validate():
-        seen.append(network.weight.detach().clone())
-        return next(rising)
+    batch_size, validation_interval = 4, 1
 
-    state = loop.train(
-        network,
-        lambda batch, numbers: network(batch["x"]).square().mean(1),
-        lambda first, last: ({"x": torch.ones(4, 3)} for _ in range(first, last)),
-        len(losses) - 1,
-        settings(lr=0.1),
-        run,
-        validate,
-        1,
-        pretrain.keep_weights(network),
-    )
-    pretrain.end_with_average(state, network, run)
-    return seen
+    def __init__(self, layer, validation_losses):
+        self.layer, self.config = layer, training_config(lr=0.1, steps=len(validation_losses) - 1)
+        self.validation_losses, self.seen = iter(validation_losses), []
+
+    def batches(self, first_step, last_step):
+        for step in range(first_step, last_step):
+            yield {"id": torch.arange(4 * step, 4 * step + 4), "weight": torch.ones(4), "x": torch.ones(4, 3)}
+
+    def losses(self, batch):
+        return self.layer(batch["x"]).square().mean(1)
+
+    def validate(self):
+        self.seen.append(self.layer.weight.detach().clone())
+        return next(self.validation_losses)
 
 
 @pytest.mark.parametrize(
     ("losses", "chosen"),
     [((1.0, 0.5, 0.6), 1), ((1.0, 0.5, 0.505), 2), ((1.0, 0.5, 0.4), 2), ((1.0, 0.5, math.nan), 1)],
 )
-def test_a_stage_goes_back_to_its_best_weights_where_the_held_out_loss_rose(tmp_path, losses, chosen, capsys):
-    network = linear()
-    seen = end_with(tmp_path / "run", losses, network)
-    assert torch.equal(network.weight, seen[chosen]) and not torch.equal(seen[1], seen[2])
-    assert not network.weight.requires_grad
-    assert ("rose from 0.5000 at step 1" in capsys.readouterr().out) == (chosen == 1)
-
-
-def test_sheets_of_the_data_set_do_not_call_themselves_synthetic(place):
-    assert pretrain.main([*flags(place, sample_interval=4), "--out", str(place / "sheets")]) == 0
-    for stage in STAGES:
-        (*_, path) = sorted((place / "sheets" / stage / "samples").iterdir())
-        with Image.open(path) as image:
-            assert image.info["Description"] == (SYNTHETIC if stage == "diffusion" else FROM_DATA)
+@pytest.mark.parametrize("back_to_best", [True, False])
+def test_a_stage_returns_to_its_best_weights_if_the_held_out_loss_rose(tmp_path, losses, chosen, back_to_best, capsys):
+    layer = linear()
+    task, run = Shrinking(layer, losses), Run(tmp_path / "run", {}, result=Networks.result)
+    run.begin()
+    run_stage(layer, task, run, back_to_best)
+    assert torch.equal(layer.weight, task.seen[chosen if back_to_best else 2])
+    assert not torch.equal(task.seen[1], task.seen[2])
+    assert not layer.weight.requires_grad
+    assert ("rose from 0.5000 at step 1" in capsys.readouterr().out) == (back_to_best and chosen == 1)
 
 
 def test_a_micro_batch_larger_than_a_stages_batch_is_that_batch(place):
-    args = pretrain.parse([*flags(place, vae_batch_size=8, batch_size=32, micro_batch=16)])
-    assert [pretrain.stage_config(args, prefix).samples_at_a_time for prefix in ("vae_", "")] == [8, 16]
+    plan = parse([*flags(place, vae_batch_size=8, batch_size=32, micro_batch=16)])
+    configs = [stage_config(stage, plan.stages[stage], plan.shared) for stage in ("autoencoder", "diffusion")]
+    assert [config.micro_batch for config in configs] == [8, 16]
 
 
 def test_captions_are_dropped_in_the_stages_that_read_them(place, whole):
-    assert pretrain.main([*flags(place, caption_dropout=1), "--out", str(place / "dropped")]) == 0
+    assert command.main([*flags(place, caption_dropout=1), "--out", str(place / "dropped")]) == 0
     first = {stage: (logged_losses(place / "dropped", stage)[0], logged_losses(whole, stage)[0]) for stage in STAGES}
     assert [stage for stage, (a, b) in first.items() if a != b] == ["text_encoder", "diffusion"]
 
@@ -374,7 +378,7 @@ def break_at(monkeypatch, network, step, interrupt):
     ordinary = loop.train_step
 
     def train_step(state, *arguments):
-        if isinstance(state.model, network) and state.step == step:
+        if isinstance(state.method.model, network) and state.step == step:
             interrupt()
         return ordinary(state, *arguments)
 
@@ -385,36 +389,43 @@ def press_ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
-def die():
+def crash():
     raise ZeroDivisionError
 
 
 def test_interrupted_in_its_stages_and_resumed_equals_uninterrupted(place, whole, monkeypatch, capsys):
-    """Ctrl-C in the first stage, at no save; death in the second and third, a step after a save."""
+    """Ctrl-C in the first stage, at a step without a save; a crash in the second and third, a step after a save."""
     parts = place / "parts"
     break_at(monkeypatch, VAE, 2, press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.main([*flags(place), "--out", str(parts)])
+        command.main([*flags(place), "--out", str(parts)])
     monkeypatch.undo()
-    assert f"continue with: python -m minildm pretrain --resume {parts}" in capsys.readouterr().out
+    assert f"Continue with: python -m minildm pretrain --resume {parts}" in capsys.readouterr().out
     assert saved_state(parts, "autoencoder")["step"] == 3
     assert not (parts / "model").exists()
 
     for stage, network in (("text_encoder", nn.ModuleDict), ("diffusion", UNet)):
-        break_at(monkeypatch, network, 3, die)
-        with pytest.raises(ZeroDivisionError):  # all flags are given again, see the test below
-            pretrain.main([*flags(place, save_interval=2), "--resume", str(parts)])
+        break_at(monkeypatch, network, 3, crash)
+        with pytest.raises(ZeroDivisionError):  # here with all flags; the test below resumes without them
+            command.main([*flags(place, save_interval=2), "--resume", str(parts)])
         monkeypatch.undo()
         assert saved_state(parts, stage)["step"] == 2
 
-    assert pretrain.main(["--resume", str(parts)]) == 0
+    assert command.main(["--resume", str(parts)]) == 0
     assert_same_run(whole, parts)
 
 
 def test_a_run_stopped_in_the_first_stage_resumes_with_all_its_flags(place, whole):
     stopped = place / "stopped"
     shutil.copytree(whole / "autoencoder", stopped / "autoencoder")
-    assert settings_of(pretrain.parse(["--resume", str(stopped)])) == settings_of(pretrain.parse(flags(place)))
+    assert parse(["--resume", str(stopped)]).record == parse(flags(place)).record
+
+
+def test_a_resumed_run_keeps_its_precision_on_a_machine_with_another_default(whole, monkeypatch):
+    recorded = json.loads((whole / "autoencoder" / "config.json").read_text())["settings"]["dtype"]
+    monkeypatch.setattr(command, "has_fast_bfloat16", lambda device: recorded == "float32")
+    assert parse(["--resume", str(whole)]).goal.dtype == recorded
+    assert parse([]).goal.dtype != recorded
 
 
 @pytest.mark.parametrize(
@@ -430,36 +441,49 @@ def test_a_run_stopped_in_the_first_stage_resumes_with_all_its_flags(place, whol
 def test_resuming_with_another_setting_names_it(whole, given, words):
     before = files(whole)
     with pytest.raises(InputError) as error:
-        pretrain.main(["--resume", str(whole), *given])
+        command.main(["--resume", str(whole), *given])
     assert_says(error, words, "begun with", "--out")
     assert files(whole) == before
 
 
-def test_resuming_what_is_no_run_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
-        pretrain.main(["--resume", str(tmp_path)])
-    assert_says(error, tmp_path, "no run to resume")
+def test_resuming_what_is_no_run_says_so(whole, tmp_path):
+    for path in (tmp_path, whole / "decoder"):
+        with pytest.raises(FileNotFoundError) as error:
+            command.main(["--resume", str(path)])
+        assert_says(error, f"{path} holds no pretraining run to resume")
 
 
-def test_resuming_into_another_folder_is_refused(whole, tmp_path):
+@pytest.mark.parametrize("other", ["other", "runs/pretrain"])  # the second is the default
+def test_resuming_into_another_folder_is_refused(whole, tmp_path, monkeypatch, other):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
-        pretrain.main(["--resume", str(whole), "--out", str(tmp_path / "other")])
-    assert_says(error, "its own folder", "--out")
-    assert not (tmp_path / "other").exists()
+        command.main(["--resume", str(whole), "--out", other])
+    assert_says(error, "its own folder", f"leave --out {other} out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_version_0_1_is_refused_in_one_line(whole, tmp_path):
+    shutil.copytree(whole / "autoencoder", tmp_path / "old" / "autoencoder")
+    path = tmp_path / "old" / "autoencoder" / "config.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({"flags": record["settings"], "found": record["found"]}))
+    with pytest.raises(InputError) as error:
+        command.main(["--resume", str(tmp_path / "old")])
+    assert_says(error, "minildm 0.1", "begin a new run with another --out")
 
 
 def test_a_folder_that_holds_a_run_is_refused(place, whole):
     before = files(whole)
     with pytest.raises(InputError) as error:
-        pretrain.main([*flags(place), "--out", str(whole)])
+        command.main([*flags(place), "--out", str(whole)])
     assert_says(error, "holds a run already", "--out")
     assert files(whole) == before
 
 
 def test_the_refusal_names_a_folder_that_can_be_resumed(place, whole):
     with pytest.raises(InputError) as error:
-        pretrain.main([*flags(place), "--out", str(whole)])
-    pretrain.parse(["--resume", str(error.value).partition("--resume ")[2].partition(",")[0]])
+        command.main([*flags(place), "--out", str(whole)])
+    parse(["--resume", str(error.value).partition("--resume ")[2].partition(",")[0]])
 
 
 # --- the average of the weights --------------------------------------------------------------------------------------
@@ -468,129 +492,126 @@ def linear(seed=0):
     return nn.Linear(3, 2)
 
 
-def regress(folder, network, steps=120, resume=False, seen=None, stop_before=None, **changes):
-    """Fit a linear layer, and write down what each callback finds in it. Returns: (State, Run)."""
-    run = Run(folder, {}, resume=resume)
-    run.begin()
-    truth = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
-    seen = {} if seen is None else seen
+class Regression(Task):
+    """Fit a linear layer, and note the weights that each callback sees in ``seen``, {(callback, step): weights}."""
 
-    def note(what, step):
-        seen[what, step] = network.weight.detach().clone()
+    batch_size, validation_interval = 4, 20
 
-    def batches(first, last):
-        return ({"x": torch.randn(4, 3, generator=torch.Generator().manual_seed(step))} for step in range(first, last))
+    def __init__(self, layer, stop_before=None):
+        self.layer, self.stop_before, self.seen = layer, stop_before, {}
+        self.truth = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
 
-    def losses(batch, numbers):
-        step = numbers.start // 4
-        note("step", step)
-        if step == stop_before:
+    def note(self, callback, step):
+        self.seen[callback, step] = self.layer.weight.detach().clone()
+
+    def batches(self, first_step, last_step):
+        for step in range(first_step, last_step):
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            yield {"id": torch.arange(4 * step, 4 * step + 4), "weight": torch.ones(4), "x": x}
+
+    def losses(self, batch):
+        step = int(batch["id"][0]) // 4
+        self.note("losses", step)
+        if step == self.stop_before:
             press_ctrl_c()
-        return (network(batch["x"]) - batch["x"] @ truth.t()).square().mean(1)
+        return (self.layer(batch["x"]) - batch["x"] @ self.truth.t()).square().mean(1)
 
-    def validate():
-        step = 20 * sum(what == "validate" for what, _ in seen)
-        note("validate", step)
-        return 1 / (step + 1)  # ever better: the last is kept
+    def validate(self):
+        step = 20 * sum(callback == "validate" for callback, _ in self.seen)
+        self.note("validate", step)
+        return 1 / (step + 1)  # better each time, so the last weights are the best
 
-    config = settings(lr=3e-2, sample_interval=50, **{"ema_decay": 0.9} | changes)
-    state = loop.train(
-        network,
-        losses,
-        batches,
-        steps,
-        config,
-        run,
-        validate,
-        20,
-        draw=lambda step: note("draw", step),
-        keep=lambda path: save_file({"weight": network.weight.detach().clone()}, path),
-    )
-    note("step", steps)
-    return state, run
+    def sample_sheet(self, path):
+        self.note("sample_sheet", int(path.stem.removeprefix("step-")))
+
+
+def regress(folder, layer, steps=120, resume=False, stop_before=None, **changes):
+    """Returns: (State, Run, the weights that the callbacks saw)."""
+    task, run = Regression(layer, stop_before), Run(folder, {}, resume=resume, result=Networks.result)
+    run.begin()
+    config = training_config(**{"lr": 3e-2, "sample_interval": 50, "ema_decay": 0.9, "steps": steps} | changes)
+    state = loop.train(Networks(layer, steps, seed=0, keep_best=True), task, config, run, steps)
+    task.note("losses", steps)
+    return state, run, task.seen
 
 
 def averages(seen, steps, decay):
-    """The average after each step, by the definition: w0, then d a + (1 - d) w with d = min(decay, t / (t + 9))."""
-    out = [seen["step", 0].double()]
+    """The average after each step, by definition: w0, then d a + (1 - d) w with d = min(decay, t / (t + 9))."""
+    out = [seen["losses", 0].double()]
     for t in range(1, steps + 1):
         d = min(decay, t / (t + 9))
-        out.append(d * out[-1] + (1 - d) * seen["step", t].double())
+        out.append(d * out[-1] + (1 - d) * seen["losses", t].double())
     return out
 
 
 def test_the_average_equals_a_brute_force_one(tmp_path):
-    seen = {}
-    state, _ = regress(tmp_path / "run", linear(), seen=seen)  # d reaches 0.9 at step 81
-    expected = averages(seen, 120, 0.9)
-    torch.testing.assert_close(state.average["weight"].double(), expected[-1], rtol=0, atol=1e-6)
-    assert (state.average["weight"] - state.trained["weight"]).abs().max() > 1e-4  # so the tolerance bites
-    assert state.average.keys() == state.trained.keys() == {"weight", "bias"}
+    state, _, seen = regress(tmp_path / "run", linear())  # d reaches 0.9 at step 81
+    expected, average = averages(seen, 120, 0.9), state.average.values
+    torch.testing.assert_close(average["weight"].double(), expected[-1], rtol=0, atol=1e-6)
+    assert (average["weight"] - state.trained["weight"]).abs().max() > 1e-4  # so the tolerance bites
+    assert average.keys() == state.trained.keys() == {"weight", "bias"}
 
 
-def test_validation_pictures_and_the_kept_file_see_the_average_and_training_does_not(tmp_path):
-    seen = {}
-    _, run = regress(tmp_path / "run", linear(), seen=seen)
+def test_validation_sheets_and_the_saved_file_see_the_average_and_training_does_not(tmp_path):
+    _, run, seen = regress(tmp_path / "run", linear())
     expected = averages(seen, 120, 0.9)
-    for what, steps in (("validate", range(0, 121, 20)), ("draw", (0, 50, 100, 120))):
-        assert [step for name, step in seen if name == what] == list(steps)
+    for callback, steps in (("validate", range(0, 121, 20)), ("sample_sheet", (0, 50, 100, 120))):
+        assert [step for name, step in seen if name == callback] == list(steps)
         for step in steps:
-            torch.testing.assert_close(seen[what, step].double(), expected[step], rtol=0, atol=1e-6)
-    assert torch.equal(load_file(run.adapter)["weight"], seen["validate", 120])
-    plain = {}
-    regress(tmp_path / "plain", linear(), seen=plain, ema_decay=0.0)
-    assert all(torch.equal(seen["step", step], plain["step", step]) for step in range(121))
+            torch.testing.assert_close(seen[callback, step].double(), expected[step], rtol=0, atol=1e-6)
+    assert torch.equal(load_file(run.result)["weight"], seen["validate", 120])
+    _, _, plain = regress(tmp_path / "plain", linear(), ema_decay=0.0)
+    assert all(torch.equal(seen["losses", step], plain["losses", step]) for step in range(121))
 
 
 def test_without_a_decay_no_copy_is_kept(tmp_path):
-    network = linear()
-    state, run = regress(tmp_path / "run", network, ema_decay=0.0, steps=8)
-    assert state.average == {}
+    layer = linear()
+    state, run, _ = regress(tmp_path / "run", layer, ema_decay=0.0, steps=8)
+    assert state.average.values == {}
     assert torch.load(run.state, weights_only=True)["average"] == {}
-    before = network.weight.clone()
+    before = layer.weight.clone()
     with state.averaged():
-        assert torch.equal(network.weight, before)
-    assert torch.equal(network.weight, before)
+        assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight, before)
 
 
 def test_averaged_swaps_and_swaps_back_exactly_even_when_something_fails(tmp_path):
-    network = linear()
-    state, _ = regress(tmp_path / "run", network, steps=8)
-    parameter, raw, average = network.weight, network.weight.detach().clone(), state.average["weight"].clone()
+    layer = linear()
+    state, *_ = regress(tmp_path / "run", layer, steps=8)
+    parameter, trained, average = layer.weight, layer.weight.detach().clone(), state.average.values["weight"].clone()
     for fails in (False, True):
         try:
             with state.averaged():
-                assert torch.equal(network.weight, average) and not torch.equal(average, raw)
+                assert torch.equal(layer.weight, average) and not torch.equal(average, trained)
                 if fails:
-                    die()
+                    crash()
         except ZeroDivisionError:
             pass
-        assert torch.equal(network.weight, raw) and torch.equal(state.average["weight"], average)
-        assert network.weight is parameter is state.optimizer.parameters[0]  # what the optimizer moves
+        assert torch.equal(layer.weight, trained) and torch.equal(state.average.values["weight"], average)
+        assert layer.weight is parameter is state.optimizer.parameters[0]  # the one that the optimizer updates
 
 
 def test_resuming_keeps_the_average(tmp_path):
-    whole, _ = regress(tmp_path / "whole", linear(), steps=30)
+    whole, *_ = regress(tmp_path / "whole", linear(), steps=30)
     with pytest.raises(KeyboardInterrupt):
         regress(tmp_path / "parts", linear(), steps=30, stop_before=12)
     saved = torch.load(tmp_path / "parts" / "last" / "state.pt", weights_only=True)
     assert saved["step"] == 13 and not torch.equal(saved["average"]["weight"], saved["trained"]["weight"])
-    resumed, _ = regress(tmp_path / "parts", linear(seed=9), steps=30, resume=True)
+    resumed, *_ = regress(tmp_path / "parts", linear(seed=9), steps=30, resume=True)
     for name in ("weight", "bias"):
-        assert torch.equal(whole.average[name], resumed.average[name])
+        assert torch.equal(whole.average.values[name], resumed.average.values[name])
         assert torch.equal(whole.trained[name], resumed.trained[name])
 
 
 def test_an_update_moves_the_average_by_its_share_and_the_weights_not_at_all():
-    network = linear()
-    state = State(network, settings(ema_decay=0.5))
-    state.step = 1
+    layer = linear()
+    state = State(Networks(layer, steps=1, seed=0, keep_best=True), training_config(ema_decay=0.5))
     with torch.no_grad():
-        network.weight.add_(1)
-    before = network.weight.detach().clone()
-    state.update_average()
-    torch.testing.assert_close(state.average["weight"], before - 0.1, rtol=0, atol=1e-6)  # d = 1 / (1 + 9)
-    assert torch.equal(network.weight, before)
+        layer.weight.add_(1)
+    before = layer.weight.detach().clone()
+    state.average.update(1, state.trained)
+    torch.testing.assert_close(state.average.values["weight"], before - 0.1, rtol=0, atol=1e-6)  # d = 1 / (1 + 9)
+    assert torch.equal(layer.weight, before)
 
 
 def test_the_files_hold_the_average(whole):
@@ -611,20 +632,20 @@ def test_the_files_hold_the_average(whole):
 
 
 # --- what is trained, and what stays ---------------------------------------------------------------------------------
-def test_words_stay_as_drawn_while_positions_and_the_unet_move(whole):
-    embeddings = fresh_model().text_encoder.text_model.embeddings
+def test_word_vectors_keep_their_initial_values_while_positions_and_the_unet_move(whole):
+    embeddings = initial_model().text_encoder.text_model.embeddings
     made = tensors(whole, "text_encoder")
     words, positions = (f"text_model.embeddings.{name}_embedding.weight" for name in ("token", "position"))
     assert torch.equal(made[words], embeddings.token_embedding.weight.half())
     trained = saved_state(whole, "text_encoder")["trained"]
-    for name, values in fresh_model().text_encoder.state_dict().items():
+    for name, values in initial_model().text_encoder.state_dict().items():
         assert name == words or not torch.equal(trained[f"text_encoder.{name}"], values), name
     assert not torch.equal(made[positions], embeddings.position_embedding.weight.half())
     assert {name for name in trained if not name.startswith("reader.")} == {
         f"text_encoder.{name}" for name in made if name != words
     }
     trained = saved_state(whole, "diffusion")["trained"]
-    for name, values in fresh_model().unet.state_dict().items():
+    for name, values in initial_model().unet.state_dict().items():
         assert not torch.equal(trained[name], values), name
     assert trained.keys() == tensors(whole, "unet").keys()
 
@@ -640,7 +661,7 @@ def test_words_never_seen_stay_as_distinct_as_those_of_the_captions(whole):
     ).unique()
     unseen = torch.tensor(sorted(set(range(0, 49408, 100)) - set(seen.tolist())))
     distances = [torch.pdist(words[ids]) for ids in (seen, unseen)]
-    typical = WORD * math.sqrt(2 * words.shape[1])  # of two draws
+    typical = WORD * math.sqrt(2 * words.shape[1])  # between two random vectors
     for each in distances:
         assert each.mean().item() == pytest.approx(typical, rel=0.03)
         assert each.min() > 0.5 * typical
@@ -649,7 +670,7 @@ def test_words_never_seen_stay_as_distinct_as_those_of_the_captions(whole):
 def test_later_stages_leave_the_encoder_alone(whole):
     average = saved_state(whole, "autoencoder")["average"]
     made = tensors(whole, "vae")
-    assert made.keys() == average.keys() == fresh_model().vae.state_dict().keys()
+    assert made.keys() == average.keys() == initial_model().vae.state_dict().keys()
     decoder = saved_state(whole, "decoder")["trained"].keys()
     assert decoder == {name for name in made if name.startswith(("decoder.", "post_quant_conv."))}
     whitened = {"quant_conv.weight", "quant_conv.bias"}
@@ -658,43 +679,46 @@ def test_later_stages_leave_the_encoder_alone(whole):
 
 
 # --- the text encoder's stage ----------------------------------------------------------------------------------------
-def test_the_reader_answers_with_a_code_whatever_the_pictures_size():
+def test_the_reader_predicts_a_code_for_any_image_size():
     context = torch.randn(2, 77, 16)
     for side in range(1, 65):
         reader = CaptionReader(16, 2, side)
         code = reader(context)
-        assert code.shape == (2, 4, side, side) and len(reader.places) <= 64
+        assert code.shape == (2, 4, side, side) and len(reader.queries) <= 64
         assert not torch.equal(code[0], code[1])
 
 
-def test_captions_teach_what_is_where(tmp_path):
-    """Two patches of 4 x 4, told 'red above blue', or below, or left, or right; one caption in seven is never seen."""
+def relation_samples():
+    """Samples of two 4 x 4 patches, captioned 'red above blue', or below, left of, right of."""
     colours = dict(zip(("red", "green", "blue", "white"), 2 * torch.eye(4)))
-    latents, prompts = {}, []
+    rows = {}  # by prompt
     for (a, first), (b, second) in itertools.permutations(colours.items(), 2):
         for relation, (dx, dy) in shapes.RELATIONS.items():
             code = torch.zeros(4, 8, 8)
             for sign, patch in ((1, first), (-1, second)):
                 x, y = 2 + 2 * sign * dx, 2 + 2 * sign * dy
                 code[:, y : y + 4, x : x + 4] = patch[:, None, None]
-            prompts.append(f"{a} {relation} {b}")
-            latents[prompts[-1].encode()] = torch.cat([code, torch.full((4, 8, 8), -20.0)])
-    records = tuple(Record(prompt, prompt) for prompt in prompts)
-    everything = Pictures(records, tuple(prompts), CachedLatents(latents, records, list(latents)))
-    held_out = [i for i in range(len(prompts)) if i % 7 == 3]
-    pictures = {
-        "train": everything.some([i for i in range(len(prompts)) if i not in held_out]),
-        "validation": everything.some(held_out),
-    }
-    args = pretrain.parse(flags(tmp_path, text_steps=250, text_batch_size=16, warmup=50, ema_decay=0.9))
-    run = Run(tmp_path / "text_encoder", {})
+            rows[f"{a} {relation} {b}"] = torch.cat([code, torch.full((4, 8, 8), -20.0)])
+    records, keys = tuple(Record(prompt, prompt) for prompt in rows), [prompt.encode() for prompt in rows]
+    return Samples(records, tuple(rows), CachedLatents(dict(zip(keys, rows.values())), records, keys))
+
+
+def test_the_text_encoder_learns_from_captions_what_is_where(tmp_path):
+    samples = relation_samples()
+    held_out = range(3, len(samples.records), 7)  # captions that training never sees
+    training = samples.subset([i for i in range(len(samples.records)) if i not in held_out])
+    plan = parse(flags(tmp_path, text_steps=150, text_batch_size=16, text_lr=2e-3, warmup=30, ema_decay=0.9))
+    run = Run(tmp_path / "text_encoder", {}, result=Networks.result)
     run.begin()
     model = new_model(SHAPES["tiny"], 0, "cpu")
     model.config = dataclasses.replace(model.config, vae=dataclasses.replace(model.config.vae, scaling_factor=1.0))
-    train_text_encoder(model, pictures, args, run)
+    config = stage_config("text_encoder", plan.stages["text_encoder"], plan.shared)
+    task = CaptionReading(model, training, samples.subset(held_out), config, getattr(torch, plan.goal.dtype))
+    run_stage(task.networks, task, run, back_to_best=True)
     losses = [entry["validation"] for entry in run.entries() if "validation" in entry]
     difference = 2 * torch.tensor([1.0, -1, 0, 0])  # of two codes
-    blind = (difference / 2).square().mean().item() * 32 / 64  # knowing both and not which is where, two patches in 64
+    # The error of a reader that knows both colours, but not which is where: two patches of 16 positions among 64.
+    blind = (difference / 2).square().mean().item() * 32 / 64
     assert losses[0] > blind > 4 * losses[-1]
     assert not any(p.requires_grad for p in model.text_encoder.parameters())
 
@@ -704,24 +728,24 @@ def standard_code(n=2):
     return Gaussian(torch.zeros(n, 4, 2, 2), torch.zeros(n, 4, 2, 2))
 
 
-def test_no_distortion_and_a_standard_normal_code_cost_nothing():
+def test_a_perfect_reconstruction_from_a_standard_normal_code_costs_nothing():
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(autoencoder_losses(images, images, standard_code()), torch.zeros(2))
 
 
-def test_each_term_is_the_mean_it_says():
+def test_the_reconstruction_error_is_the_sum_of_its_three_means():
     generator = torch.Generator().manual_seed(0)
-    images, given_back = (torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1 for _ in range(2))
-    d = (given_back - images).double().numpy()
+    images, reconstructions = (torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1 for _ in range(2))
+    d = (reconstructions - images).double().numpy()
     expected = [
         np.abs(x).mean() + (x**2).mean() + (np.abs(np.diff(x, axis=1)).mean() + np.abs(np.diff(x, axis=2)).mean()) / 2
         for x in d
     ]
-    losses = autoencoder_losses(images, given_back, standard_code())
+    losses = autoencoder_losses(images, reconstructions, standard_code())
     torch.testing.assert_close(losses.double(), torch.tensor(expected), rtol=1e-6, atol=0)
 
 
-def test_blur_costs_more_than_a_shift_of_grey_of_the_same_size():
+def test_blur_costs_more_than_a_shift_of_grey_of_equal_size():
     images = torch.ones(1, 3, 16, 16)
     images[..., 8:] = -1  # an edge
     blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -729,9 +753,9 @@ def test_blur_costs_more_than_a_shift_of_grey_of_the_same_size():
     shifted = images + size
     code = standard_code(1)
 
-    def edges(given_back):
-        d = given_back - images
-        return (autoencoder_losses(images, given_back, code) - d.abs().mean() - d.square().mean()).item()
+    def edges(reconstructions):
+        d = reconstructions - images
+        return (autoencoder_losses(images, reconstructions, code) - d.abs().mean() - d.square().mean()).item()
 
     assert edges(shifted) == pytest.approx(0, abs=1e-6)
     # d is -2/3 and 2/3 in the columns beside the edge: steps of 2/3, 4/3, 2/3 among 15, none downwards
@@ -739,17 +763,17 @@ def test_blur_costs_more_than_a_shift_of_grey_of_the_same_size():
     assert autoencoder_losses(images, blurred, code) > 1.5 * autoencoder_losses(images, shifted, code)
 
 
-def test_the_codes_term_is_torchs_divergence():
+def test_the_codes_term_equals_torchs_kl_divergence():
     generator = torch.Generator().manual_seed(0)
     mean, logvar = (torch.randn(3, 4, 5, 5, generator=generator) for _ in range(2))
     images = torch.zeros(3, 3, 40, 40)
     theirs = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0, 1)).mean((1, 2, 3))
     ours = autoencoder_losses(images, images, Gaussian(mean, logvar))
-    torch.testing.assert_close(ours, pretrain.KL * theirs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, autoencoder.KL * theirs, rtol=1e-5, atol=0)
 
 
-def test_the_code_of_a_run_is_the_first_stages_whitened(whole):
-    vae, made = fresh_model().vae.state_dict(), minildm.load(whole / "model", device="cpu").vae
+def test_a_runs_codes_are_those_of_the_first_stage_whitened(whole):
+    vae, made = initial_model().vae.state_dict(), minildm.load(whole / "model", device="cpu").vae
     learnt = VAE(made.config).requires_grad_(False)
     learnt.load_state_dict(vae | saved_state(whole, "autoencoder")["average"])
     images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -763,9 +787,9 @@ def test_the_code_of_a_run_is_the_first_stages_whitened(whole):
     assert relative_error(old, new) > 0.1
 
 
-def test_crops_are_windows_whose_places_the_sample_numbers_decide():
+def test_crops_are_windows_whose_positions_depend_on_the_sample_ids():
     images = torch.arange(6 * 20 * 24).reshape(6, 1, 20, 24).expand(6, 3, 20, 24).float()
-    crops = random_crops(images, 16, seed=3, numbers=range(6))
+    crops = random_crops(images, 16, seed=3, ids=range(6))
     assert crops.shape == (6, 3, 16, 16)
     places = set()
     for i, (image, crop) in enumerate(zip(images, crops)):
@@ -773,15 +797,15 @@ def test_crops_are_windows_whose_places_the_sample_numbers_decide():
         assert torch.equal(crop, image[:, top : top + 16, left : left + 16])
         places.add((top, left))
     assert len(places) > 2
-    assert torch.equal(random_crops(images[2:4], 16, seed=3, numbers=range(2, 4)), crops[2:4])
+    assert torch.equal(random_crops(images[2:4], 16, seed=3, ids=range(2, 4)), crops[2:4])
     many = random_crops(torch.arange(24.0).expand(400, 3, 20, 24), 16, 0, range(400))
-    assert set(many[:, 0, 0, 0].tolist()) == set(range(9))  # every place is reached
+    assert set(many[:, 0, 0, 0].tolist()) == set(range(9))  # every position is reached
 
 
-def test_whitened_codes_are_uncorrelated_and_mean_the_same_pictures():
+def test_whitened_codes_are_uncorrelated_and_decode_to_the_same_images():
     torch.manual_seed(0)
     vae = VAE(configs.VAEConfig.tiny()).requires_grad_(False)
-    with torch.no_grad():  # channels as alike and as uneven as training leaves them
+    with torch.no_grad():  # channels as similar and as uneven as training leaves them
         vae.quant_conv.weight[:4] *= torch.tensor([0.1, 1.0, 4.0, 20.0])[:, None, None, None]
         vae.quant_conv.weight[1] += vae.quant_conv.weight[3]
         vae.quant_conv.bias[:4] += torch.tensor([3.0, 0.0, -1.0, 7.0])
@@ -790,19 +814,19 @@ def test_whitened_codes_are_uncorrelated_and_mean_the_same_pictures():
     images *= torch.linspace(0, 1, 24)[:, None, None, None]
     before = vae.encode(images)
     expected = vae.decode(before.mean)
-    whiten_codes(vae, [{"images": image} for image in images], list(range(24)), "cpu")
+    whiten_codes(vae, [{"images": image} for image in images], "cpu")
     after = vae.encode(images)
     torch.testing.assert_close(vae.decode(after.mean), expected, rtol=0, atol=1e-4)
     old, new = (code.mean.double().movedim(1, -1).flatten(0, 2) for code in (before, after))  # (N, 4)
     covariance, noise = torch.cov(new.T, correction=0), after.logvar.exp().mean((0, 2, 3)).double()
     assert new.mean(0).abs().max() < 0.01
     torch.testing.assert_close(covariance.diag() + noise, torch.ones(4).double(), rtol=0.01, atol=0)
-    # The directions' variances are those of the noise there was: z = A z' + m, by least squares.
+    # The noise is the old one in the new coordinates. A of z = A z' + m, by least squares:
     A = torch.linalg.lstsq(new, old - old.mean(0)).solution.T
-    turned = A.inverse() @ before.logvar.exp().double().mean((0, 2, 3)).diag() @ A.inverse().T
-    torch.testing.assert_close(noise, turned.diag(), rtol=0.01, atol=0)
-    torch.testing.assert_close(covariance + turned, torch.eye(4).double(), rtol=0, atol=0.01)
-    assert after.logvar.std((0, 2, 3)).max() < 1e-5 and (turned - turned.diag().diag()).abs().max() > 0.02
+    rotated = A.inverse() @ before.logvar.exp().double().mean((0, 2, 3)).diag() @ A.inverse().T
+    torch.testing.assert_close(noise, rotated.diag(), rtol=0.01, atol=0)
+    torch.testing.assert_close(covariance + rotated, torch.eye(4).double(), rtol=0, atol=0.01)
+    assert after.logvar.std((0, 2, 3)).max() < 1e-5 and (rotated - rotated.diag().diag()).abs().max() > 0.02
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -816,20 +840,20 @@ def test_scaled_latents_have_unit_deviation():
     }
     records = tuple(Record(f"{i}", f"{i}") for i in range(40))
     latents = CachedLatents(moments, records, list(moments))
-    drawn = torch.stack(
+    sampled = torch.stack(
         [
             mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
             for mean, logvar in map(latents.moments, range(40))
         ]
     )
     scale = unit_scale(latents)
-    assert (scale * drawn).std().item() == pytest.approx(1, rel=0.01)
-    assert float(f"{scale:.5g}") == scale  # what the card and config.json show is what is used
+    assert (scale * sampled).std().item() == pytest.approx(1, rel=0.01)
+    assert float(f"{scale:.5g}") == scale  # the value in config.json is the one that training used
     assert unit_scale(latents, most=10) == pytest.approx(scale, rel=0.1)
 
 
-def test_psnr_is_the_formulas():
-    """An autoencoder that answers grey: errors are the pictures' own squares."""
+def test_psnr_matches_its_formula():
+    """With an autoencoder that always answers mid-grey (0), the errors are the squares of the images."""
     torch.manual_seed(0)
     vae = VAE(configs.VAEConfig.tiny()).requires_grad_(False)
     vae.decoder.conv_out.weight.zero_()
@@ -839,12 +863,10 @@ def test_psnr_is_the_formulas():
         Record(str(i), str(i), render=lambda size, grey=grey: np.full((size, size), grey, np.uint8))
         for i, grey in enumerate(greys)
     ]
-    parts = {"train": [0], "validation": [1, 2]}
-    model, args = argparse.Namespace(vae=vae), argparse.Namespace(device="cpu")
-    psnr = autoencoder_psnr(model, records, parts, Transform(16), args)
-    error = (191 / 127.5 - 1) ** 2, 1.0
-    assert psnr == pytest.approx(sum(10 * math.log10(2**2 / e) for e in error) / 2, rel=1e-5)
-    assert psnr == pytest.approx((12.07 + 6.02) / 2, abs=0.01)
+    decibels = psnr(vae, image_pairs(records, [1, 2], Transform(16)), "cpu")
+    errors = (191 / 127.5 - 1) ** 2, 1.0
+    assert decibels == pytest.approx(sum(10 * math.log10(2**2 / e) for e in errors) / 2, rel=1e-5)
+    assert decibels == pytest.approx((12.07 + 6.02) / 2, abs=0.01)
 
 
 def test_the_large_shapes_are_the_published_ones():
@@ -864,20 +886,21 @@ def test_the_large_shapes_are_the_published_ones():
     ("changes", "words"),
     [
         ({"split": "80/20"}, ("--split 80/20", "validate", "98/2")),
-        ({"micro_batch": 3}, ("--micro-batch", "divide", "3")),
-        ({"ema_decay": 1}, ("--ema-decay must be in [0, 1)", "1.0")),
+        ({"micro_batch": 0}, ("--micro-batch must be a number at least 1, got 0",)),
+        ({"ema_decay": 1}, ("--ema-decay must be a number at least 0 and below 1, got 1.0",)),
         ({"size": 60}, ("multiple of 8", "60")),
         ({"data": "phantm"}, ("unknown data set 'phantm'", "procedural")),
         ({"limit": 1}, ("split is empty",)),
-        ({"vae_steps": 0}, ("must be at least 1", "0")),
-        ({"vae_crop": 20}, ("--vae-crop 20", "multiple of 8")),
-        ({"vae_crop": 72}, ("--vae-crop 72", "--size 64")),
+        ({"vae_steps": 0}, ("--vae-steps must be a number at least 1, got 0",)),
+        ({"vae_crop": 4}, ("--vae-crop must be a number at least 8, got 4",)),
+        ({"vae_crop": 20}, ("--vae-crop must be a multiple of 8", "got 20")),
+        ({"vae_crop": 72}, ("--vae-crop", "--size 64", "got 72")),
         ({"balance": "nonsense"}, ("no record has a field",)),
     ],
 )
 def test_bad_flags_give_one_line_and_no_run(place, tmp_path, changes, words):
     with pytest.raises(InputError) as error:
-        pretrain.main([*flags(place, **changes), "--out", str(tmp_path / "run")])
+        command.main([*flags(place, **changes), "--out", str(tmp_path / "run")])
     assert_says(error, *words)
     assert not list(tmp_path.rglob("log.jsonl"))
     Run(tmp_path / "run" / "autoencoder", {})  # the folder stays free for the right flags
@@ -890,28 +913,53 @@ def test_bad_flags_give_one_line_and_no_run(place, tmp_path, changes, words):
         (["--split", "90/10"], "98/2"),
         (["--dtype", "float16"], "bfloat16"),
         (["--steps", "many"], "--steps"),
+        (["--vae-step", "4"], "unrecognized arguments: --vae-step 4"),  # flags are not abbreviated
+        (["--compile"], "unrecognized arguments: --compile"),  # of train.py
     ],
 )
-def test_what_is_not_among_the_choices_ends_with_2_and_the_choices(place, tmp_path, given, words, capsys):
+def test_flags_that_argparse_refuses_exit_with_2_and_name_what_is_allowed(place, tmp_path, given, words, capsys):
     with pytest.raises(SystemExit) as exit_:
-        pretrain.main([*flags(place), *given, "--out", str(tmp_path / "run")])
+        command.main([*flags(place), *given, "--out", str(tmp_path / "run")])
     assert exit_.value.code == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "changes", [{"lr": "nan"}, {"steps": 0}, {"text_steps": 0}, {"vae_batch_size": 3, "micro_batch": 3}]
+    ("changes", "words"),
+    [
+        ({"lr": -1}, "--lr must be a number at least 0, got -1.0"),
+        ({"steps": 0}, "--steps must be a number at least 1, got 0"),
+        ({"text_steps": 0}, "--text-steps must be a number at least 1, got 0"),
+        ({"decoder_lr": -1}, "--decoder-lr must be a number at least 0, got -1.0"),
+        ({"decoder_batch_size": 0}, "--decoder-batch-size must be a number at least 1, got 0"),
+    ],
 )
-def test_bad_flags_of_a_later_stage_are_found_before_the_first_begins(place, tmp_path, changes):
-    with pytest.raises(InputError):
-        pretrain.main([*flags(place, vae_steps=1, **changes), "--out", str(tmp_path / "run")])
+def test_bad_flags_of_a_later_stage_are_found_before_the_first_begins(place, tmp_path, changes, words):
+    with pytest.raises(InputError) as error:
+        command.main([*flags(place, vae_steps=1, **changes), "--out", str(tmp_path / "run")])
+    assert_says(error, words)
     assert not list(tmp_path.rglob("log.jsonl"))
+
+
+def test_the_help_shows_the_defaults_that_a_run_has(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--size PIXELS of the images in pixels, a multiple of 8 (default: 128)",
+        "(default: 98/2)",
+        "--vae-steps N optimizer steps (default: 6000)",
+        "--steps N optimizer steps (default: 10000)",
+        "--warmup N steps in which the learning rate rises from 0 (default: 200)",
+    ):
+        assert words in text, words
 
 
 def test_a_device_that_is_not_there_is_one_line(place, tmp_path):
     with pytest.raises(InputError) as error:
-        pretrain.main([*flags(place), "--device", "nowhere", "--out", str(tmp_path / "run")])
+        command.main([*flags(place), "--device", "nowhere", "--out", str(tmp_path / "run")])
     assert_says(error, "nowhere")
 
 
@@ -930,14 +978,14 @@ def test_a_broken_file_is_found_before_training_and_can_be_left_out(place, tmp_p
         decoder_steps=1,
     )
     with pytest.raises(InputError) as error:
-        pretrain.main([*given, "--out", str(tmp_path / "run")])
-    assert_says(error, "1 of 30 pictures", broken.name, "--skip-bad")
+        command.main([*given, "--out", str(tmp_path / "run")])
+    assert_says(error, "1 of 30 images", broken.name, "--skip-bad")
     assert not list(tmp_path.rglob("log.jsonl"))
-    assert pretrain.main([*given, "--skip-bad", "--out", str(tmp_path / "run")]) == 0
+    assert command.main([*given, "--skip-bad", "--out", str(tmp_path / "run")]) == 0
     found = json.loads((tmp_path / "run" / "decoder" / "config.json").read_text())["found"]["data"]
-    assert found.startswith("29 pictures")
+    assert found.startswith("29 images")
     table = tmp_path / "data" / "metadata.csv"
     table.write_text(table.read_text().replace("number 5", "number 500"))
     with pytest.raises(InputError) as error:
-        pretrain.main(["--resume", str(tmp_path / "run")])
+        command.main(["--resume", str(tmp_path / "run")])
     assert_says(error, "begun with data")

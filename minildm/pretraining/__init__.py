@@ -1,1 +1,1 @@
-"""A latent diffusion model from nothing, stage by stage: ``python -m minildm pretrain``."""
+"""A latent diffusion model trained from scratch, stage by stage: ``python -m minildm pretrain``."""

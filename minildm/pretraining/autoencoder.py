@@ -1,5 +1,5 @@
-"""Stages 1 and 4: the autoencoder learns to give images back through a code of 4 numbers for 8 x 8 pixels; the code is
-then whitened; at the end the decoder trains alone, for sharper images from the same codes.
+"""Stages 1 and 4: the autoencoder learns to reconstruct images from codes of 4 numbers per 8 x 8 pixels, and the codes
+are whitened. At the end the decoder trains alone, for sharper images from the same codes.
 
 Rombach et al. 2022, arXiv:2112.10752, section 3.1. Left out: the perceptual and the adversarial loss.
 """
@@ -18,17 +18,17 @@ from minildm.seeds import seeded
 from minildm.training.loss import sample_randomness
 from minildm.training.task import Task
 
-# Weights of the loss's terms beside |d|. Each term is a mean over pixels, the last over the code's numbers.
+# Weights of the loss terms beside |d|. Each term is a mean over pixels, the last over the numbers of the code.
 EDGES, SQUARES, KL = 1.0, 1.0, 1e-4
 
 
 def autoencoder_losses(images, reconstructions, code):
-    """(B,) losses: what an image loses through its code, and how far the code is from a standard normal.
+    """(B,) losses: the reconstruction error, and the divergence of the code from a standard normal.
 
-        |d| + SQUARES d^2 + EDGES |grad d| + KL divergence      d = x - x', grad: differences of neighbouring pixels
+        |d| + SQUARES d^2 + EDGES |grad d| + KL divergence      d = x' - x, grad: differences of neighbouring pixels
 
-    The gradient's term stands in for the perceptual loss of the paper (3.1), which needs a trained network: it asks
-    for edges where the others are content with the right grey on both sides.
+    The gradient term stands in for the paper's perceptual loss (section 3.1), which needs a trained network. It
+    penalises blurred edges, which cost little in the other terms.
     """
     d = reconstructions.float() - images
     edges = (d.diff(dim=2).abs().mean((1, 2, 3)) + d.diff(dim=3).abs().mean((1, 2, 3))) / 2
@@ -38,10 +38,14 @@ def autoencoder_losses(images, reconstructions, code):
 
 
 class Autoencoding(Task):
-    """Images through the VAE and back.
+    """Encode images, sample from the code, decode.
 
-    Args: training, held_out: TrainingPairs of images. name: of the stage, which its random numbers depend on.
-    crop: side of the random squares to train on, in pixels. dtype: of products.
+    Args:
+        training, held_out: TrainingPairs of images.
+        name: of the stage, which its random numbers depend on.
+        crop: side of the random squares to train on, in pixels; ``training``'s own size for whole images.
+        dtype: of products.
+        balance: a caption field whose classes come equally often, or None. workers: processes that read ahead.
     """
 
     def __init__(self, vae, training, held_out, config, name, crop, device, dtype, balance=None, workers=0):
@@ -51,10 +55,8 @@ class Autoencoding(Task):
         self.classes = None if balance is None else classes_of(training.records, balance)
 
     def batches(self, first_step, last_step):
-        size = self.batch_size
-        return training_batches(
-            self.training, size, self.config.seed, first_step, last_step, self.workers, self.classes
-        )
+        seed, size = self.config.seed, self.batch_size
+        return training_batches(self.training, size, seed, first_step, last_step, self.workers, self.classes)
 
     def losses(self, batch):
         seed, side = self.config.seed, self.crop // 8
@@ -74,11 +76,11 @@ class Autoencoding(Task):
         images = torch.stack([self.held_out[i]["images"] for i in range(min(8, len(self.held_out)))])
         reconstructions = self.vae.decode(self.vae.encode(images.to(self.device)).mean).float().cpu()
         pairs = torch.stack([images, reconstructions], 1).flatten(0, 1)
-        save_png(contact_sheet(to_pil(pairs)), path, f"images and reconstructions, {path.stem}", FROM_DATA)
+        save_png(contact_sheet(to_pil(pairs)), path, f"images and their reconstructions, {path.stem}", FROM_DATA)
 
 
 def random_crops(images, side, seed, ids):
-    """(B, 3, H, W) -> (B, 3, side, side), each from a place that the sample's id decides."""
+    """(B, 3, H, W) -> (B, 3, side, side), each at a position that depends only on ``seed`` and its id."""
     crops = []
     for image, sample_id in zip(images, ids):
         generator = seeded(seed, "crop", int(sample_id))
@@ -89,7 +91,7 @@ def random_crops(images, side, seed, ids):
 
 @torch.no_grad()
 def squared_errors(vae, pairs, device, batch_size=8):
-    """Each image's mean squared error of its reconstruction from the code's mean; float32, pixels in [-1, 1]."""
+    """Mean squared error of each image's reconstruction from the mean of its code; float32, pixels in [-1, 1]."""
     errors = []
     for first in range(0, len(pairs), batch_size):
         images = torch.stack([pairs[i]["images"] for i in range(first, min(first + batch_size, len(pairs)))]).to(device)
@@ -105,14 +107,14 @@ def psnr(vae, pairs, device):
 
 @torch.no_grad()
 def whiten_codes(vae, pairs, device, most=1024):
-    """Rotate and scale the code so that its 4 numbers are uncorrelated, each of mean 0 and deviation 1. What the
-    decoder makes of it stays as it was: the 1x1 convolutions around the code absorb the change.
+    """Rotate and scale the codes so that their 4 channels are uncorrelated, with mean 0 and standard deviation 1.
+    Reconstructions do not change: the 1x1 convolutions around the code absorb the change.
 
         mean' = A^-1 (mean - m)    z = A z' + m    A = V diag(e)^1/2    V diag(e) V^T = covariance of z
 
-    Nothing in the autoencoder's loss keeps its channels from saying nearly the same, with hue and edges in their small
-    differences (e from 45 to 0.02 seen here), where diffusion's noise, equally large in all directions, drowns them.
-    The posterior's variances become constants, those of z' on average: rotated, they would not be diagonal.
+    Nothing in the autoencoder's loss keeps the channels apart. They come out nearly equal, with hue and edges in their
+    small differences (e from 45 to 0.02 seen here), where diffusion noise, equally large in all directions, hides them.
+    The variances of the posterior become constants, the averages of those of z': rotated, they would not be diagonal.
 
     Args: pairs: TrainingPairs of images, of which up to ``most`` are used.
     """
@@ -126,7 +128,8 @@ def whiten_codes(vae, pairs, device, most=1024):
     m, noise = total / count, (variances / count).diag()  # (4,), (4, 4)
     e, V = torch.linalg.eigh(products / count - torch.outer(m, m) + noise)
     V = V * V.gather(0, V.abs().argmax(0, keepdim=True)).sign()  # each direction's largest entry is positive
-    m, A, noise = (x.clone().apply_(lambda v: float(f"{v:.4g}")) for x in (m, V * e.sqrt(), noise))  # stable at a rerun
+    # Rounded to 4 digits, so that a rerun with slightly different sums gives the same codes.
+    m, A, noise = (x.clone().apply_(lambda v: float(f"{v:.4g}")) for x in (m, V * e.sqrt(), noise))
     back, n = A.inverse(), len(m)
     into, out = (
         {name: p.cpu().double() for name, p in conv.named_parameters()}

@@ -7,23 +7,24 @@ from minildm.files import sha256, written_beside
 from minildm.pretraining.stage import STAGES
 
 
-def write_card(folder, command, plan, runs, seconds, psnr, dtype, device):
-    """How the model was made, its loss curves as numbers, SHA-256 of the files.
+def write_card(folder, command, plan, runs, seconds, psnr):
+    """Write how the model was made, its loss curves as numbers, and the SHA-256 of its files.
 
-    Args: plan: command.Plan. runs, seconds: of each stage. psnr: dB. dtype: of products. device: torch.device.
+    Args: command: makes the model again. plan: command.Plan. runs, seconds: {stage: Run}, {stage: time of training}.
+    psnr: of reconstructions, in dB.
     """
-    where = "a GPU" if device.type == "cuda" else f"a CPU, threads: {torch.get_num_threads()}"
+    where = "a GPU" if plan.device.type == "cuda" else f"a CPU, threads: {torch.get_num_threads()}"
     lines = [
         f"# {folder.resolve().parent.name}: a latent diffusion model by minildm",
         "",
         f"Made by `{command}`",
         "",
-        f"- data: {plan.data}, {plan.data_settings.size} px; seed {plan.settings.seed}; products in {dtype}; PyTorch "
-        f"{torch.__version__.split('+')[0]}",
+        f"- data: {plan.goal.data}, {plan.goal.size} px; seed {plan.shared.seed}; products in {plan.goal.dtype}; "
+        f"PyTorch {torch.__version__.split('+')[0]}",
     ]
-    for stage, (title, *_) in STAGES.items():
-        steps, batch_size = plan.stages[stage].steps, plan.stages[stage].batch_size
-        lines.append(f"- {title}: {steps:,} steps of {batch_size} images in {seconds[stage] / 60:.0f} min")
+    for stage, settings in plan.stages.items():
+        lines.append(f"- {STAGES[stage].title}: {settings.steps:,} steps of {settings.batch_size} images in "
+                     f"{seconds[stage] / 60:.0f} min")  # fmt: skip
     lines += [f"- on {where}; PSNR {psnr:.2f} dB on held-out images", "", "Not for clinical use.", ""]
     for stage, run in runs.items():
         entries = run.entries()

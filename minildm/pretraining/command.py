@@ -1,17 +1,18 @@
-"""Latent diffusion from nothing: ``python -m minildm pretrain``, on any data set; weights/tiny was made by it.
+"""Latent diffusion from scratch: ``python -m minildm pretrain``, on any data set. It made weights/tiny.
 
-Rombach et al. 2022, arXiv:2112.10752, in stages, each a task for the training loop that fine-tuning uses, too:
+Rombach et al. 2022, arXiv:2112.10752, in four stages, each a task for the training loop that fine-tuning uses as well:
 
-1. autoencoder.py: images <-> a code of 4 numbers for 8 x 8 pixels, then whitened.
-2. text_encoder.py: captions -> a prediction of the code; from then on the text encoder is frozen.
-3. the U-Net learns to denoise the codes, given their captions (training/finetune.py's task).
+1. autoencoder.py: images <-> codes of 4 numbers per 8 x 8 pixels; the codes are then whitened.
+2. text_encoder.py: the text encoder learns to predict the codes from captions, and is then frozen.
+3. The U-Net learns to denoise the codes, given their captions (the task of training/finetune.py).
 4. autoencoder.py: the decoder alone, on the same codes.
 
-RUN/autoencoder, RUN/text_encoder, RUN/diffusion and RUN/decoder hold the stages' states and sheets (those of all but
-the diffusion show images of the data set), RUN/model the result in the diffusers layout with a card.
+RUN/autoencoder, RUN/text_encoder, RUN/diffusion and RUN/decoder hold each stage's log, state and sample sheets (all but
+the U-Net's show images of the data set). RUN/model is the result in diffusers layout, with a card.
 """
 
 import dataclasses
+import json
 import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from minildm.data.loader import TrainingPairs
 from minildm.data.open import DataSettings, open_data_set
 from minildm.data.prompts import prompts_for
 from minildm.data.reading import read
-from minildm.data.splits import split_by_patient
+from minildm.data.splits import SPLITS, split_by_patient
 from minildm.errors import InputError
 from minildm.loading import usable_device
 from minildm.pretraining.autoencoder import Autoencoding, psnr, unit_scale, whiten_codes
@@ -37,172 +38,209 @@ from minildm.pretraining.stage import (
     HELD_OUT,
     STAGES,
     Networks,
-    PretrainingSettings,
     StageSettings,
-    has_bfloat16,
-    named_check,
+    has_fast_bfloat16,
     run_stage,
     stage_config,
+    stage_settings,
 )
 from minildm.pretraining.text_encoder import CaptionReading
-from minildm.settings import Parser, add_flags, from_flags
+from minildm.settings import Parser, Settings, add_flags, from_flags, setting
+from minildm.training.config import TrainingConfig
 from minildm.training.finetune import Finetuning, Samples
-from minildm.training.machine import checkpoint_blocks
+from minildm.training.machine import Machine, checkpoint_blocks
 from minildm.training.run import Run, data_fingerprint, read_record
 
-FREE = ("device", "workers", "cache", "micro_batch", "checkpointing", "sample_interval", "save_interval")  # on --resume
-MANY_EPOCHS = 100  # beyond which a note says that images can be learnt by heart
+# Settings of training and of the machine that have a flag here, and what differs from their usual defaults.
+SHARED = ("micro_batch", "warmup", "ema_decay", "caption_dropout", "min_snr_gamma", "clip", "seed", "checkpointing",
+          "sample_interval", "save_interval")  # fmt: skip
+MACHINE = ("device", "workers", "cache")
+DEFAULTS = {"warmup": 200, "ema_decay": 0.999, "sample_interval": 1000, "save_interval": 200, "split": "98/2"}
+FREE = (*MACHINE, "micro_batch", "checkpointing", "sample_interval", "save_interval")  # a resumed run may change these
+MANY_EPOCHS = 100  # above this a note warns that the model may memorise images
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Goal(Settings):
+    shape: str = setting("tiny", "sizes of the networks: those of weights/tiny, or published ones", choices=(*SHAPES,))
+    data: str = setting("procedural", "procedural, phantom, folder:..., padchest:..., ...", metavar="NAME:PATH")
+    size: int = setting(128, "of the images in pixels, a multiple of 8", at_least=8, metavar="PIXELS")
+    dtype: str | None = setting(
+        None,
+        "precision of products; weights are float32 (default: bfloat16 where the machine is fast at it)",
+        choices=("float32", "bfloat16"),
+    )
 
 
 @dataclass(frozen=True)
 class Plan:
     """A checked command line."""
 
-    shape: str
-    data: str
-    data_settings: DataSettings
-    settings: PretrainingSettings
+    goal: Goal
+    data: DataSettings
     stages: dict[str, StageSettings]
+    shared: TrainingConfig  # settings common to all stages
+    machine: Machine
+    device: torch.device
+    record: dict  # all settings by the names of their flags: what each stage's config.json holds
     out: Path
     resume: bool
 
-    @property
-    def record(self):
-        """All settings, flat, by the names of their flags: what each stage's config.json records."""
-        record = {"shape": self.shape, "data": self.data} | self.data_settings.as_json() | self.settings.as_json()
-        for stage, (_, prefix, *_) in STAGES.items():
-            record |= {prefix + name: value for name, value in self.stages[stage].as_json().items()}
-        return record
-
-
-def make_parser():
-    parser = Parser(prog="python -m minildm pretrain", description="Train a latent diffusion model from nothing.")
-    add = parser.add_argument_group("what").add_argument
-    add("--shape", default="tiny", choices=tuple(SHAPES), help="sizes of the networks: weights/tiny's, or as published")
-    add("--data", default="procedural", metavar="NAME:PATH", help="procedural, phantom, folder:..., padchest:..., ...")
-    add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
-    add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
-    add_flags(parser, DataSettings, "data")
-    for title, prefix, steps, batch_size, lr in STAGES.values():
-        add_flags(parser, StageSettings, f"stage: {title}", prefix=prefix)
-        parser.set_defaults(**{f"{prefix}steps": steps, f"{prefix}batch_size": batch_size, f"{prefix}lr": lr})
-    add_flags(parser, PretrainingSettings, "all stages")
-    parser.set_defaults(size=128, split="98/2")
-    return parser
-
 
 def parse(arguments):
+    """The command line as a Plan. Raises: InputError, naming the flag."""
     parser = make_parser()
     given, _ = parser.parse_known_args(arguments)
     if given.resume:
-        if given.out != parser.get_default("out"):
+        if given.out:
             raise InputError(f"--resume {given.resume} continues in its own folder; leave --out {given.out} out")
+        if not (given.resume / "autoencoder" / "config.json").is_file():
+            raise FileNotFoundError(f"{given.resume} holds no pretraining run to resume (no autoencoder/config.json)")
         parser.set_defaults(**read_record(given.resume / "autoencoder")["settings"])
     args = parser.parse_args(arguments)
-    stages = {}
-    for stage, (_, prefix, *_) in STAGES.items():  # a wrong flag of the last stage must not wait for the first to end
-        try:
-            stages[stage] = from_flags(StageSettings, args, prefix)
-        except InputError as error:
-            raise named_check(error, prefix) from None
-    settings, data_settings = from_flags(PretrainingSettings, args), from_flags(DataSettings, args)
-    crop, size = settings.vae_crop, data_settings.size
+    machine = from_flags(Machine, args)
+    device = usable_device(machine.device)
+    if args.dtype is None:  # decided now and recorded, so that a run resumed on another machine keeps its precision
+        args.dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    plan = Plan(
+        goal=from_flags(Goal, args),
+        data=from_flags(DataSettings, args),
+        stages={stage: stage_settings(stage, args) for stage in STAGES},
+        shared=from_flags(TrainingConfig, args),
+        machine=machine,
+        device=device,
+        record={name: _as_json(value) for name, value in vars(args).items() if name not in ("resume", "out")},
+        out=args.resume or args.out or Path("runs/pretrain"),
+        resume=args.resume is not None,
+    )
+    crop, size = plan.stages["autoencoder"].crop, plan.goal.size
     if crop is not None and (crop % 8 or crop > size):
-        raise InputError(f"--vae-crop {crop} must be a multiple of 8, from 8 to --size {size}")
-    out = args.resume or args.out
-    return Plan(args.shape, args.data, data_settings, settings, stages, out, args.resume is not None)
+        raise InputError(f"--vae-crop must be a multiple of 8, from 8 to --size {size}, got {crop}")
+    if "validation" not in SPLITS[plan.data.split]:
+        usable = ", ".join(split for split, shares in SPLITS.items() if "validation" in shares)
+        raise InputError(f"--split {plan.data.split} leaves no image to validate on; choose one of: {usable}")
+    return plan
 
 
+def make_parser():
+    parser = Parser(prog="python -m minildm pretrain", description="Train a latent diffusion model from scratch.")
+    add_flags(parser, Goal, "what")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/pretrain)")
+    add("--resume", type=Path, metavar="RUN", help="continue this run exactly where it stopped")
+    add_flags(parser, DataSettings, "data", skip=("size",))  # which has a default here
+    for stage in STAGES.values():
+        add_flags(parser, type(stage.defaults), f"stage: {stage.title}", prefix=stage.prefix)
+        parser.set_defaults(**{stage.prefix + name: value for name, value in stage.defaults.as_json().items()})
+    add_flags(parser, TrainingConfig, "all stages", skip=_others(TrainingConfig, SHARED))
+    add_flags(parser, Machine, "machine", skip=_others(Machine, MACHINE))
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def _others(settings, names):
+    return [field.name for field in dataclasses.fields(settings) if field.name not in names]
+
+
+def _as_json(value):
+    return json.loads(json.dumps(value, default=str))
+
+
+def rebuild_command(plan):
+    """The command that makes this model again: the settings that affect the result and are not the defaults."""
+    parser, words = make_parser(), ["python -m minildm pretrain"]
+    for name, value in plan.record.items():
+        if name not in FREE and value != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}"] + [shlex.quote(str(value))] * (value is not True)
+    return " ".join(words)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
 def main(arguments):
     plan = parse(arguments)
-    settings, size = plan.settings, plan.data_settings.size
-    device = usable_device(settings.device)
-    dtype = getattr(torch, settings.dtype or ("bfloat16" if has_bfloat16() else "float32"))
-    runs = {stage: open_stage(plan, stage) for stage in STAGES}
+    size, seed, cache = plan.goal.size, plan.shared.seed, plan.machine.cache
+    device, dtype = plan.device, getattr(torch, plan.goal.dtype)
+    command = f"python -m minildm pretrain --resume {shlex.quote(str(plan.out))}"
+    runs = {
+        stage: Run(plan.out / stage, plan.record, _was_begun(plan, stage), FREE, Networks.result, command)
+        for stage in STAGES
+    }
+    configs = {stage: stage_config(stage, settings, plan.shared) for stage, settings in plan.stages.items()}
 
-    # Data
-    transform = plan.data_settings.transform(size)
-    data = open_data_set(plan.data, plan.data_settings, settings.seed)
-    template, skip_bad = plan.data_settings.prompt_template, plan.data_settings.skip_bad
-    prompts_for(data, template)  # if there are no captions, say so before every image is decoded
-    data, contents = readable(data, transform, skip_bad, plan.resume)
-    prompts = tuple(prompts_for(data, template))
-    parts = split_by_patient(data.records, plan.data_settings.split, settings.seed)
-    if "validation" not in parts:
-        raise InputError(f"--split {plan.data_settings.split} leaves no image to validate on; choose 98/2, 80/16/4 or "
-                         "70/10/20")  # fmt: skip
-    parts["validation"] = parts["validation"][:: math.ceil(len(parts["validation"]) / HELD_OUT)]
-    images = {name: image_pairs(data.records, parts[name], transform) for name in ("train", "validation")}
+    # Records -> images and prompts, split by patient
+    transform = plan.data.transform(size)
+    data, prompts, fingerprint = open_whole_data_set(plan, transform)
+    splits = split_by_patient(data.records, plan.data.split, seed)
+    splits["validation"] = splits["validation"][:: math.ceil(len(splits["validation"]) / HELD_OUT)]
+    images = [image_pairs(data.records, splits[name], transform) for name in ("train", "validation")]
     for note in data.notes:
         print(f"note: {note}")
-    sizes = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
-    print(f"{data.name}: {sizes} images of {size} px; run: {plan.out}")
+    counts = ", ".join(f"{len(indices):,} {name}" for name, indices in splits.items())
+    print(f"{data.name}: {counts} images of {size} px; run: {plan.out}")
 
-    config = SHAPES[plan.shape]
+    # The model, with random weights
+    config = SHAPES[plan.goal.shape]
     config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, latent_size=size // 8))
-    model = new_model(config, settings.seed, device)
-    if settings.checkpointing:
+    model = new_model(config, seed, device)
+    if plan.shared.checkpointing:
         checkpoint_blocks(model.vae, model.unet, model.text_encoder)
-    found = data_fingerprint(data.records, prompts, [contents.get(record.name, b"") for record in data.records])
-    options = {"balance": plan.data_settings.balance, "workers": settings.workers}
+    options = {"balance": plan.data.balance, "workers": plan.machine.workers}
     seconds = {}
 
-    def begin(stage, validation_interval=None):
-        """Announce a stage. Returns: (its run, its TrainingConfig)."""
-        runs[stage].begin(data=found)
-        config, n = stage_config(settings, plan.stages[stage], validation_interval), len(parts["train"])
-        print(f"stage {list(STAGES).index(stage) + 1} of {len(STAGES)}, {STAGES[stage][0]}: {config.steps:,} steps of "
-              f"{config.batch_size}; {runs[stage].folder}")  # fmt: skip
-        if stage in ("text_encoder", "diffusion") and config.steps * config.batch_size > MANY_EPOCHS * n:
-            print(f"note: that is {config.steps * config.batch_size // n:,} times each of {n:,} images, which can be "
-                  "learnt by heart; python -m minildm audit finds copies")  # fmt: skip
-        return runs[stage], config
+    def train_stage(stage, module, task):
+        runs[stage].begin(data=fingerprint)
+        announce(stage, task.config, runs[stage], len(splits["train"]))
+        seconds[stage] = run_stage(module, task, runs[stage], back_to_best=STAGES[stage].reads_captions)
 
     def autoencoding(stage, crop):
-        run, config = begin(stage, validation_interval=1000)
-        task = Autoencoding(model.vae, *images.values(), config, stage, crop, device, dtype, **options)
-        seconds[stage] = run_stage(model.vae, task, config, run, back_to_best=False)
+        return Autoencoding(model.vae, *images, configs[stage], stage, crop, device, dtype, **options)
 
-    # 1: the autoencoder
+    # 1: the autoencoder; then images -> latents, encoded once
     model.vae.requires_grad_(True)
-    autoencoding("autoencoder", settings.vae_crop or size)
-    whiten_codes(model.vae, images["train"], device)
-    latents = latent_cache(data.records, transform, model.vae, settings.cache)
-    samples = Samples(data.records, prompts, latents)
-    training, held_out = samples.subset(parts["train"]), samples.subset(parts["validation"])
+    train_stage("autoencoder", model.vae, autoencoding("autoencoder", plan.stages["autoencoder"].crop or size))
+    whiten_codes(model.vae, images[0], device)
+    samples = Samples(data.records, prompts, latent_cache(data.records, transform, model.vae, cache))
+    training, held_out = samples.subset(splits["train"]), samples.subset(splits["validation"])
     vae = dataclasses.replace(model.config.vae, scaling_factor=unit_scale(training.latents))
     model.config = dataclasses.replace(model.config, vae=vae)
 
     # 2: the text encoder
-    run, config = begin("text_encoder")
-    task = CaptionReading(model, training, held_out, config, size // 8, dtype, **options)
-    seconds["text_encoder"] = run_stage(task.networks, task, config, run, back_to_best=True)
+    task = CaptionReading(model, training, held_out, configs["text_encoder"], dtype, **options)
+    train_stage("text_encoder", task.networks, task)
 
     # 3: the U-Net
-    run, config = begin("diffusion")
     model.unet.requires_grad_(True)
-    task = Finetuning(model, training, held_out, config, settings.cache, precision=dtype, **options)
-    seconds["diffusion"] = run_stage(model.unet, task, config, run, back_to_best=True)
+    task = Finetuning(model, training, held_out, configs["diffusion"], cache, precision=dtype, **options)
+    train_stage("diffusion", model.unet, task)
 
     # 4: the decoder alone
     for module in (model.vae.decoder, model.vae.post_quant_conv):
         module.requires_grad_(True)
-    autoencoding("decoder", size)
+    train_stage("decoder", model.vae, autoencoding("decoder", size))
 
     folder = plan.out / "model"
     save_folder({name: getattr(model, name) for name in NETWORKS}, model.config, folder)
-    quality = psnr(model.vae, images["validation"], device)
-    write_card(folder, card_command(plan), plan, runs, seconds, quality, str(dtype).removeprefix("torch."), device)
-    print(f"reconstructions of held-out images: PSNR {quality:.2f} dB; losses and hashes: {folder / 'README.md'}")
+    decibels = psnr(model.vae, images[1], device)
+    write_card(folder, rebuild_command(plan), plan, runs, seconds, decibels)
+    print(f"reconstructions of held-out images: PSNR {decibels:.2f} dB; losses and hashes: {folder / 'README.md'}")
     print(f"next: python sample.py {shlex.quote(held_out.prompts[0])} --base {shlex.quote(str(folder))}")
     return 0
 
 
-def open_stage(plan, stage):
-    folder = plan.out / stage
-    resume = plan.resume and (folder / "config.json").exists()
-    command = f"python -m minildm pretrain --resume {shlex.quote(str(plan.out))}"
-    return Run(folder, plan.record, resume, FREE, Networks.result, command)
+def _was_begun(plan, stage):
+    return plan.resume and (plan.out / stage / "config.json").exists()
+
+
+def announce(stage, config, run, n_images):
+    """Print which stage begins."""
+    number = list(STAGES).index(stage) + 1
+    print(f"stage {number} of {len(STAGES)}, {STAGES[stage].title}: {config.steps:,} steps of {config.batch_size}; "
+          f"{run.folder}")  # fmt: skip
+    uses = config.steps * config.batch_size
+    if STAGES[stage].reads_captions and uses > MANY_EPOCHS * n_images:
+        print(f"note: each of the {n_images:,} images is used {uses // n_images:,} times, so the model may memorise "
+              "them; python -m minildm audit looks for copies")  # fmt: skip
 
 
 def image_pairs(records, indices, transform):
@@ -211,34 +249,28 @@ def image_pairs(records, indices, transform):
     return TrainingPairs(records, [""] * len(records), transform)
 
 
-def readable(data, transform, skip_bad, resume):
-    """Decode every file once, so that none fails hours later; images rendered on demand have none.
+def open_whole_data_set(plan, transform):
+    """Open the data set and decode every file once, so that no bad file stops the run hours later.
 
-    Returns: (the DataSet, with ``skip_bad`` without images that cannot be read; {name: hash of the file's contents}).
+    Returns: (DataSet, with --skip-bad without unreadable images; its prompts; a fingerprint of both).
     """
+    data = open_data_set(plan.goal.data, plan.data, plan.shared.seed)
+    prompts_for(data, plan.data.prompt_template)  # if there are no captions, fail before decoding
     files = [record for record in data.records if record.render is None]
-    contents, bad = {}, {}
+    hashes, errors = {}, {}  # by record name
 
     def decode(record):
         try:
-            contents[record.name] = read(record, transform)[2]
+            hashes[record.name] = read(record, transform)[2]
         except InputError as error:
-            bad[record.name] = str(error)
+            errors[record.name] = str(error)
 
     with ThreadPoolExecutor() as pool:
         list(tqdm(pool.map(decode, files), total=len(files), desc="decoding all images", delay=2, disable=None))
-    if bad and not skip_bad:
-        advice = "restore them, or begin a new run with --skip-bad" if resume else "--skip-bad leaves them out"
-        raise InputError(f"{len(bad):,} of {len(data):,} images cannot be used: {'; '.join(list(bad.values())[:5])}; "
-                         f"{advice}")  # fmt: skip
-    records = tuple(record for record in data.records if record.name not in bad)
-    return dataclasses.replace(data, records=records), contents
-
-
-def card_command(plan):
-    """The command that makes the model again: settings that differ from the defaults and decide about the result."""
-    parser, words = make_parser(), ["python -m minildm pretrain"]
-    for name, value in plan.record.items():
-        if name not in FREE and value != parser.get_default(name):
-            words += [f"--{name.replace('_', '-')}"] + [shlex.quote(str(value))] * (value is not True)
-    return " ".join(words)
+    if errors and not plan.data.skip_bad:
+        advice = "restore them, or begin a new run with --skip-bad" if plan.resume else "--skip-bad leaves them out"
+        raise InputError(f"{len(errors):,} of {len(data):,} images cannot be used: "
+                         f"{'; '.join(list(errors.values())[:5])}; {advice}")  # fmt: skip
+    data = dataclasses.replace(data, records=tuple(record for record in data.records if record.name not in errors))
+    prompts = tuple(prompts_for(data, plan.data.prompt_template))
+    return data, prompts, data_fingerprint(data.records, prompts, [hashes.get(r.name, b"") for r in data.records])

@@ -1,4 +1,4 @@
-"""The sizes of models that can be pretrained, and their initial weights."""
+"""The sizes of the models that can be pretrained, and their initial weights."""
 
 import torch
 
@@ -7,8 +7,8 @@ from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetC
 from minildm.latent_diffusion import LatentDiffusion
 from minildm.seeds import seeded
 
-# tiny: fewer groups than the 32 of the large models. In levels so narrow each would have one channel or two, and a norm
-# over one channel removes what the time embedding added to it.
+# tiny has fewer norm groups than the large models' 32. With 32, a group of its narrow levels would hold one channel or
+# two, and a norm over one channel removes what the time embedding added to it.
 SHAPES = {
     "tiny": ModelConfig(
         UNetConfig(
@@ -34,8 +34,8 @@ SHAPES = {
     ),
 }
 
-# Words keep the random vectors they start with, so that words never seen in pretraining are as distinct to the text
-# encoder as all others, and an adapter can give them a meaning. Positions start at the same scale and are trained.
+# Word vectors stay random, so words that pretraining never sees are as distinct to the text encoder as all others, and
+# an adapter can give them a meaning. Position vectors start at the same scale and are trained.
 WORD = 0.2  # standard deviation
 
 
