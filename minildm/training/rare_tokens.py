@@ -34,8 +34,8 @@ def main(arguments):
     parser.add_argument("-n", type=at_least(1), default=20, metavar="N", help="number of words")
     parser.add_argument("--max-length", type=at_least(2), default=3, metavar="N", help="letters at most")
     args = parser.parse_args(arguments)
-    print(f"words of at most {args.max_length} letters that are a single CLIP token, rarest first: merges are ordered by "
-          "frequency, so a higher id is a rarer token")  # fmt: skip
+    print(f"words of at most {args.max_length} letters that are a single CLIP token, rarest first: merges are ordered "
+          "by frequency, so a higher id is a rarer token")  # fmt: skip
     for word, token_id in rare_tokens(args.n, args.max_length):
         print(f"{word}\t{token_id}")
     return 0
