@@ -158,7 +158,7 @@ def test_seloras_fisher_scores_are_those_of_weighted_samples():
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("adapter", ["lora", "selora", "full"])
+@pytest.mark.parametrize("adapter", METHODS)
 def test_every_method_learns_stops_and_continues_bit_for_bit(tmp_path, adapter, monkeypatch):
     changes = {"steps": 12, "lr": 3e-3, "expand_threshold": 1.0, "n": 3, "validation": 2}
     _, whole, run = dreambooth_run(tmp_path / "whole", adapter, **changes)

@@ -9,6 +9,7 @@ from made_runs import short_run
 from PIL import Image
 
 import minildm
+from minildm.adapters import METHODS
 from minildm.errors import InputError
 from minildm.images import read_parameters
 from minildm.loading import EMBEDDED
@@ -28,7 +29,7 @@ def drift_entries(run):
     return [entry for entry in run.entries() if "drift" in entry]
 
 
-@pytest.mark.parametrize("adapter", ["lora", "selora", "full"])
+@pytest.mark.parametrize("adapter", METHODS)
 def test_drift_is_0_if_nothing_was_trained_and_above_0_otherwise(tmp_path, adapter):
     changes = {"adapter": adapter, "steps": 3, "forgetting_probe": True}
     _, state, run, method = short_run(tmp_path / "still", lr=0.0, **changes)
