@@ -1,6 +1,7 @@
 """Fine-tune: python train.py --adapter selora --data folder:/my/images
 
 Reads like the data's way through the system: records -> images -> latents, captions -> prompts -> trained weights.
+With --instance-prompt: DreamBooth.
 """
 
 import dataclasses
@@ -18,13 +19,14 @@ from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
 from minildm.training.command_line import FREE, parse
-from minildm.training.finetune import Samples, finetune, summary
-from minildm.training.run import Run, data_fingerprint
+from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
+from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
+from minildm.training.run import Run
 
 
 def main(arguments):
     plan = parse(arguments)
-    goal, config, machine = plan.goal, plan.config, plan.machine
+    goal, dreambooth, config, machine = plan.goal, plan.dreambooth, plan.config, plan.machine
     if plan.dry_run:
         print(json.dumps(plan.settings, indent=1))
         return 0
@@ -46,43 +48,49 @@ def main(arguments):
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
 
     # Records -> images -> latents, encoded once; the VAE runs in float32, the reference for all precisions
-    latents = latent_cache(data.records, transform, model.vae.float(), machine.cache, skip_bad=plan.data.skip_bad)
+    model.vae.float()
+    latents = latent_cache(data.records, transform, model.vae, machine.cache, skip_bad=plan.data.skip_bad)
     if unreadable := len(data.records) - len(latents.records):
         print(f"note: {unreadable:,} of {len(data.records):,} images cannot be decoded and are left out (--skip-bad)")
     data = dataclasses.replace(data, records=latents.records)
 
-    # Captions -> prompts; splits by patient
-    samples = Samples(data.records, tuple(prompts_for(data, plan.data.prompt_template)), latents)
-    indices = split_by_patient(data.records, plan.data.split, config.seed)
+    # Captions -> prompts; splits by patient; for DreamBooth also images of the class, from the untrained base
+    class_images = None
+    if dreambooth.instance_prompt is None:
+        prompts = prompts_for(data, plan.data.prompt_template)
+        indices = split_by_patient(data.records, plan.data.split, config.seed)
+    else:
+        prompts = [dreambooth.instance_prompt] * len(data.records)
+        indices = split_instances(data.records, plan.data.split, config.seed)
+        class_images = sample_class_images(model, dreambooth, transform.size, config.seed, machine.cache)
+    samples = Samples(data.records, tuple(prompts), latents)
     splits = {name: samples.subset(members) for name, members in indices.items()}
     training, validation = splits["train"], splits.get("validation", samples.subset([]))
     run.begin(
         base=model.base_hash,
         dtype=_name(dtype),
         pixels=transform.size,
-        data=data_fingerprint(data.records, samples.prompts, latents.keys),
+        data=samples.fingerprint,
+        class_images=class_images and class_images.fingerprint,
         splits={name: [record.name for record in part.records] for name, part in splits.items()},
     )
     for note in data.notes:
         print(f"note: {note}")
-    sizes = ", ".join(f"{len(part.records):,} {name}" for name, part in splits.items())
-    steps = config.total_steps(len(training.records))
-    print(f"{data.name}: {sizes} images; {steps:,} steps of {config.batch_size}; run: {run.folder}")
 
     # Training
-    precision = dtype if weights != dtype else None
-    state, method = finetune(
-        model,
-        plan.method,
-        plan.method_settings,
-        training,
-        validation,
-        config,
-        run,
-        machine,
-        plan.data.balance,
-        precision,
-    )
+    options = {
+        "contexts": contexts_folder(plan.method_settings, machine.cache),
+        "balance": plan.data.balance,
+        "workers": machine.workers,
+        "precision": dtype if weights != dtype else None,
+    }
+    if dreambooth.instance_prompt is None:
+        task = Finetuning(model, training, validation, config, **options)
+    else:
+        task = DreamBooth(model, training, validation, config, class_images, dreambooth.weight, **options)
+    sizes = ", ".join(f"{len(part.records):,} {name}" for name, part in splits.items())
+    print(f"{data.name}: {sizes} images; {task.steps:,} steps of {config.batch_size}; run: {run.folder}")
+    state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
     prompt = training.prompts[0].replace('"', "'")
     base = f" --base {run.result}" if run.result.is_dir() else f" --base {goal.base}" if goal.base else ""

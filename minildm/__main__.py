@@ -46,6 +46,13 @@ def audit(arguments):
     return main(arguments)
 
 
+def rare_tokens(arguments):
+    """list rare words for DreamBooth's instance prompt"""
+    from minildm.training.rare_tokens import main
+
+    return main(arguments)
+
+
 def pretrain(arguments):
     """train a latent diffusion model from scratch: autoencoder, text encoder, U-Net"""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy renders small images; its threads would slow torch's
@@ -60,6 +67,7 @@ COMMANDS = {
     "fid": fid,
     "clip-score": clip_score,
     "audit": audit,
+    "rare-tokens": rare_tokens,
     "pretrain": pretrain,
 }
 

@@ -42,9 +42,13 @@ class Tokenizer:
         """The prompt's token ids, a list of any length, without the begin and end tokens."""
         return _byte_pair_encoder().encode(prompt)
 
+    def decode(self, token_ids):
+        """The text of a list of token ids, cleaned as `encode` cleans it."""
+        return _byte_pair_encoder().decode(token_ids).strip()
+
     def cut(self, prompt):
         """The end of the prompt that the model will not see; '' if the whole prompt fits."""
-        return _byte_pair_encoder().decode(self.encode(prompt)[MAX_TOKENS - 2 :]).strip()
+        return self.decode(self.encode(prompt)[MAX_TOKENS - 2 :])
 
     def __call__(self, prompts):
         """A list of B prompts -> token ids (B, 77) int64. Warns if a prompt has over 75 tokens, naming what is cut."""

@@ -10,7 +10,7 @@ from minildm.config import ModelConfig
 from minildm.data.cache import CachedLatents
 from minildm.data.records import Record
 from minildm.training.config import TrainingConfig
-from minildm.training.finetune import Samples, finetune
+from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune
 from minildm.training.machine import Machine
 from minildm.training.run import Run
 
@@ -59,8 +59,9 @@ def short_run(folder, resume=False, model=None, n=12, validation=4, workers=0, a
     run = Run(folder, {"seed": config.seed}, resume=resume, result=METHODS[adapter].result)
     run.begin()
     machine = Machine(cache=folder.parent / "cache", workers=workers)
-    data = samples(n), samples(validation, seed=1)
-    state, method = finetune(model, METHODS[adapter], method_settings, *data, config, run, machine)
+    contexts = contexts_folder(method_settings, machine.cache)
+    task = Finetuning(model, samples(n), samples(validation, seed=1), config, contexts, workers=workers)
+    state, method = finetune(task, METHODS[adapter], method_settings, run, machine)
     return model, state, run, method
 
 
@@ -103,8 +104,8 @@ def full_size_run(folder):
     run.begin()
     method, config = settings(steps=3, batch_size=1, expand_interval=2, checkpointing=True, save_interval=3)
     machine = Machine(cache=Path(folder).parent / "cache")
-    data = samples(2, side=28), samples(0)
-    state, _ = finetune(model, METHODS["selora"], method, *data, config, run, machine)
+    task = Finetuning(model, samples(2, side=28), samples(0), config)
+    state, _ = finetune(task, METHODS["selora"], method, run, machine)
     assert state.skipped == 0
     assert any("grown" in entry for entry in run.entries())
     print(run.entries()[-1]["memory_mb"] / 1000)

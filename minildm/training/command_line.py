@@ -1,8 +1,8 @@
 """The command line of train.py: flags from the settings dataclasses, with defaults from a preset or a resumed run.
 
-Each part has one dataclass: what is trained (`Goal`), the data, the method (only the chosen one's flags exist), the
-training, the machine. A value comes from the first of: its flag, the resumed run, the preset, the method's defaults,
-the dataclass.
+Each part has one dataclass: what is trained (`Goal`), the data, DreamBooth, the method (only the chosen one's flags
+exist), the training, the machine. A value comes from the first of: its flag, the resumed run, the preset, the method's
+defaults, the dataclass.
 """
 
 import argparse
@@ -16,10 +16,12 @@ from minildm.errors import InputError
 from minildm.loading import is_embedded
 from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
 from minildm.training.config import PRESETS, TrainingConfig
+from minildm.training.dreambooth import DreamBoothSettings
 from minildm.training.machine import Machine
 from minildm.training.run import read_record
 
-FREE = ("device", "workers", "cache", "compile", "micro_batch")  # settings that a resumed run may change
+# Settings that a resumed run may change.
+FREE = ("device", "workers", "cache", "compile", "micro_batch", "forgetting_probe")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Plan:
     method: type  # of METHODS
     method_settings: Settings
     data: DataSettings
+    dreambooth: DreamBoothSettings
     config: TrainingConfig
     machine: Machine
     out: Path
@@ -58,7 +61,7 @@ class Plan:
     @property
     def settings(self):
         """All settings, flat: what the run's config.json records."""
-        parts = (self.goal, self.method_settings, self.data, self.config, self.machine)
+        parts = (self.goal, self.method_settings, self.data, self.dreambooth, self.config, self.machine)
         return {name: value for part in parts for name, value in part.as_json().items()}
 
 
@@ -85,12 +88,15 @@ def parse(arguments):
     parser.set_defaults(**{key: value for key, value in defaults.items() if key != "methods"})
     args, unknown = parser.parse_known_args(arguments)
     _refuse(unknown, name, parser)
+    dreambooth, config = from_flags(DreamBoothSettings, args), from_flags(TrainingConfig, args)
+    _check_dreambooth(dreambooth, config, given)
     return Plan(
         goal=from_flags(Goal, args, adapter=name),
         method=method,
         method_settings=from_flags(method.settings_class, args),
         data=from_flags(DataSettings, args),
-        config=from_flags(TrainingConfig, args),
+        dreambooth=dreambooth,
+        config=config,
         machine=from_flags(Machine, args),
         out=args.resume or args.out,
         resume=args.resume is not None,
@@ -113,6 +119,7 @@ def _parser(**options):
 
 def _add_common_flags(parser):
     add_flags(parser, DataSettings, "data")
+    add_flags(parser, DreamBoothSettings, "DreamBooth: a subject from a few images")
     add_flags(parser, TrainingConfig, "training")
     add_flags(parser, Machine, "machine")
 
@@ -124,6 +131,16 @@ def _given(arguments):
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return vars(parser.parse_known_args(arguments)[0])
+
+
+def _check_dreambooth(dreambooth, config, given):
+    """Refuse flags of other parts that make no sense beside DreamBooth's."""
+    if dreambooth.instance_prompt is not None and "prompt_template" in given:
+        raise InputError("--instance-prompt takes the place of all captions, and --prompt-template would make them; "
+                         "leave one of them out")  # fmt: skip
+    if dreambooth.n_class_images and config.batch_size < 2:
+        raise InputError(f"--batch-size {config.batch_size} has no room for both an instance and a class image; give "
+                         "at least 2, or leave --class-prompt out")  # fmt: skip
 
 
 def _refuse(unknown, name, parser):

@@ -74,18 +74,24 @@ class TrainingConfig(Settings):
     validation_pairs: int = setting(64, "(timestep, noise) pairs; one per image if there are more images", at_least=1)
     sample_interval: int = setting(0, "steps between sheets of sample images; 0 = none", at_least=0)
     samples: int = setting(4, "images on a sheet", at_least=1)
+    forgetting_probe: bool = setting(
+        False, "generate images of fixed unrelated prompts before and after training, and measure their drift"
+    )
     save_interval: int = setting(100, "steps between saved states", at_least=1)
 
-    def total_steps(self, n_images):
-        """Steps of the whole run over ``n_images``: what ``epochs`` takes, and not more than ``steps``."""
+    def total_steps(self, n_images, images_per_step=None):
+        """Steps of the whole run: what ``epochs`` passes over ``n_images`` take, and not more than ``steps``.
+
+        Args: images_per_step: how many of these images a batch holds; None = ``batch_size``.
+        """
         if self.epochs is None:
             return 1000 if self.steps is None else self.steps
-        steps = math.ceil(self.epochs * n_images / self.batch_size)
+        steps = math.ceil(self.epochs * n_images / (images_per_step or self.batch_size))
         return steps if self.steps is None else min(steps, self.steps)
 
-    def steps_between_validations(self, n_images):
+    def steps_between_validations(self, n_images, images_per_step=None):
         """A whole number of epochs, at least 40 steps, unless ``validation_interval`` is set."""
         if self.validation_interval is not None:
             return self.validation_interval
-        epoch = math.ceil(n_images / self.batch_size)
+        epoch = math.ceil(n_images / (images_per_step or self.batch_size))
         return epoch * math.ceil(40 / epoch)

@@ -1,4 +1,4 @@
-"""Fine-tuning: the task for the training loop, given a model and its data; and the summary of the result.
+"""Fine-tuning: the task for the training loop, given a model and its data; the run of a method on it; and its summary.
 
 images -> cached moments, prompts -> (cached) context -> losses of samples -> the loop
 """
@@ -9,15 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import default_collate
 
+from minildm.adapters import NETWORKS
+from minildm.config import SPATIAL_FACTOR
 from minildm.data.cache import CachedLatents, context_cache
 from minildm.data.loader import TrainingPairs, training_batches
 from minildm.data.splits import classes_of
 from minildm.errors import InputError
 from minildm.images import contact_sheet, save_png
 from minildm.latent_diffusion import to_pil, usual_guidance
+from minildm.training.forgetting import ForgettingProbe, forgetting_line
 from minildm.training.loop import train
 from minildm.training.loss import Captions, denoising_losses, sample_randomness, validation_loss
 from minildm.training.machine import checkpoint_blocks, forecast, memory_advice
+from minildm.training.run import data_fingerprint
 from minildm.training.task import Task
 
 
@@ -34,35 +38,65 @@ class Samples:
         latents = CachedLatents(self.latents.rows, tuple(self.records[i] for i in indices), keys)
         return Samples(latents.records, tuple(self.prompts[i] for i in indices), latents)
 
+    @property
+    def fingerprint(self):
+        """A hash of names, prompts and image contents, for the run's record."""
+        return data_fingerprint(self.records, self.prompts, self.latents.keys)
+
 
 class Finetuning(Task):
-    """Denoising of cached latents, told their captions.
+    """Denoising of cached latents, conditioned on their prompts.
 
     Args:
         model: LatentDiffusion. training, validation: Samples; validation may be empty.
-        contexts: folder to cache contexts in, where the text encoder is frozen; None where it is trained.
+        contexts: folder to cache contexts in if the text encoder is frozen (`contexts_folder`); None if it is trained.
         balance: a caption field whose classes come equally often, or None. workers: processes that read ahead.
         precision: dtype of the products under torch.autocast; None = that of the weights.
+        images_per_step: training images in a batch; None = ``config.batch_size``, the whole batch.
+    ``steps``: of the whole run.
+    Raises: InputError if there is no image to train on.
     """
 
-    def __init__(self, model, training, validation, config, contexts=None, balance=None, workers=0, precision=None):
+    def __init__(
+        self,
+        model,
+        training,
+        validation,
+        config,
+        contexts=None,
+        balance=None,
+        workers=0,
+        precision=None,
+        images_per_step=None,
+    ):
+        self.n_images = len(training.records)
+        if not self.n_images:
+            raise InputError("there is no image to train on; give more data or another --split")
         self.model, self.config, self.workers, self.precision = model, config, workers, precision
         self.batch_size = config.batch_size
-        self.pairs, self.captions = self._pairs(training, contexts)
+        self.images_per_step = config.batch_size if images_per_step is None else images_per_step
+        self.steps = config.total_steps(self.n_images, self.images_per_step)
+        self.contexts = contexts
+        self.pairs, self.captions = self._pairs(training)
         self.latent_shape = self.pairs[0]["mean"].shape  # (4, h, w)
         self.classes = None if balance is None else classes_of(training.records, balance)
         if validation.records:
-            self.validation_pairs, self.validation_captions = self._pairs(validation, contexts)
-            self.validation_interval = config.steps_between_validations(len(training.records))
+            self.validation_pairs, self.validation_captions = self._pairs(validation)
+            self.validation_interval = config.steps_between_validations(self.n_images, self.images_per_step)
         shown = validation if validation.records else training
         self.sheet_prompts = list(dict.fromkeys(shown.prompts))[: config.samples]
 
-    def _pairs(self, samples, folder):
-        contexts = None
-        if folder is not None:
-            contexts = context_cache([*samples.prompts, ""], self.model.tokenize, self.model.text_encoder, folder)
+    @property
+    def image_size(self):
+        """Height and width of the training images in pixels."""
+        return self.latent_shape[-1] * SPATIAL_FACTOR
+
+    def _pairs(self, samples):
+        contexts, model = None, self.model
+        if self.contexts is not None:
+            contexts = context_cache([*samples.prompts, ""], model.tokenize, model.text_encoder, self.contexts)
         pairs = TrainingPairs(samples.records, samples.prompts, latents=samples.latents, contexts=contexts)
-        return pairs, Captions(self.model, samples.prompts, contexts)
+        return pairs, Captions(model, samples.prompts, contexts)
 
     def batches(self, first_step, last_step):
         seed, size = self.config.seed, self.batch_size
@@ -86,36 +120,38 @@ class Finetuning(Task):
 
     def sample_sheet(self, path):
         """Images of fixed prompts and seeds: only the weights differ from one sheet to the next."""
-        side = self.latent_shape[-1] * 8
         images = self.model.sample(
             self.sheet_prompts,
             steps=20,
             guidance=usual_guidance(self.model.config),
             sampler="dpm++",
             seed=self.config.seed,
-            height=side,
-            width=side,
+            height=self.image_size,
+            width=self.image_size,
             output="tensor",
         )
         save_png(contact_sheet(to_pil(images)), path, f"contact sheet, {path.stem}")
 
 
-def finetune(model, method_class, settings, training, validation, config, run, machine, balance=None, precision=None):
-    """Train ``model`` with a method on ``training``; ``validation`` may be empty.
+def contexts_folder(settings, folder):
+    """Where to cache contexts: ``folder``, or None if a method with these settings trains the text encoder."""
+    return None if "text_encoder" in getattr(settings, "targets", NETWORKS) else folder
+
+
+def finetune(task, method_class, settings, run, machine):
+    """Train the model of ``task``, a Finetuning, with a method.
 
     Args: method_class, settings: of METHODS, and its settings. machine: training.machine.Machine.
     Returns: (the loop's State, the method). The model has the weights of the last step, the run's result the best ones.
     """
-    n = len(training.records)
-    if not n:
-        raise InputError("there is no image to train on; give more data or another --split")
-    if config.batch_size > n:
-        print(f"note: --batch-size {config.batch_size} exceeds the {n} training images: images repeat within a batch")
-    steps = config.total_steps(n)
-    method = method_class(model, settings, steps, config.seed)
+    model, config = task.model, task.config
+    if task.images_per_step > task.n_images:
+        print(f"note: --batch-size {config.batch_size} exceeds the {task.n_images} training images: images repeat "
+              "within a batch")  # fmt: skip
+    probe = ForgettingProbe(model, run, task.image_size) if config.forgetting_probe else None
+    method = method_class(model, settings, task.steps, config.seed)
     trains_text = any(name.startswith("text_encoder.") for name in method.trained())
-    contexts = None if trains_text else machine.cache
-    task = Finetuning(model, training, validation, config, contexts, balance, machine.workers, precision)
+    assert not (trains_text and task.contexts), "cached contexts would not follow the text encoder"
     print_forecast(task, config)
     if config.checkpointing:
         checkpoint_blocks(model.unet, model.text_encoder)
@@ -123,7 +159,11 @@ def finetune(model, method_class, settings, training, validation, config, run, m
         torch._dynamo.config.recompile_limit = 64  # at 8 it would give up, silently, as layers grow
         model.unet.compile()
         model.text_encoder.compile()
-    return train(method, task, config, run, steps), method
+    state = train(method, task, config, run, task.steps)
+    if probe is not None:
+        with state.averaged():
+            probe.measure(state.step)
+    return state, method
 
 
 def print_forecast(task, config):
@@ -150,6 +190,7 @@ def summary(state, method, run):
         )
     else:
         lines.append(f"no validation split: {run.result.name} holds the weights of the last step")
+    lines += [forgetting_line(entry) for entry in entries if "drift" in entry]
     skipped = f", {state.skipped} skipped as not finite" if state.skipped else ""
     memory = max((entry.get("memory_mb", 0) for entry in entries), default=0)
     lines.append(f"{state.step} steps{skipped}, {state.seconds:.1f} s, peak memory {memory / 1000:.2f} GB")

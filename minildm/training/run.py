@@ -134,6 +134,10 @@ class Run:
                 file.truncate(self.log_bytes)
         return state
 
+    def save_file(self, name, write):
+        """``write(path)`` makes the file ``name`` of the run's folder."""
+        self._guarded(write, self.folder / name)
+
     def save_result(self, write):
         """``write(path)`` puts the best weights at ``result``."""
         self._guarded(write, self.result)
