@@ -774,11 +774,11 @@ def test_the_codes_term_equals_torchs_kl_divergence():
 
 def test_a_runs_codes_are_those_of_the_first_stage_whitened(whole):
     vae, made = initial_model().vae.state_dict(), minildm.load(whole / "model", device="cpu").vae
-    learnt = VAE(made.config).requires_grad_(False)
-    learnt.load_state_dict(vae | saved_state(whole, "autoencoder")["average"])
+    unwhitened = VAE(made.config).requires_grad_(False)
+    unwhitened.load_state_dict(vae | saved_state(whole, "autoencoder")["average"])
     images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     images *= torch.linspace(0, 1, 8)[:, None, None, None]
-    old, new = (each.encode(images).mean.detach().double().movedim(1, -1).flatten(0, 2) for each in (learnt, made))
+    old, new = (each.encode(images).mean.detach().double().movedim(1, -1).flatten(0, 2) for each in (unwhitened, made))
     old, new = old - old.mean(0), new - new.mean(0)
     A = torch.linalg.lstsq(new, old).solution.T
     assert relative_error(new @ A.T, old) < 0.01  # the file has half precision
