@@ -160,7 +160,8 @@ def test_seloras_fisher_scores_are_those_of_weighted_samples():
 # --- runs ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("adapter", METHODS)
 def test_every_method_learns_stops_and_continues_bit_for_bit(tmp_path, adapter, monkeypatch):
-    changes = {"steps": 12, "lr": 3e-3, "expand_threshold": 1.0, "n": 3, "validation": 2}
+    lr = 3e-2 if adapter == "adalora" else 3e-3  # while lora_E is small, its dW moves less per step
+    changes = {"steps": 12, "lr": lr, "expand_threshold": 1.0, "n": 3, "validation": 2}
     _, whole, run = dreambooth_run(tmp_path / "whole", adapter, **changes)
     validation = [entry["validation"] for entry in run.entries() if "validation" in entry]
     assert min(validation) < 0.95 * validation[0]
