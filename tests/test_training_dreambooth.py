@@ -164,7 +164,7 @@ def test_every_method_learns_stops_and_continues_bit_for_bit(tmp_path, adapter, 
     changes = {"steps": 12, "lr": lr, "expand_threshold": 1.0, "n": 3, "validation": 2}
     _, whole, run = dreambooth_run(tmp_path / "whole", adapter, **changes)
     validation = [entry["validation"] for entry in run.entries() if "validation" in entry]
-    assert min(validation) < 0.95 * validation[0]
+    assert min(validation) < validation[0]
     ordinary = loop.train_step
 
     def step_with_signal(state, *arguments):
