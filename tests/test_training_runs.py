@@ -342,7 +342,7 @@ def test_every_entry_of_a_preset_is_a_setting():
 
 def test_a_value_comes_from_its_flag_then_the_preset_then_the_method_then_the_default():
     assert parse(["--adapter", "full", "--base", "x"]).config.lr == 1e-5  # the method's
-    assert parse(["--adapter", "full", "--preset", "tiny"]).config.lr == 5e-4  # the preset's, for this method
+    assert parse(["--adapter", "full", "--preset", "tiny"]).config.lr == 1e-3  # the preset's, for this method
     assert parse(["--adapter", "lora", "--preset", "tiny"]).config.lr == 2e-3
     assert parse(["--adapter", "full", "--preset", "tiny", "--lr", "0.5"]).config.lr == 0.5
     assert parse(["--base", "x"]).config == TrainingConfig()

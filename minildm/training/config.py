@@ -39,7 +39,7 @@ PRESETS = {
         "steps": 1500,
         "sample_interval": 500,
         "samples": 9,
-        "methods": {"full": {"lr": 5e-4}},  # where a method wants another value
+        "methods": {"full": {"lr": 1e-3}, "adalora": {"lr": 1e-2}},  # where a method wants another value
     },
 }
 

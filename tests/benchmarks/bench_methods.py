@@ -34,6 +34,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=tuple(METHODS), help="methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds")
     parser.add_argument("--steps", type=int, default=300, help="steps of each cell")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples per step")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--table", action="store_true", help="only print the tables of the cells that are complete")
     args = parser.parse_args()
@@ -63,7 +64,8 @@ def run(args, data, method, seed):
     if complete(path, args.steps):
         return
     command = [sys.executable, "train.py", *METHODS[method], "--base", "weights/tiny", "--data", data]
-    command += ["--steps", str(args.steps), "--seed", str(seed), "--out", str(path.resolve())]
+    command += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--sample-interval", "0"]
+    command += ["--seed", str(seed), "--out", str(path.resolve())]
     if (path / "log.jsonl").is_file():
         command = [sys.executable, "train.py", "--resume", str(path.resolve())]
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
@@ -78,7 +80,8 @@ def run(args, data, method, seed):
 
 def table(args, data):
     """Markdown lines: validation loss before and best, parameters, seconds per step, peak memory."""
-    yield f"\n{data}, {args.steps} steps, seeds {', '.join(map(str, args.seeds))}:\n"
+    seeds = ", ".join(map(str, args.seeds))
+    yield f"\n{data}, {args.steps} steps of {args.batch_size}, seeds {seeds}:\n"
     yield "| method | n | validation, before | best | trained: U-Net, text encoder | s/step | peak memory, GB |"
     yield "|---|---|---|---|---|---|---|"
     for method in args.methods:
