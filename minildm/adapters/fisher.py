@@ -60,37 +60,38 @@ class LayerProbe:
         """Take in the samples of one backward: x (B, ..., in), dy (B, ..., out)."""
         n = len(x)
         x = x.reshape(n, -1, x.shape[-1]).to(dy.dtype)  # (B, L, in); L = 1 for the time embedding
-        g = self.layer.scale * dy.reshape(n, -1, dy.shape[-1])  # (B, L, out)
+        dy = dy.reshape(n, -1, dy.shape[-1])  # (B, L, out); the layer's scale comes at the end
         A, B = (factor.to(dy.dtype) for factor in self.layer.factors())  # (r, in), (out, r)
-        dA = (g @ B).transpose(1, 2) @ x  # (B, r, in) = B^T G_i
+        dA = (dy @ B).transpose(1, 2) @ x  # (B, r, in) = B^T G_i
         rows = torch.cat([A, self.expansion.t().to(dy.dtype)])  # (r + k, in)
-        dB = g.transpose(1, 2) @ (x @ rows.t())  # (B, out, r + k) = G_i [A^T, K]
+        dB = dy.transpose(1, 2) @ (x @ rows.t())  # (B, out, r + k) = G_i [A^T, K]
         if self.expected:
-            added = self.expansion.shape[1] / (3 * x.shape[-1]) * weight_gradient_norm(x, g)
+            added = self.expansion.shape[1] / (3 * x.shape[-1]) * weight_gradient_norm(x, dy)
         else:
             added = squares(dB[..., len(A) :])
-        own = squares(dA) + squares(dB[..., : len(A)])
+        original = squares(dA) + squares(dB[..., : len(A)])
         # The loss divides by the global batch size: a sample's gradient is that many times its contribution here.
         size = n if self.batch_size is None else self.batch_size
-        self.sums += torch.stack([size**2 * own, size**2 * added, torch.full_like(own, n)])
+        factor = (size * self.layer.scale) ** 2
+        self.sums += torch.stack([factor * original, factor * added, torch.full_like(original, n)])
 
     def score(self):
         """(original, expanded): the layer's Fisher score as it is, and with the tested rows added."""
-        own, added, count = self.sums.tolist()
-        return own / max(count, 1), (own + added) / max(count, 1)
+        original, added, count = self.sums.tolist()
+        return original / max(count, 1), (original + added) / max(count, 1)
 
 
 def squares(tensor):
     return tensor.double().square().sum()
 
 
-def weight_gradient_norm(x, g):
-    """Sum over the batch of ||G_i||_F^2, G_i = sum over tokens g x^T, by the cheaper of two ways: from G_i itself, or
-    from pairs of tokens, sum of (g_l . g_m)(x_l . x_m)."""
-    length, d_in, d_out = x.shape[1], x.shape[2], g.shape[2]
+def weight_gradient_norm(x, dy):
+    """Sum over the batch of ||G_i||_F^2, G_i = sum over tokens dy x^T, by the cheaper of two ways: from G_i itself, or
+    from pairs of tokens, sum of (dy_l . dy_m)(x_l . x_m)."""
+    length, d_in, d_out = x.shape[1], x.shape[2], dy.shape[2]
     if length * (d_in + d_out) < d_in * d_out:
-        return ((g @ g.transpose(1, 2)).double() * (x @ x.transpose(1, 2)).double()).sum()  # (B, L, L) each
-    return squares(g.transpose(1, 2) @ x)
+        return ((dy @ dy.transpose(1, 2)).double() * (x @ x.transpose(1, 2)).double()).sum()  # (B, L, L) each
+    return squares(dy.transpose(1, 2) @ x)
 
 
 class FisherProbe:
