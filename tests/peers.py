@@ -291,20 +291,8 @@ def diffusers_scheduler(sampler, prediction="epsilon", karras=False, **changes):
 
 def single_file_state(model, extras=True):
     """The model's tensors under single-file names; ``extras``: with the unused tensors of published files."""
-    state = {}
-    ours_networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
-    ours = {name: network.state_dict() for name, network in ours_networks.items()}
-    for network, table in single_file.names(model.config, ours_networks).items():
-        thirds = {}
-        for name, (theirs, third) in table.items():
-            tensor = ours[network][name]
-            if network == "vae" and "attentions.0.to_" in name and tensor.dim() == 2:
-                tensor = tensor[:, :, None, None]  # CompVis' 1x1 convolutions
-            if third is None:
-                state[theirs] = tensor
-            else:
-                thirds.setdefault(theirs, {})[third] = tensor
-        state |= {theirs: torch.cat([parts[i] for i in range(3)]) for theirs, parts in thirds.items()}
+    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    state = single_file.single_file_state(model.config, networks)
     if extras:
         text = model.config.text_encoder
         state |= {

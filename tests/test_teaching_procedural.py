@@ -63,8 +63,8 @@ def test_the_data_set_opens_by_its_name(monkeypatch):
     assert len(data) == 20 and data.notes == ("20 of 60 sampled with seed 0 (--limit)",)
     made = {record.name: record.fields["text"] for record in records()[0]}
     assert prompts_for(data) == [made[record.name] for record in data.records]
-    pixels, picture, _ = read(data.records[0], Transform(40))
-    assert pixels.shape == (40, 40, 3) and picture.kind == "rendered"
+    pixels, image, _ = read(data.records[0], Transform(40))
+    assert pixels.shape == (40, 40, 3) and image.kind == "rendered"
 
 
 def test_no_caption_speaks_of_a_chest():

@@ -119,11 +119,11 @@ def test_a_run_says_what_it_made_and_what_to_type_next(place, capsys):
     assert len(list((place / "samples").glob("*.png"))) == 4
 
 
-def kill_and_resume(place, out, kills, seed):
+def kill_and_resume(values, out, kills, seed):
     """Start, kill -9 a few steps later, resume, ..., and let the last one finish."""
     rng, log = random.Random(seed), out / "log.jsonl"
     for attempt in range(kills + 1):
-        arguments = ["--resume", str(out)] if (out / "config.json").exists() else [*flags(place), "--out", str(out)]
+        arguments = ["--resume", str(out)] if (out / "config.json").exists() else [*values, "--out", str(out)]
         touched = log.stat().st_mtime_ns if log.exists() else 0
         process = subprocess.Popen(
             [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -141,14 +141,34 @@ def kill_and_resume(place, out, kills, seed):
 
 
 def test_kill_9_at_random_moments_changes_nothing(place, whole):
-    kill_and_resume(place, place / "killed", kills=3, seed=0)
+    kill_and_resume(flags(place), place / "killed", kills=3, seed=0)
     assert_same_run(place / "killed", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", METHODS)
+def test_kill_9_changes_nothing_whatever_the_method_and_sample_py_loads_the_result(place, tmp_path, adapter):
+    values = flags(place, adapter=adapter)
+    if adapter != "selora":
+        at = values.index("--expand-interval")
+        del values[at : at + 2]
+    assert train.main([*values, "--out", str(tmp_path / "whole")]) == 0
+    kill_and_resume(values, tmp_path / "killed", kills=2, seed=0)
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert ours["step"] == theirs["step"] == 12 and list(ours["trained"]) == list(theirs["trained"])
+    assert all(torch.equal(ours["trained"][name], theirs["trained"][name]) for name in ours["trained"])
+    import sample
+
+    result = tmp_path / "killed" / ("model" if adapter == "full" else "adapter.safetensors")
+    given = ["--base", str(result)] if adapter == "full" else ["--base", str(place / "base"), "--adapter", str(result)]
+    extra = ["--steps", "1", "--device", "cpu", "--height", "64", "--width", "64", "--out", str(tmp_path / "images")]
+    assert sample.main(["chest x-ray", *given, *extra]) == 0
 
 
 @pytest.mark.slow
 def test_kill_9_twenty_times_changes_nothing(place, whole):
     for round_ in range(4):
-        kill_and_resume(place, place / f"killed{round_}", kills=5, seed=round_ + 1)
+        kill_and_resume(flags(place), place / f"killed{round_}", kills=5, seed=round_ + 1)
         assert_same_run(place / f"killed{round_}", whole)
 
 

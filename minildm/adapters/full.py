@@ -15,7 +15,7 @@ import torch
 
 from minildm.adapters.inject import NETWORKS, parameter_counts
 from minildm.adapters.method import Method
-from minildm.checkpoint import save_folder
+from minildm.checkpoint import save_folder, save_single_file
 from minildm.files import replaced_folder
 from minildm.optimizer import FusedAdamW
 from minildm.settings import Settings, setting
@@ -25,6 +25,7 @@ from minildm.settings import Settings, setting
 class FullSettings(Settings):
     targets: tuple[str, ...] = setting(("unet",), "which networks to train", choices=NETWORKS)
     text_encoder_rate: float = setting(1.0, "the text encoder's learning rate, as a multiple of --lr", at_least=0)
+    single_file: bool = setting(False, "also write the model as one file, RUN/model/single_file.safetensors")
 
 
 class Full(Method):
@@ -57,4 +58,6 @@ class Full(Method):
         networks = {name: getattr(self.model, name) for name in ("unet", "vae", "text_encoder")}
         with replaced_folder(path) as folder:
             save_folder(networks, self.model.config, folder, torch.float32)
+            if self.settings.single_file:
+                save_single_file(networks, self.model.config, folder / "single_file.safetensors", torch.float32)
             (folder / "minildm.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

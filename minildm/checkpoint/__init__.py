@@ -8,6 +8,7 @@
 
 from minildm.checkpoint.folder import save_folder
 from minildm.checkpoint.load import NETWORKS, Checkpoint, build_networks, inspect, load_networks
+from minildm.checkpoint.single_file import save_single_file
 from minildm.checkpoint.tensors import Source, TensorFile
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "inspect",
     "load_networks",
     "save_folder",
+    "save_single_file",
 ]

@@ -20,7 +20,7 @@ from minildm.latent_diffusion import to_pil, usual_guidance
 from minildm.training.forgetting import ForgettingProbe, forgetting_line
 from minildm.training.loop import train
 from minildm.training.loss import Captions, denoising_losses, sample_randomness, validation_loss
-from minildm.training.machine import checkpoint_blocks, forecast, memory_advice
+from minildm.training.machine import checkpoint_blocks, disk_forecast, forecast, memory_advice
 from minildm.training.run import data_fingerprint
 from minildm.training.task import Task
 
@@ -152,7 +152,7 @@ def finetune(task, method_class, settings, run, machine):
     method = method_class(model, settings, task.steps, config.seed)
     trains_text = any(name.startswith("text_encoder.") for name in method.trained())
     assert not (trains_text and task.contexts), "cached contexts would not follow the text encoder"
-    print_forecast(task, config)
+    print_forecast(task, method, run)
     if config.checkpointing:
         checkpoint_blocks(model.unet, model.text_encoder)
     if machine.compile:
@@ -166,14 +166,25 @@ def finetune(task, method_class, settings, run, machine):
     return state, method
 
 
-def print_forecast(task, config):
-    """Print the memory that a step will take; where that is more than there is, say what helps."""
+def print_forecast(task, method, run):
+    """Print the memory that a step will take, and the disk space of the run if it is much, with advice if short."""
+    config = task.config
     one = default_collate([task.pairs[0]]) | {"id": torch.zeros(1, dtype=torch.int64)}
     needed, free = forecast(task.model, lambda: task.losses(one), config)
     there = "" if free is None else f" of {free / 1e9:.1f} GB"
     print(f"memory: about {needed / 1e9:.2f} GB{there} for a step")
     if free is not None and needed > free:
         print(f"note: that may not fit; {memory_advice(config)}")
+    if run.state.exists():
+        return  # resumed: the space is taken already
+    needed, free = disk_forecast(task.model, method, config, run.folder)
+    if needed > 1e9 or needed > free:
+        print(f"disk: up to {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free, for the saved state and the result")
+    if needed > free:
+        raise InputError(
+            f"{run.folder} has {free / 1e9:.1f} GB free, and this run needs up to {needed / 1e9:.1f} GB; make room, or "
+            "give an --out on another disk"
+        )
 
 
 def summary(state, method, run):

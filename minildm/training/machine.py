@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import resource
+import shutil
 import signal
 import threading
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def checkpoint_blocks(*networks):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-SPARE = 1.15  # what allocators and kernels take besides
+SPARE = 1.15  # activations: what allocators and kernels take besides
 
 
 def forecast(model, one_sample_loss, config):
@@ -60,8 +61,20 @@ def forecast(model, one_sample_loss, config):
     kept, inputs, largest = activations(model, one_sample_loss)
     sample = inputs + largest if config.checkpointing else kept
     copies = 4 if config.ema_decay else 3  # gradient, Adam's two means, and the moving average
-    needed = weights + copies * trained + (config.micro_batch or config.batch_size) * sample
-    return int(SPARE * needed), free_memory(model.device, weights)
+    needed = weights + copies * trained + SPARE * (config.micro_batch or config.batch_size) * sample
+    return int(needed), free_memory(model.device, weights)
+
+
+def disk_forecast(model, method, config, folder):
+    """(bytes that the run writes at its peak, bytes that are free in its folder).
+
+    A state holds the trained weights, Adam's two means and the moving average. It is written beside the one before, and
+    so is the result: the trained weights, or the whole model where the result is a model.
+    """
+    trained = sum(p.numel() * p.element_size() for p in method.trained().values())
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    state, result = (4 if config.ema_decay else 3) * trained, whole if method.float32_weights else trained
+    return 2 * (state + result), shutil.disk_usage(folder).free
 
 
 def activations(model, one_sample_loss):
