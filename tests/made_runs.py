@@ -1,6 +1,8 @@
 """Small real models, made data in memory and short runs, for the tests of training."""
 
 import dataclasses
+import time
+from pathlib import Path
 
 import torch
 from peers import random_model
@@ -11,8 +13,10 @@ from minildm.data.cache import CachedLatents
 from minildm.data.records import Record
 from minildm.training.config import TrainingConfig
 from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune
-from minildm.training.machine import Machine
+from minildm.training.loop import train_step
+from minildm.training.machine import Machine, checkpoint_blocks, forecast, peak_memory_mb
 from minildm.training.run import Run
+from minildm.training.state import State
 
 
 def small_model(v2=False, seed=0):
@@ -79,19 +83,14 @@ def largest_difference(model, other):
     return max((a - b).abs().max().item() for a, b in zip(factors(model), factors(other), strict=True))
 
 
-def full_size_run(folder):
-    """Three SeLoRA steps on an SD v1.5-shaped random model at 224 px, batch 1, bfloat16. Prints the peak in GB."""
-    from pathlib import Path
-
+def full_size_model(dtype):
+    """An SD v1.5-shaped model of random weights, with a small VAE, on the CPU."""
     from minildm.checkpoint import build_networks
     from minildm.config import VAEConfig
     from minildm.latent_diffusion import LatentDiffusion
 
     config = dataclasses.replace(ModelConfig(), vae=VAEConfig.tiny())
-    networks = {
-        name: network.to(torch.bfloat16).to_empty(device="cpu").eval()
-        for name, network in build_networks(config).items()
-    }
+    networks = {name: net.to(dtype).to_empty(device="cpu").eval() for name, net in build_networks(config).items()}
     generator = torch.Generator().manual_seed(0)
     for network in networks.values():
         for name, p in network.named_parameters():
@@ -99,7 +98,12 @@ def full_size_run(folder):
                 p.data.fill_(float("norm" in name and name.endswith("weight")))
             else:
                 p.data.normal_(0, p[0].numel() ** -0.5, generator=generator)
-    model = LatentDiffusion(config, **networks)
+    return LatentDiffusion(config, **networks)
+
+
+def full_size_run(folder):
+    """Three SeLoRA steps on an SD v1.5-shaped random model at 224 px, batch 1, bfloat16. Prints the peak in GB."""
+    model = full_size_model(torch.bfloat16)
     run = Run(folder, {})
     run.begin()
     method, config = settings(steps=3, batch_size=1, expand_interval=2, checkpointing=True, save_interval=3)
@@ -109,3 +113,22 @@ def full_size_run(folder):
     assert state.skipped == 0
     assert any("grown" in entry for entry in run.entries())
     print(run.entries()[-1]["memory_mb"] / 1000)
+
+
+def full_size_step():
+    """Two steps of full fine-tuning of an SD v1.5-shaped U-Net at 224 px, batch 1, float32, checkpointing. Prints the
+    forecast, the peak (both in GB) and the seconds of the second step."""
+    model = full_size_model(torch.float32)
+    method_settings, config = settings("full", steps=2, batch_size=1, checkpointing=True)
+    task = Finetuning(model, samples(2, side=28), samples(0), config)
+    method = METHODS["full"](model, method_settings, 2, 0)
+    one = torch.utils.data.default_collate([task.pairs[0]]) | {"id": torch.zeros(1, dtype=torch.int64)}
+    needed, _ = forecast(model, lambda: task.losses(one), config)
+    checkpoint_blocks(model.unet, model.text_encoder)
+    state = State(method, config)
+    for batch in task.batches(0, 2):
+        begun = time.perf_counter()
+        entry = train_step(state, method, task, config, batch, 1e-5)
+        state.step += 1
+    assert "skipped" not in entry
+    print(needed / 1e9, peak_memory_mb(model) / 1000, time.perf_counter() - begun)

@@ -172,6 +172,7 @@ def test_the_forecast_weighs_what_autograd_keeps():
     del whole
     weights = sum(4 * p.numel() for p in model.parameters())
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = weights + 3 * trained
     needed = {micro: (forecast(model, loss, settings(micro_batch=micro))[0] - fixed) / 1.15 for micro in (1, 4)}
     assert needed[1] == pytest.approx(truth, rel=0.15)
     assert needed[4] == pytest.approx(4 * needed[1], rel=1e-3)
