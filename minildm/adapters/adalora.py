@@ -21,13 +21,15 @@ Cost beyond LoRA's: until the mask is frozen, two numbers for each trained one (
 ten passes over the adapter's parameters a step; throughout, the penalty's products of (init_rank, d) matrices. For SD
 v1.5 all that takes 0.1 s a step on one CPU core.
 
-Differs from the paper, as PEFT and the authors' code do:
-    Eq. 3 has no scale. (PEFT divides alpha by init_rank + 1e-5, here it is init_rank.)
+Differs from the paper's equations, as PEFT and the authors' code do:
+    Eq. 3 shows no scale; section 4 adds LoRA's alpha / r. (PEFT divides by init_rank + 1e-5, here it is init_rank.) The
+    authors use alpha 16 or 32, so scales of about 1 to 16; the default here is scale 1.
     Eq. 4 sums squared Frobenius norms; the penalty is a mean of norms that are not squared.
-    Eq. 8 reads as p before the step; here it is p after the step. Before it, a triplet that was just pruned has p = 0.
+    Eq. 8 takes p and g of the same step; here p is the value after the step, so that lora_E of a triplet just pruned
+    (0 before the step) still gets a score.
     Eq. 12 prints (t - t_i - t_f) / (T - t_i - t_f); the budget would exceed b(0) after t_i and jump at T - t_f.
-Differs from PEFT, too: of triplets with equal scores as many stay as the budget has room for, spread evenly over the
-layers (PEFT prunes them all). t counts from 1 (PEFT's examples: from 0), so a run always reaches T - t_f.
+Differs from PEFT, too: where scores tie, exactly b(t) triplets stay, spread evenly over the layers (PEFT prunes all
+that tie at the threshold). t counts from 1 (PEFT's examples: from 0), so a run always reaches T - t_f.
 """
 
 from dataclasses import dataclass
@@ -126,7 +128,7 @@ class AdaLoRASettings(Settings):
     layers: str = setting("all-linear", "which linear layers to adapt", choices=tuple(LAYERS))
     targets: tuple[str, ...] = setting(NETWORKS, "which networks to adapt", choices=NETWORKS)
     text_encoder_rate: float = setting(1.0, "the text encoder's learning rate, as a multiple of --lr", at_least=0)
-    # The authors' scripts for GLUE and SQuAD spend 5 to 15 % of a run before pruning and 44 to 58 % after it.
+    # The authors' scripts for GLUE and SQuAD spend 5 to 18 % of a run before pruning and 44 to 58 % after it.
     initial_share: float = setting(0.1, "share of the run before pruning begins", at_least=0, below=1)
     final_share: float = setting(0.5, "share of the run after pruning, with the final ranks", at_least=0, below=1)
     prune_interval: int = setting(10, "steps between prunings", at_least=1)
@@ -154,14 +156,16 @@ class AdaLoRA(LoRA):
 
     settings_class = AdaLoRASettings
     layer_class = AdaLoRALinear
-    # From the authors' range, 5e-4 to 2.2e-3. While lora_E is small, dW moves far less per step than LoRA's: at LoRA's
-    # 1e-4 a short run learns nothing.
+    # The authors' scripts use 5e-4 to 2.2e-3, with alpha / r between about 1 and 16. At scale 1, and while lora_E is
+    # small, dW moves far less per step than LoRA's: at LoRA's 1e-4 a short run learns nothing.
     defaults = {"lr": 1e-3}
 
     def __init__(self, model, settings, steps, seed):
         super().__init__(model, settings, steps, seed)
         self.t_start = int(settings.initial_share * steps)
-        self.t_end = steps - int(settings.final_share * steps)  # above t_start, also in the shortest run
+        # At least one step of the final phase, or a last step that is skipped as not finite would leave no result.
+        self.t_end = max(1, steps - max(1, int(settings.final_share * steps)))
+        self.t_start = min(self.t_start, self.t_end - 1)
         self.frozen = False
         self.importance = Importance(self.layers.values())
 

@@ -8,20 +8,23 @@ Algorithm 1, whole on this page. Each step of the optimizer:
     truncate    forward and backward use rows 1 to b of lora_A, columns 1 to b of lora_B `DyLoRALinear.blocks`
     update      "prefix": all of these rows; "single": row b alone, on top of the others `RowAdamW.step`
 
-So the rows come out sorted: row b learns what rows 1 to b - 1 leave over. The model at rank b + 1 is the model at rank
-b plus one row, and one file serves all ranks: ``--adapter RUN@2`` loads rank 2. Outside training steps nothing is
-random: validation, samples and files see the full rank, or the one that `at_rank` sets. At the end, the validation loss
-is measured at each rank.
+So the rows come out ordered by importance (with "single", row b learns what rows 1 to b - 1 leave over). The model at
+rank b + 1 is the model at rank b plus one row, and one file serves all ranks: ``--adapter RUN@2`` loads rank 2. Outside
+training steps nothing is random: validation, samples and files see the full rank, or the one that `at_rank` sets. At
+the end, the validation loss of the last step's weights is measured at each rank (above 16: at powers of two and the
+last); the saved adapter holds the weights that were best at full rank.
 
-scale = alpha / max_rank, the same at every rank. The paper divides alpha by the rank in use, alpha / b, in training and
-afterwards; then another rank rescales all rows, and the models are nested only up to that factor.
+scale = alpha / max_rank, the same at every rank. The paper (Eq. 7) multiplies by alpha / b, b the rank in use, in
+training, and the authors' code afterwards, too; then another rank rescales all rows, and the models are nested only up
+to that factor.
 
 Cost: parameters and optimizer state of LoRA at ``max_rank``, and about the time of its steps; products are of rank
 (max_rank + 1) / 2 on average. The end takes a validation per rank; ``--compile`` compiles once per rank.
 
-Differs from the paper, besides the scale: b is uniform (the paper allows any distribution over a range of ranks).
-"single" is its "frozen" mode. Rows outside the update keep their value, Adam's means and their age; in the authors'
-code they have a gradient of zero, and Adam's old means still move them. All linear layers can be adapted.
+Differs from the paper, besides the scale: b is uniform, as in the authors' script (the paper also tests a geometric
+distribution). "single" is its frozen mode (Eq. 10). Rows outside the update keep their value, Adam's means and their
+age; in the authors' code they have a gradient of zero, and Adam's old means and weight decay still move them. All
+linear layers can be adapted.
 """
 
 import contextlib

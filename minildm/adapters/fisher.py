@@ -3,7 +3,8 @@
 SeLoRA (arXiv:2408.07196) scores a layer by the empirical Fisher information of its adapter, Eq. 3 and 4: the sum over
 lora_A and lora_B of the mean over samples of *squared per-sample gradients*. It grows a layer whose score, with one
 more row K in A and one more zero column in B, is at least lambda times the score without. The paper's Eq. 5 prints this
-ratio the other way up; its text, section 3.3 and lambda >= 1 all need expanded / original, which is computed here.
+ratio the other way up; its text, section 3.3 and lambda >= 1 all need expanded / original, which is computed here (and
+in the authors' code).
 
 The paper runs a second forward and backward with the expanded layers. That is not needed. Let G_i (out, in) be sample
 i's gradient of the layer's weight, the sum over tokens of dy x^T, times the scale. Then
@@ -89,6 +90,7 @@ def weight_gradient_norm(x, dy):
     """Sum over the batch of ||G_i||_F^2, G_i = sum over tokens dy x^T, by the cheaper of two ways: from G_i itself, or
     from pairs of tokens, sum of (dy_l . dy_m)(x_l . x_m)."""
     length, d_in, d_out = x.shape[1], x.shape[2], dy.shape[2]
+    x, dy = x.float(), dy.float()  # in half precision the sum over pairs would cancel
     if length * (d_in + d_out) < d_in * d_out:
         return ((dy @ dy.transpose(1, 2)).double() * (x @ x.transpose(1, 2)).double()).sum()  # (B, L, L) each
     return squares(dy.transpose(1, 2) @ x)
@@ -115,8 +117,8 @@ class FisherProbe:
 
 
 def fisher_probe(model, generator=None, expected=False, batch_size=None):
-    """Measure the live adapter while one ordinary forward and backward (or several, whose samples add up) run inside
-    the block.
+    """Measure the live LoRA, SeLoRA or DyLoRA adapter while one ordinary forward and backward (or several, whose
+    samples add up) run inside the block.
 
     Args:
         generator: samples the tested rows; None = seeded with 0.

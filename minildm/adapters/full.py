@@ -5,7 +5,8 @@ The weights stay float32; products run in ``--dtype`` under torch.autocast, so b
 an adapter: sample with ``--base RUN/model``.
 
 Cost for SD v1.5's U-Net (860 M parameters): 3.4 GB each for weights, gradients and Adam's two means, 13.8 GB before
-activations. Uses torch's fused AdamW: the other optimizer holds two spare copies of the weights.
+activations; ``--ema-decay`` adds another 3.4 GB. Uses torch's fused AdamW, because minildm's own holds two spare copies
+of the weights during a step.
 """
 
 import json

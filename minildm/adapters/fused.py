@@ -1,4 +1,4 @@
-"""LoRA's three lines as one autograd function that keeps less: `LoRALinear.forward` in less memory, the same numbers.
+"""LoRA's three lines as one autograd function: `LoRALinear.forward` in less memory, the same result up to rounding.
 
 Autograd would keep x A^T and hold every term of the sum as a tensor of its own. Here the products accumulate in one
 output, and only x is kept (q, k and v share it, so it is kept once). The backward computes x A^T again, which costs

@@ -6,8 +6,8 @@ lora_A starts Kaiming-uniform (a = sqrt 5: uniform within 1 / sqrt(in)), lora_B 
 scale = alpha / rank, alpha = rank unless given. The base keeps its own precision; lora_A and lora_B are float32 and are
 cast to the precision of what passes through the layer.
 
-Cost: rank (in + out) parameters a layer, and as many multiplications a token. Differs from the paper: all linear layers
-can be adapted, not only the attention's.
+Cost: rank (in + out) parameters per layer, and as many multiplications per token. Differs from the paper: lora_A is
+uniform, as in the authors' code (the paper: Gaussian), and all linear layers can be adapted, not only attention's.
 """
 
 import math
@@ -43,7 +43,7 @@ class LoRALinear(nn.Module):
         return [(self.lora_A, self.lora_B)]
 
     def forward(self, x):
-        if kernels.enabled and not torch.compiler.is_compiling():  # the same numbers in less memory
+        if kernels.enabled and not torch.compiler.is_compiling():  # the same result, up to rounding, in less memory
             factors = [factor for block in self.blocks() for factor in block]
             return LoRAFunction.apply(x, self.base, self.scale, *factors)
         y = self.base(x)

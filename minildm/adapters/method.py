@@ -5,13 +5,13 @@ one step like this (training/loop.py):
 
     with method.watch(step):                      # SeLoRA measures here
         loss of each micro-batch, backward
-    method.penalty()                              # AdaLoRA's orthogonality, added once per step
-    sum gradients and method.statistics() over processes; clip
-    optimizer.step(lr)
+    sum gradients and method.statistics() over processes
+    method.penalty(), backward                    # AdaLoRA's orthogonality: once per step, the same in every process
+    clip; optimizer.step(lr)
     method.update(step, optimizer)                # SeLoRA grows here, AdaLoRA prunes
 
 To add a method, write one file with a frozen `Settings` dataclass (its fields are the method's flags) and a subclass of
-`Method`, then name it in ``METHODS`` (adapters/__init__.py). Nothing else changes. `lora.py` is the shortest example.
+`Method`, then name it in ``METHODS`` (adapters/__init__.py). Nothing else changes. `full.py` is the shortest example.
 """
 
 import contextlib
@@ -67,7 +67,8 @@ class Method:
     def update(self, step, optimizer):
         """Change what is trained, after the optimizer has taken step ``step``; the gradients are still there.
 
-        Returns: a dict to log; empty if nothing changed.
+        Returns: a dict to log. It must not be empty if `trained` or the optimizer's rows have changed: only then does
+        the loop look at them again.
         """
         return {}
 
@@ -76,7 +77,10 @@ class Method:
         return True
 
     def finish(self, validate):
-        """What only the end can tell. ``validate``: () -> validation loss, or None. Returns: a dict to log."""
+        """What only the end can tell, at the last step and on averaged weights, where there is an average.
+
+        Args: validate: () -> validation loss, or None. Returns: a dict to log.
+        """
         return {}
 
     def describe(self):

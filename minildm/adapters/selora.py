@@ -10,10 +10,14 @@ Algorithm 1, whole on this page:
 Every layer starts at rank 1 (``rank``). scale = alpha / starting rank and stays constant, so growth changes no output;
 the row that was tested is the row that is inserted, and its column starts at zero.
 
-Cost: at every t-th step two thin products a layer, below 1 % of a run. Differs from the paper: the test needs no second
-forward and backward, per-sample gradients are exact, the ratio is printed the right way up (fisher.py), a new row
-counts its own Adam steps (minildm/optimizer.py), and a layer without any gradient (0 / 0) does not grow.
-``expand_criterion expected`` (the mean over all K), ``max_rank`` and ``max_parameters`` are additions of ours.
+Cost: at every t-th step four thin products per layer, below 1 % of a run. Differs from the paper: no second forward and
+backward, a new row counts its own Adam steps (minildm/optimizer.py), and a layer without any gradient (0 / 0) does not
+grow. ``expand_criterion expected`` (the mean over all K), ``max_rank`` and ``max_parameters`` are ours.
+
+The authors' code (github.com/Yuchen20/SeLoRA) computes expanded / original, too, but squares the gradient of the batch
+instead of each sample's, takes the expanded score after the optimizer's step, inserts a new random row instead of the
+tested one, drops the layer's Adam state, starts lora_A six times wider in variance and uses alpha 8, so scale 8. Ratios
+depend on start and scale: a lambda tuned there does not carry over.
 """
 
 import contextlib
