@@ -50,9 +50,9 @@ def usable_device(name):
         torch.empty(1, device=name).item()  # .item() also rejects the meta device, which stores no values
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own message for a missing device
-        raise InputError(
-            f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]}); --device cpu always can"
-        ) from None
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        reason = "torch knows no such device" if "device type at start" in reason else reason
+        raise InputError(f"device {str(name)!r} cannot be used here ({reason}); --device cpu always can") from None
 
 
 def parse_adapter(adapter):

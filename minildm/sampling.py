@@ -102,8 +102,14 @@ def choose_adapters(adapters, base):
         print("using the embedded base with its adapter for chest radiographs (--adapter none: without it)")
         return [str(EMBEDDED_ADAPTER)]
     paths = [parse_adapter(adapter)[0] for adapter in adapters]
-    if absent := [str(path) for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"no such adapter: {', '.join(absent)}")
+    if absent := [path for path in paths if not path.is_file()]:
+        if (absent[0].parent / "model").is_dir():
+            raise FileNotFoundError(
+                f"{absent[0].parent} is a run of full fine-tuning, which has no adapter; give --base "
+                f"{absent[0].parent / 'model'} instead"
+            )
+        names = ", ".join(map(str, absent))
+        raise FileNotFoundError(f"no such adapter: {names}; give PATH[@RANK][:MULTIPLIER] of a file or a run folder")
     return adapters
 
 

@@ -78,6 +78,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+        self.usage = self.usage or f"{self.prog} [options]"  # argparse's own lists every flag, before their groups do
 
     def error(self, message):
         self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
@@ -88,6 +89,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         no_default = action.default is None or action.default is False or action.default in ("", (), [])
         if no_default or "(default" in (action.help or ""):
             return action.help
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
@@ -140,7 +143,10 @@ class Number:
         self.kind, self.__name__ = kind, "whole number" if kind is int else "number"
 
     def __call__(self, text):
-        value = self.kind(text)
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a {self.__name__}, got {text!r}") from None
         if not -(2**63) <= value < 2**63:  # beyond what torch and JSON readers hold; NaN fails too
             raise argparse.ArgumentTypeError(f"must be a {self.__name__} of at most 64 bits, got {text}")
         return value

@@ -133,7 +133,7 @@ def test_a_png_records_how_it_was_made_and_that_it_is_synthetic(base, tmp_path):
         11,
     )
     with Image.open(path) as image:
-        assert image.info["Description"] == SYNTHETIC and "not for clinical use" in SYNTHETIC
+        assert image.info["Description"] == SYNTHETIC and "Not for clinical use" in SYNTHETIC
         text = image.info["parameters"]
     prompt, negative, values = read_as_the_web_ui(text)
     assert prompt == "chest x-ray: PA, upright" and negative == "text, marks"

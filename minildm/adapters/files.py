@@ -60,7 +60,7 @@ def merge_file(model, path, multiplier=1.0, rank=None):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such adapter: {path}")
+        raise FileNotFoundError(f"no such adapter: {path}; give PATH[@RANK][:MULTIPLIER] of a file or a run folder")
     if not math.isfinite(multiplier):
         raise InputError(f"the multiplier of {path} must be a finite number, got {multiplier}")
     try:

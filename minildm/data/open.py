@@ -95,9 +95,9 @@ def _read_tables(spec):
     if name in BUILT_IN:
         records, notes = source.records()
     elif not path:
-        raise InputError(f"--data {name} needs a path: {name}:/where/it/is")
+        raise InputError(f"{name} needs a path: {name}:/where/it/is")
     elif not Path(path).is_dir():
-        raise InputError(f"{path} is not a folder; --data {name}: expects the folder that holds {source.LOOKED_FOR}")
+        raise InputError(f"{path} is not a folder; {name}:PATH expects the folder that holds {source.LOOKED_FOR}")
     else:
         records, notes = source.records(Path(path))
     return source, records, list(notes)

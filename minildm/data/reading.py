@@ -47,7 +47,7 @@ class Transform:
 
     def __post_init__(self):
         if self.size < 8 or self.size % 8:
-            raise InputError(f"size must be a multiple of 8 pixels, got {self.size}; 224, 256, 384 and 512 are usual")
+            raise InputError(f"--size must be a multiple of 8 pixels, got {self.size}; 224, 256, 384 and 512 are usual")
         if self.fit not in ("crop", "pad"):
             raise InputError(f"fit must be crop or pad, got {self.fit!r}")
         if self.greys not in ("declared", "percentiles"):

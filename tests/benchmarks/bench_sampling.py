@@ -79,7 +79,7 @@ def child_diffusers(folder, what, dtype):
 def _resident(entry="VmRSS"):
     """Resident memory in MB; VmHWM: its peak. (The peak of getrusage includes the parent process.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(entry))
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(entry))
 
 
 def _report(start, ready, loaded, memory, peak):
