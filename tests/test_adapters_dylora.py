@@ -377,7 +377,7 @@ def test_an_images_text_names_the_rank(place):
     first, second = sampling.describe_adapters(adapters).split(" + ")
     assert first.startswith("dylora/adapter.safetensors ") and first.endswith(" rank 2 x 0.6")
     assert second.startswith("lora/adapter.safetensors ") and "rank" not in second
-    with pytest.raises(FileNotFoundError, match=r"no such adapter: .*absent$"):
+    with pytest.raises(FileNotFoundError, match=r"no such adapter: .*absent; give PATH"):
         sampling.choose_adapters([f"{place}/absent@2"], place / "base")
 
 

@@ -45,6 +45,7 @@ def test_fid_of_folders_matches_pytorch_fid_with_fewer_images_than_dims(folders,
         assert values[dim] == pytest.approx(reference_fid_in_span(*folders, random_weights(), dim), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fid_of_folders_matches_pytorch_fid_with_more_images_than_dims(weights, tmp_path):
     real = write_images(tmp_path / "real", 70, seed=3, sizes=((48, 48),))
     fake = write_images(tmp_path / "fake", 66, seed=4, sizes=((48, 48),), modes=("L",))

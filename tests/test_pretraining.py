@@ -307,6 +307,7 @@ def logged_losses(run, stage):
     ]
 
 
+@pytest.mark.slow
 def test_an_uneven_micro_batch_changes_nothing_but_rounding(place):
     runs = [place / "float32", place / "micro"]
     for path, changes in zip(runs, ({}, {"micro_batch": 3})):  # batches of 4: cut into 3 and 1
@@ -703,6 +704,7 @@ def relation_samples():
     return Samples(records, tuple(rows), CachedLatents(dict(zip(keys, rows.values())), records, keys))
 
 
+@pytest.mark.slow
 def test_the_text_encoder_learns_from_captions_what_is_where(tmp_path):
     samples = relation_samples()
     held_out = range(3, len(samples.records), 7)  # captions that training never sees

@@ -533,6 +533,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_training(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["lora", "selora"])
+@pytest.mark.slow
 def test_compiled_networks_give_the_same_gradients_and_can_be_measured(kind):
     def gradients(compiled):
         torch.compiler.reset()
