@@ -27,7 +27,9 @@ FREE = ("device", "workers", "cache", "compile", "micro_batch", "forgetting_prob
 @dataclass(frozen=True)
 class Goal(Settings):
     adapter: str = setting("selora", "the method; --adapter NAME --help shows its settings", choices=tuple(METHODS))
-    base: str | None = setting(None, "checkpoint file or diffusers-layout folder (default: the one in weights/)")
+    base: str | None = setting(
+        None, "checkpoint file or diffusers-layout folder (default: the one in weights/)", metavar="PATH"
+    )
     on_top_of: tuple[str, ...] = setting((), "adapters to merge into the base first", metavar="FILE[@RANK][:0.6]")
     prediction: str | None = setting(
         None,
@@ -37,7 +39,7 @@ class Goal(Settings):
     data: str = setting("phantom", "phantom, folder:..., iu-xray:..., padchest:..., ...", metavar="NAME:PATH")
     dtype: str | None = setting(
         None,
-        "precision of the frozen base; trained weights are float32 (default: bfloat16 on a GPU, float32 elsewhere)",
+        "precision of the frozen base, or with full of the products; trained weights are float32 (default: bfloat16 on a GPU, float32 elsewhere)",
         choices=("float32", "bfloat16", "float16"),
     )
 
@@ -111,7 +113,7 @@ def _parser(**options):
     add = parser.add_argument_group("run").add_argument
     presets = "a paper's settings, or those for the embedded base (its default); flags beside it win"
     add("--preset", choices=tuple(PRESETS), help=presets)
-    add("--out", type=Path, default=Path("runs/latest"), help="folder of the run")
+    add("--out", type=Path, default=Path("runs/latest"), metavar="RUN", help="folder of the run")
     add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
     add("--dry-run", action="store_true", help="print the settings and stop")
     return parser

@@ -48,7 +48,7 @@ PRESETS = {
 class TrainingConfig(Settings):
     # length
     epochs: float | None = setting(None, "passes over the training images", above=0)
-    steps: int | None = setting(None, "at most (default: 1000, or what --epochs takes)", at_least=1)
+    steps: int | None = setting(None, "steps, at most (default: 1000, or what --epochs takes)", at_least=1)
     # optimization
     batch_size: int = setting(8, "samples per step", at_least=1)
     micro_batch: int | None = setting(None, "samples at a time: less memory, same result", at_least=1)
@@ -59,7 +59,7 @@ class TrainingConfig(Settings):
     clip: float = setting(1.0, "largest norm of the gradient; 0 = no clipping", at_least=0)
     ema_decay: float = setting(0.0, "decay of a moving average of the weights; 0 = off", at_least=0, below=1)
     max_bad_steps: int = setting(10, "steps in a row without a finite loss before the run stops", at_least=1)
-    checkpointing: bool = setting(False, "recompute activations in the backward: less memory, a third more time")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third more time")
     # diffusion
     caption_dropout: float = setting(
         0.1, "share of samples with an empty prompt, which guidance needs", at_least=0, at_most=1
@@ -71,7 +71,9 @@ class TrainingConfig(Settings):
     validation_interval: int | None = setting(
         None, "steps between validations (default: an epoch, or several if they are short)", at_least=1
     )
-    validation_pairs: int = setting(64, "(timestep, noise) pairs; one per image if there are more images", at_least=1)
+    validation_pairs: int = setting(
+        64, "(timestep, noise) pairs; one per image if there are more images, up to 512", at_least=1
+    )
     sample_interval: int = setting(0, "steps between sheets of sample images; 0 = none", at_least=0)
     samples: int = setting(4, "images on a sheet", at_least=1)
     forgetting_probe: bool = setting(
