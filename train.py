@@ -1,11 +1,12 @@
 """Fine-tune: python train.py --adapter selora --data folder:/my/images
 
-Reads like the data's way through the system: records -> images -> latents, captions -> prompts -> trained weights.
+Follows the data: records -> images -> latents, captions -> prompts -> trained weights.
 With --instance-prompt: DreamBooth.
 """
 
 import dataclasses
 import json
+import shlex
 import sys
 import time
 
@@ -92,11 +93,20 @@ def main(arguments):
     print(f"{data.name}: {sizes} images; {task.steps:,} steps of {config.batch_size}; run: {run.folder}")
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
-    prompt = training.prompts[0].replace('"', "'")
-    base = f" --base {run.result}" if run.result.is_dir() else f" --base {goal.base}" if goal.base else ""
-    adapter = "" if run.result.is_dir() else f" --adapter {run.folder}"
-    print(f'next: python sample.py "{prompt}"{base}{adapter} -n 4 --height {transform.size} --width {transform.size}')
+    print(f"next: {sample_command(goal, run, training.prompts[0], transform.size)}")
     return 0
+
+
+def sample_command(goal, run, prompt, size):
+    """The command that samples with the result of a run."""
+    words = ["python", "sample.py", prompt]
+    if run.result.is_dir():
+        words += ["--base", str(run.result)]
+    else:
+        words += ["--base", goal.base] if goal.base else []
+        words += ["--prediction", goal.prediction] if goal.prediction else []
+        words += [word for adapter in (*goal.on_top_of, run.folder) for word in ("--adapter", str(adapter))]
+    return shlex.join([*words, "-n", "4", "--height", str(size), "--width", str(size)])
 
 
 def _name(dtype):

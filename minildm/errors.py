@@ -17,7 +17,7 @@ def exit_cleanly(main, *arguments):
     except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         sys.exit(_fail(2, f"error: {error}"))
     except KeyboardInterrupt:
-        sys.exit(_fail(130, "stopped by Ctrl-C"))
+        sys.exit(_fail(130, "interrupted"))
     except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         sys.stderr.close()
         sys.exit(0)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -64,18 +65,20 @@ def replaced_folder(path):
     path = Path(path)
     if path.exists() and not path.is_symlink():
         raise FileExistsError(f"{path} is in the way: a link to the newest version is expected there; move it away")
-    versions = [int(p.name.rpartition("-")[2]) for p in path.parent.glob(f".{path.name}-*") if p.name[-1].isdigit()]
-    new = path.with_name(f".{path.name}-{max(versions, default=0) + 1}")
+    versions = {}
+    for folder in path.parent.glob(f".{path.name}-*"):
+        if match := re.fullmatch(rf"\.{re.escape(path.name)}-(\d+)", folder.name):
+            versions[folder] = int(match[1])
+    new = path.with_name(f".{path.name}-{max(versions.values(), default=0) + 1}")
     new.mkdir(parents=True)
+    link = path.with_name(f".{path.name}.link")
     try:
         yield new
-        link = path.with_name(f".{path.name}.{os.getpid()}")
-        link.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)  # a killed process may have left one
         link.symlink_to(new.name)
-        os.replace(link, path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    for old in path.parent.glob(f".{path.name}-*"):  # the version before, and what a killed process left
-        if old != new:
-            shutil.rmtree(old, ignore_errors=True)
+    os.replace(link, path)  # from here on ``new`` is the version in use
+    for old in versions:  # the version before, and what killed processes left
+        shutil.rmtree(old, ignore_errors=True)

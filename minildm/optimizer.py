@@ -38,6 +38,7 @@ class AdamW:
     def restart(self, parameter, row, dim):
         """Give one row (``dim`` 0) or column (1) a new state, age 0; the others keep theirs."""
         i = next(i for i, other in enumerate(self.parameters) if other is parameter)
+        assert not isinstance(self.ages[i], tuple) or self.ages[i][0] == dim, "rows and columns cannot both restart"
         if not isinstance(self.ages[i], tuple):
             rows = torch.full((parameter.shape[dim],), self.ages[i], dtype=torch.float64, device=parameter.device)
             self.ages[i] = (dim, rows)
@@ -140,8 +141,8 @@ class FusedAdamW:
 
 
 class MovingAverage:
-    """Exponential moving average of parameters, by name. It is shorter while training is young: the decay rises from
-    0.1 to its value. ``decay`` 0: no average."""
+    """Exponential moving average of parameters, by name. Early in training it averages over fewer steps: the decay
+    rises from 0.1 to its value. ``decay`` 0: no average."""
 
     def __init__(self, decay):
         self.decay, self.values = decay, {}
@@ -152,7 +153,7 @@ class MovingAverage:
             self.values |= {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def restart(self, name, parameter, row, dim):
-        """Give a row the value it has now: it is another row than before."""
+        """Reset a row's average to its current value, because the row was replaced."""
         if self.decay:
             self.values[name].select(dim, row).copy_(parameter.detach().select(dim, row))
 

@@ -6,7 +6,7 @@
         schedule: str = setting("constant", "after the warm-up", choices=("constant", "cosine"))
 
 `add_flags` turns the fields into command-line flags (``--lr``), `from_flags` parsed flags back into the dataclass,
-and constructing it checks every value, whether it came from a flag, a file or Python.
+and constructing it checks limits and choices, whether a value came from a flag, a file or Python.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def add_flags(parser, settings, title, skip=(), prefix=""):
         options = {"help": field.metadata["help"], "default": field.default, "dest": prefix + field.name}
         kind = _without_none(hints[field.name])
         if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+            options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
             options |= {"nargs": "+", "action": Several, "metavar": field.metadata["metavar"]}
         else:
@@ -148,7 +148,7 @@ class Number:
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a {self.__name__}, got {text!r}") from None
         if not -(2**63) <= value < 2**63:  # beyond what torch and JSON readers hold; NaN fails too
-            raise argparse.ArgumentTypeError(f"must be a {self.__name__} of at most 64 bits, got {text}")
+            raise argparse.ArgumentTypeError(f"must be a finite {self.__name__} of at most 64 bits, got {text}")
         return value
 
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 from peers import assert_says
 
+from minildm import files
 from minildm.errors import InputError, exit_cleanly
-from minildm.files import sha256, writable_folder, written_beside
+from minildm.files import replaced_folder, sha256, writable_folder, written_beside
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):
@@ -82,7 +83,7 @@ def test_a_hash_is_sha256_for_any_chunk_size(tmp_path):
         (FileNotFoundError("no such base model: x"), 2, "error: no such base model: x\n"),
         (PermissionError("cannot write"), 2, "error: cannot write\n"),
         (NotADirectoryError("is a file"), 2, "error: is a file\n"),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (InputError("two\nlines"), 2, "error: two lines\n"),
     ],
 )
@@ -104,3 +105,53 @@ def test_success_is_exit_code_zero_and_a_bug_keeps_its_traceback():
         exit_cleanly(lambda: 1 / 0)
     with pytest.raises(ValueError, match="ours"):  # an InputError is a ValueError, not the other way round
         exit_cleanly(lambda: (_ for _ in ()).throw(ValueError("ours")))
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+def write_version(path, text):
+    with replaced_folder(path) as folder:
+        (folder / "a.txt").write_text(text)
+
+
+def test_a_folder_is_replaced_whole_and_nothing_else_is_left(tmp_path):
+    (tmp_path / ".model-backup2").mkdir()  # not one of ours
+    for text in ("one", "two", "three"):
+        write_version(tmp_path / "model", text)
+        assert (tmp_path / "model" / "a.txt").read_text() == text
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_folder_that_fails_leaves_the_version_before(tmp_path):
+    write_version(tmp_path / "model", "one")
+    with pytest.raises(ZeroDivisionError), replaced_folder(tmp_path / "model") as folder:
+        (folder / "a.txt").write_text("two")
+        raise ZeroDivisionError
+    assert (tmp_path / "model" / "a.txt").read_text() == "one"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("at", ["replace", "rmtree"])
+def test_an_interruption_around_the_rename_leaves_a_whole_version(tmp_path, monkeypatch, at):
+    write_version(tmp_path / "model", "one")
+    module = {"replace": files.os, "rmtree": files.shutil}[at]
+    ordinary = getattr(module, at)
+
+    def interrupted(*arguments, **options):
+        if at == "replace":
+            ordinary(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, at, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_version(tmp_path / "model", "two")
+    monkeypatch.undo()
+    assert (tmp_path / "model" / "a.txt").read_text() == "two"
+    write_version(tmp_path / "model", "three")
+    assert (tmp_path / "model" / "a.txt").read_text() == "three"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_real_folder_in_the_way_is_not_touched(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileExistsError, match="in the way"):
+        write_version(tmp_path / "model", "one")

@@ -276,6 +276,31 @@ def test_full_fine_tuning_from_the_command_line_ends_with_a_command_that_works(p
     assert len(list((tmp_path / "samples").glob("*.png"))) == 4
 
 
+def test_the_next_command_repeats_what_the_model_was_made_of(place, whole, tmp_path, capsys):
+    """A path with a blank, and the adapter underneath."""
+    out = tmp_path / "a run"
+    train.main([*flags(place, steps=2), "--on-top-of", f"{whole}:0.5", "--out", str(out)])
+    import shlex
+
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("sample.py ")[2])
+    adapters = [value for flag, value in zip(command, command[1:]) if flag == "--adapter"]
+    assert adapters == [f"{whole}:0.5", str(out)]
+    assert command[command.index("--base") + 1] == str(place / "base")
+
+
+def test_checkpointing_may_be_added_to_a_resumed_run(place, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert train.main(["--resume", str(tmp_path / "run"), "--checkpointing"]) == 0
+
+
+def test_help_and_dry_run_need_no_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINILDM_WEIGHTS", str(tmp_path / "nowhere"))
+    assert train.main(["--dry-run"]) == 0
+    with pytest.raises(SystemExit) as error:
+        train.main(["--help"])
+    assert error.value.code == 0
+
+
 def test_resuming_what_is_no_run_is_an_error(place, whole):
     with pytest.raises(InputError, match="leave --preset out"):
         train.main(["--resume", str(whole), "--preset", "selora-iu"])

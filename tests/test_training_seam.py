@@ -140,6 +140,11 @@ def test_the_result_is_saved_when_validation_is_best_and_only_then(tmp_path, net
         assert torch.equal(saved, task.seen[step])
 
 
+def test_a_run_without_a_finite_validation_keeps_the_last_weights(tmp_path, network):
+    found, _ = train(tmp_path / "run", method := Recorder(network), Fit(network, (math.nan,) * 3), 2)
+    assert found.best is None and len(method.saved) == 1 and torch.equal(method.saved[0], network.weight)
+
+
 def test_a_method_may_forbid_a_best_result(tmp_path, network):
     class Late(Recorder):
         def may_be_best(self, step):
@@ -169,10 +174,12 @@ def test_finish_is_called_once_at_the_end_and_logged(tmp_path, network):
 def test_a_state_keeps_every_number(network):
     method, config = Recorder(network), training_config()
     ours, theirs = State(method, config), State(method, config)
-    for i, name in enumerate(State.NUMBERS):
+    numbers = {name for name, value in vars(ours).items() if value is None or isinstance(value, (int, float))}
+    assert len(numbers) == 7
+    for i, name in enumerate(sorted(numbers)):
         setattr(ours, name, (0.5, 3) if name == "best" else 7 + i)
     theirs.load_state_dict(ours.state_dict(), config)
-    assert [getattr(ours, name) for name in State.NUMBERS] == [getattr(theirs, name) for name in State.NUMBERS]
+    assert {name: vars(ours)[name] for name in numbers} == {name: vars(theirs)[name] for name in numbers}
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def layers_to_grow(scores, ranks, sizes, threshold, max_rank=None, max_parameter
     chosen = []
     for path in sorted(ratios, key=lambda path: (-ratios[path], path)):
         limit = min(sizes[path]) if max_rank is None else min(*sizes[path], max_rank)
-        if ratios[path] < threshold or ranks[path] >= limit or (room is not None and costs[path] > room):
+        if not ratios[path] >= threshold or ranks[path] >= limit or (room is not None and costs[path] > room):
             continue
         room = None if room is None else room - costs[path]
         chosen.append(path)

@@ -21,7 +21,7 @@ from minildm.training.machine import Machine
 from minildm.training.run import read_record
 
 # Settings that a resumed run may change.
-FREE = ("device", "workers", "cache", "compile", "micro_batch", "forgetting_probe")
+FREE = ("device", "workers", "cache", "compile", "micro_batch", "checkpointing", "forgetting_probe")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Goal(Settings):
     data: str = setting("phantom", "phantom, folder:..., iu-xray:..., padchest:..., ...", metavar="NAME:PATH")
     dtype: str | None = setting(
         None,
-        "precision of the frozen base, or with full of the products; trained weights are float32 (default: bfloat16 on a GPU, float32 elsewhere)",
+        "precision of the frozen base, or of full's products; trained weights are float32 (default: bfloat16 on a GPU, "
+        "float32 elsewhere)",
         choices=("float32", "bfloat16", "float16"),
     )
 
@@ -75,8 +76,9 @@ def parse(arguments):
     if "out" in given and "resume" in given:
         raise InputError(f"--resume {given['resume']} continues in its own folder; leave --out {given['out']} out")
     stored = read_record(given["resume"])["settings"] if "resume" in given else {}
-    embedded = not stored and is_embedded(given.get("base"))
-    preset = given.get("preset", "tiny" if embedded else None)
+    preset = given.get("preset")
+    if preset is None and not stored and _on_embedded_base(given.get("base")):
+        preset = "tiny"
     defaults = PRESETS.get(preset, {})
     name = given.get("adapter", (defaults | stored).get("adapter", Goal.adapter))
     method = METHODS[name]
@@ -107,11 +109,18 @@ def parse(arguments):
     )
 
 
+def _on_embedded_base(base):
+    try:
+        return is_embedded(base)
+    except (InputError, FileNotFoundError):  # no base is found: said when it is loaded, and --help works without
+        return False
+
+
 def _parser(**options):
     parser = Parser(prog="train.py", description="Fine-tune a Stable Diffusion model on images.", **options)
     add_flags(parser, Goal, "what")
     add = parser.add_argument_group("run").add_argument
-    presets = "a paper's settings, or those for the embedded base (its default); flags beside it win"
+    presets = "settings of a paper, or tiny, the default for the embedded base; explicit flags take precedence"
     add("--preset", choices=tuple(PRESETS), help=presets)
     add("--out", type=Path, default=Path("runs/latest"), metavar="RUN", help="folder of the run")
     add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
@@ -146,7 +155,7 @@ def _check_dreambooth(dreambooth, config, given):
 
 
 def _refuse(unknown, name, parser):
-    """Answer flags that the chosen method does not have."""
+    """Reject flags that the chosen method does not have."""
     for word in unknown:
         text = word.partition("=")[0]
         owners = [
@@ -154,7 +163,7 @@ def _refuse(unknown, name, parser):
             for other, method in METHODS.items()
             if text in [flag(field.name) for field in dataclasses.fields(method.settings_class)]
         ]
-        if owners:
+        if owners and name not in owners:
             raise InputError(f"{text} is a setting of --adapter {' and '.join(owners)}, not of {name}; leave it out")
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")

@@ -48,7 +48,9 @@ PRESETS = {
 class TrainingConfig(Settings):
     # length
     epochs: float | None = setting(None, "passes over the training images", above=0)
-    steps: int | None = setting(None, "steps, at most (default: 1000, or what --epochs takes)", at_least=1)
+    steps: int | None = setting(
+        None, "steps, at most (default: the preset's, else what --epochs takes, else 1000)", at_least=1
+    )
     # optimization
     batch_size: int = setting(8, "samples per step", at_least=1)
     micro_batch: int | None = setting(None, "samples at a time: less memory, same result", at_least=1)

@@ -109,7 +109,7 @@ class Finetuning(Task):
             return denoising_losses(self.model, batch, randomness, self.captions, self.config)
 
     def products(self):
-        """Inside, products are computed in ``precision``; norms, sums and losses stay float32."""
+        """Inside, matrix products and convolutions run in ``precision``; weights and losses stay float32."""
         if self.precision in (None, torch.float32):
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, self.precision)
@@ -145,6 +145,8 @@ def finetune(task, method_class, settings, run, machine):
     Returns: (the loop's State, the method). The model has the weights of the last step, the run's result the best ones.
     """
     model, config = task.model, task.config
+    if torch.distributed.is_initialized():
+        raise InputError("training in several processes is not supported yet; start train.py without torchrun")
     if task.images_per_step > task.n_images:
         print(f"note: --batch-size {config.batch_size} exceeds the {task.n_images} training images: images repeat "
               "within a batch")  # fmt: skip
@@ -194,11 +196,10 @@ def summary(state, method, run):
     measured = [(entry["step"], entry["validation"]) for entry in entries if "validation" in entry]
     if measured:
         (_, before), (last_step, last) = measured[0], measured[-1]
-        best, step = state.best if state.best else (float("nan"), 0)
-        lines.append(
-            f"validation loss: {before:.4f} before, {last:.4f} at step {last_step}, best {best:.4f} at step {step} "
-            f"({100 * (best / before - 1):+.1f} %)"
-        )
+        best = f"no finite one: {run.result.name} holds the weights of the last step"
+        if state.best:
+            best = f"best {state.best[0]:.4f} at step {state.best[1]} ({100 * (state.best[0] / before - 1):+.1f} %)"
+        lines.append(f"validation loss: {before:.4f} before, {last:.4f} at step {last_step}, {best}")
     else:
         lines.append(f"no validation split: {run.result.name} holds the weights of the last step")
     lines += [forgetting_line(entry) for entry in entries if "drift" in entry]

@@ -1,6 +1,6 @@
 """The training loop: batches -> losses -> gradients -> a step, for any method (adapters/method.py) and task (task.py).
 
-A run can stop at any moment and continue as if it had not: `State` holds all that changes, the order of the data and
+A run can be interrupted at any moment and resumed exactly: `State` holds all that changes, the order of the data and
 all randomness are functions of the step, and a saved state is the new one or the one before. All files are written
 through `Run`.
 """
@@ -41,7 +41,7 @@ def train(method, task, config, run, steps):
                 if better and method.may_be_best(step):
                     state.best = (loss, step)
                     save_result(method, config, run)
-            elif interval is None and last:
+            if last and state.best is None:  # nothing to validate on, or never a finite loss
                 save_result(method, config, run)
             if config.sample_interval and (last or step % config.sample_interval == 0):
                 run.save_sheet(step, task.sample_sheet)
@@ -86,7 +86,8 @@ def train(method, task, config, run, steps):
 def train_step(state, method, task, config, batch, lr):
     """One step of the optimizer. Returns: what to log."""
     size, micro = task.batch_size, config.micro_batch or task.batch_size
-    loss = 0.0
+    parameters = state.optimizer.parameters
+    loss = torch.zeros((), device=parameters[0].device)
     with method.watch(state.step):
         for first in range(0, len(batch["id"]), micro):
             part = {name: values[first : first + micro] for name, values in batch.items()}
@@ -94,10 +95,10 @@ def train_step(state, method, task, config, batch, lr):
             part_loss = (part["weight"].to(losses) * losses).sum() / size
             (part_loss * state.loss_scale).backward()
             loss = loss + part_loss.detach()
-    parameters = state.optimizer.parameters
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if torch.distributed.is_initialized():
-        sum_over_processes([loss, *gradients, *method.statistics()])
+        for parameter in parameters:  # all processes sum the same tensors, whatever share of the batch each has
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        sum_over_processes([loss, *(parameter.grad for parameter in parameters), *method.statistics()])
     entry = {}
     if method.penalty is not None:
         penalty = method.penalty()
@@ -147,7 +148,8 @@ def learning_rate(step, steps, config):
 
 
 def save_result(method, config, run):
-    run.save_result(lambda path: method.save(path, config.as_json()))
+    about = config.as_json() | (method.settings.as_json() if method.settings is not None else {})
+    run.save_result(lambda path: method.save(path, about))
 
 
 def _not_finite(state, config, run):

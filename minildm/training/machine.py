@@ -47,7 +47,7 @@ def checkpoint_blocks(*networks):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-SPARE = 1.15  # activations: what allocators and kernels take besides
+SPARE = 1.15  # activations: allowance for allocator and kernel overhead
 
 
 def forecast(model, one_sample_loss, config):
@@ -74,6 +74,7 @@ def disk_forecast(model, method, config, folder):
     trained = sum(p.numel() * p.element_size() for p in method.trained().values())
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     state, result = (4 if config.ema_decay else 3) * trained, whole if method.float32_weights else trained
+    result *= 2 if getattr(method.settings, "single_file", False) else 1
     return 2 * (state + result), shutil.disk_usage(folder).free
 
 
@@ -142,7 +143,7 @@ def peak_memory_mb(model):
 
 @contextlib.contextmanager
 def helpful_out_of_memory(config):
-    """Answer a lack of memory with the flags that help."""
+    """Turn an out-of-memory error into one that names the flags that help."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -7,7 +7,7 @@
     last/state.pt        everything that an exact continuation needs
     samples/             sheets of sample images
 
-Files are whole or absent, and written by one process only.
+Files are whole or absent (the log is appended to), and written by one process only.
 """
 
 import fcntl
@@ -144,15 +144,18 @@ class Run:
 
     def save_sheet(self, step, write):
         """``write(path)`` makes the sheet of sample images of this step."""
-        self._guarded(write, self.folder / "samples" / f"step-{step:06}.png")
+        self._guarded(write, self.folder / "samples" / f"step-{step:06}.png", OSError)
 
-    def _guarded(self, write, what):
+    def _guarded(self, write, what, errors=(OSError, RuntimeError, SafetensorError)):
+        """``write(what)``, with an InputError for a full or failing disk, which torch reports as RuntimeError."""
         try:
             write(what)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except errors as error:
             raise InputError(
-                f"could not write to {self.folder} ({_first_line(error)}); what was saved before is whole: make room, "
-                f"then continue with: {self.continue_with}"
+                f"could not write to {self.folder} ({_first_line(error)}); everything saved so far is intact; make "
+                f"room, then continue with: {self.continue_with}"
             ) from None
 
 

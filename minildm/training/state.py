@@ -22,10 +22,11 @@ class State:
         self.average.add(self.trained)
         self.best = None  # (validation loss, step)
         self.bad_steps, self.skipped = 0, 0  # in a row; in all
-        in_float16 = next(method.model.parameters()).dtype == torch.float16
+        assert all(p.dtype == torch.float32 for p in self.trained.values()), "trained weights must be float32"
+        in_float16 = any(p.dtype == torch.float16 for p in method.model.parameters())
         self.loss_scale = FP16_SCALE if in_float16 else 1.0
-        self.good_steps = 0  # since the loss scale changed
-        self.seconds = 0.0  # of training, over all sittings
+        self.good_steps = 0  # since the last bad step
+        self.seconds = 0.0  # of training, over all sessions
 
     @contextlib.contextmanager
     def averaged(self):
