@@ -148,7 +148,8 @@ class Number:
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a {self.__name__}, got {text!r}") from None
         if not -(2**63) <= value < 2**63:  # beyond what torch and JSON readers hold; NaN fails too
-            raise argparse.ArgumentTypeError(f"must be a finite {self.__name__} of at most 64 bits, got {text}")
+            wanted = "whole number of at most 64 bits" if self.kind is int else "finite number"
+            raise argparse.ArgumentTypeError(f"must be a {wanted}, got {text}")
         return value
 
 

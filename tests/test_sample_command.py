@@ -302,7 +302,7 @@ def test_values_out_of_range_are_refused_in_one_line(arguments, says, base, tmp_
         (["-n", 0], "argument -n: must be at least 1 and below 2^63, got 0"),
         (["--batch-size", 0], "argument --batch-size: must be at least 1 and below 2^63, got 0"),
         (["--seed", 2**64], f"argument --seed: must be a whole number of at most 64 bits, got {2**64}"),
-        (["--guidance", "nan"], "argument --guidance: must be a number of at most 64 bits, got nan"),
+        (["--guidance", "nan"], "argument --guidance: must be a finite number, got nan"),
         (["--steps", "ten"], "argument --steps: must be a whole number, got 'ten'"),
         (["--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
         (["--n", 4], "unrecognized arguments: --n 4"),  # not short for --negative

@@ -357,7 +357,7 @@ def test_five_images_without_captions_train_and_the_run_can_be_resumed(place, tm
         f"class images: 3 of {CLASS!r}",
         "5 train images; 4 steps of 4",
         "no validation split: adapter.safetensors holds the weights of the last step",
-        f'next: python sample.py "{INSTANCE}"',
+        f"next: python sample.py '{INSTANCE}'",
     ):
         assert words in said, words
     found = json.loads((tmp_path / "whole" / "config.json").read_text())["found"]

@@ -1,5 +1,6 @@
 """train.py as a user meets it: whole runs from files, exact resume after any death, and errors in one line."""
 
+import itertools
 import json
 import os
 import random
@@ -283,7 +284,7 @@ def test_the_next_command_repeats_what_the_model_was_made_of(place, whole, tmp_p
     import shlex
 
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("sample.py ")[2])
-    adapters = [value for flag, value in zip(command, command[1:]) if flag == "--adapter"]
+    adapters = [value for flag, value in itertools.pairwise(command) if flag == "--adapter"]
     assert adapters == [f"{whole}:0.5", str(out)]
     assert command[command.index("--base") + 1] == str(place / "base")
 

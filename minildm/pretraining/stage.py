@@ -87,6 +87,8 @@ class Networks(Method):
         return self.keep_best
 
     def save(self, path, about):
+        if not self.keep_best:
+            return
         state = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         with written_beside(path) as beside:
             save_file(state, beside)
