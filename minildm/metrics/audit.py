@@ -307,9 +307,15 @@ def as_entries(comparisons, generated, train, holdout):
 def main(argv):
     parser = Parser(prog="python -m minildm audit", description="Has the model memorised training images?")
     parser.add_argument("generated", help="folder or run of generated images")
-    parser.add_argument("--train", required=True, help="folder or name:path data set the model was trained on")
-    parser.add_argument("--holdout", required=True, help="the same, of other patients, never trained on")
-    parser.add_argument("--out", type=Path, help="folder for audit.json and audit.png (default: GENERATED/audit)")
+    parser.add_argument(
+        "--train", required=True, metavar="DATA", help="folder or name:path data set the model was trained on"
+    )
+    parser.add_argument(
+        "--holdout", required=True, metavar="DATA", help="the same, of other patients, never trained on"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder for audit.json and audit.png (default: GENERATED/audit)"
+    )
     add_flags(parser, FeatureSettings, "features")
     parser.set_defaults(features="inception" if DEFAULT_WEIGHTS.is_file() else "random")
     arguments = parser.parse_args(argv)

@@ -112,8 +112,12 @@ def main(argv):
     description = "How well do images match their prompts, according to a CLIP model?"
     parser = Parser(prog="python -m minildm clip-score", description=description)
     parser.add_argument("images", help="folder of images")
-    parser.add_argument("--prompts", type=Path, help="CSV of file,prompt (default: the prompt stored in each PNG)")
-    parser.add_argument("--out", type=Path, help="JSON file of results (default: clip_score.json beside the images)")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="CSV of file,prompt (default: the prompt stored in each PNG)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON file of results (default: clip_score.json beside the images)"
+    )
     add_flags(parser, FeatureSettings, "model", skip=("features", "weights", "base", "seed"))
     parser.set_defaults(clip_model="ViT-L-14")
     arguments = parser.parse_args(argv)

@@ -122,6 +122,7 @@ def main(argv):
     parser.add_argument(
         "--out",
         type=Path,
+        metavar="FILE",
         help="JSON file of results (default: fid.json beside FAKE's images, or here if FAKE is a data set)",
     )
     add_flags(parser, FeatureSettings, "features")

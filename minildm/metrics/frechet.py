@@ -77,7 +77,7 @@ class Statistics:
     """Mean and covariance of features that arrive batch by batch, in O(d^2) memory.
 
     Up to d rows are held as they are, which gives the exact factor of a small set. Beyond that, rows are added to the
-    scatter matrix in blocks of up to 512 (Chan, Golub and LeVeque 1983, Eq. 2.1).
+    scatter matrix in blocks of some hundreds (Chan, Golub and LeVeque 1983, Eq. 2.1).
     """
 
     def __init__(self, dim):
