@@ -78,10 +78,21 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=Help, **options)
-        self.usage = self.usage or f"{self.prog} [options]"  # argparse's own lists every flag, before their groups do
+
+    def format_help(self):
+        needed = [usage_of(action) for action in self._actions if action.required or not action.option_strings]
+        self.usage = " ".join([self.prog, *needed, "[options]"])  # argparse's own lists every flag
+        return super().format_help()
 
     def error(self, message):
         self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+
+
+def usage_of(action):
+    """One argument in a usage line: "--train DATA", "real" or, where it can be left out, "[prompt]"."""
+    value = action.metavar or action.dest
+    text = f"{action.option_strings[0]} {value}" if action.option_strings else value
+    return text if action.required else f"[{text}]"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -35,6 +35,12 @@ def test_every_command_has_help(name, capsys):
     assert stop.value.code == 0 and f"usage: python -m minildm {name}" in capsys.readouterr().out
 
 
+def test_the_usage_line_names_what_a_run_cannot_do_without(capsys):
+    with pytest.raises(SystemExit):
+        main(["audit", "--help"])
+    assert capsys.readouterr().out.splitlines()[0].endswith("audit generated --train DATA --holdout DATA [options]")
+
+
 @pytest.mark.parametrize("command", [["fid", "a", "b", "--rep", "3"], ["clip-score", "a", "--prompt", "x.csv"]])
 def test_flags_cannot_be_abbreviated(command, capsys):
     with pytest.raises(SystemExit) as stop:
