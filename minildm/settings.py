@@ -5,7 +5,7 @@
         lr: float = setting(1e-4, "learning rate", above=0)
         schedule: str = setting("constant", "after the warm-up", choices=("constant", "cosine"))
 
-`add_flags` turns the fields into command-line flags (``--lr``), `from_flags` parsed flags back into the dataclass,
+`add_flags` turns the fields into command-line flags (``--lr``), `from_flags` turns parsed flags back into it,
 and constructing it checks limits and choices, whether a value came from a flag, a file or Python.
 """
 
@@ -39,7 +39,7 @@ class Settings:
             check(field, getattr(self, field.name))
 
     def as_json(self):
-        """The fields as what JSON can hold: paths become text, tuples lists."""
+        """The fields in a form JSON can hold: paths become text, tuples lists."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
@@ -108,7 +108,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def add_flags(parser, settings, title, skip=(), prefix=""):
     """Add a flag for each field of the dataclass ``settings``, in a group called ``title``.
 
-    Args: skip: names of fields without a flag. prefix: "vae_" makes --vae-steps of the field ``steps``.
+    Args: skip: names of fields without a flag. prefix: "vae_" turns the field ``steps`` into --vae-steps.
     """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(settings)
@@ -139,7 +139,7 @@ def from_flags(settings, arguments, prefix="", **changes):
 
 
 class Several(argparse.Action):
-    """Values of a flag that may be given once or repeatedly: the first replaces the default, others are added."""
+    """Values of a flag given once or repeatedly: the first replaces the default, later ones are appended."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         given = getattr(namespace, f"_{self.dest}_given", ())

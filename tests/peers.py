@@ -24,6 +24,20 @@ from minildm.vae import VAE
 
 PARITY = 1e-5  # largest relative error of a network in float32
 
+
+def small_config():
+    """About as large as the embedded model: what the benchmarks call small."""
+    unet = UNetConfig(
+        widths=(64, 128, 128),
+        attention=(True, True, False),
+        n_heads=(2, 4, 4),
+        layers_per_block=1,
+        context_dim=128,
+        latent_size=16,
+    )
+    return ModelConfig(unet, VAEConfig.tiny(), TextEncoderConfig(width=128, n_layers=4, n_heads=4, mlp_width=512))
+
+
 # config.json as published with stable-diffusion-v1-5 and stable-diffusion-2-1, reduced to what defines the networks.
 _CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 SD15_UNET = {

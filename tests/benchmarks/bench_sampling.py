@@ -21,14 +21,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from minildm.settings import Parser
 
 PARTS = ["start", "image", "unet", "vae"]
-SMALL = {
-    "widths": (64, 128, 128),
-    "attention": (True, True, False),
-    "n_heads": (2, 4, 4),
-    "layers_per_block": 1,
-    "context_dim": 128,
-    "latent_size": 16,
-}  # a U-Net about as large as that of weights/tiny
 
 
 # --- new processes: start-up and loading -----------------------------------------------------------------------------
@@ -265,14 +257,11 @@ def bench_machine(device):
 def write_models(folder):
     """Write models with random weights: one of SD v1.5's size in fp16, two small ones in fp32 with tokenizer files."""
     import torch
-    from peers import random_model, write_folder, write_tokenizer
+    from peers import random_model, small_config, write_folder, write_tokenizer
 
-    from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+    from minildm.config import ModelConfig
 
-    small = ModelConfig(
-        UNetConfig(**SMALL), VAEConfig.tiny(), TextEncoderConfig(width=128, n_layers=4, n_heads=4, mlp_width=512)
-    )
-    for name, config in (("small", small), ("toy", ModelConfig.tiny())):
+    for name, config in (("small", small_config()), ("toy", ModelConfig.tiny())):
         write_folder(random_model(config), folder / name)
         write_tokenizer(folder / name / "tokenizer")
     write_folder(random_model(ModelConfig()), folder / "sd15", torch.float16)

@@ -21,31 +21,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SMALL = {
-    "widths": (64, 128, 128),
-    "attention": (True, True, False),
-    "n_heads": (2, 4, 4),
-    "layers_per_block": 1,
-    "context_dim": 128,
-    "latent_size": 16,
-}  # of the size of an embedded teaching model
 LR, CLIP, INTERVAL = 1e-4, 1.0, 40
 
 
 def model_of(size, device, dtype):
     """Random weights, small or of SD v1.5's size; no VAE is needed, the latents are given."""
-    from peers import random_network
+    from peers import random_network, small_config
 
-    from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+    from minildm.config import ModelConfig, VAEConfig
     from minildm.latent_diffusion import LatentDiffusion
 
-    config = (
-        ModelConfig()
-        if size == "sd15"
-        else ModelConfig(
-            UNetConfig(**SMALL), VAEConfig.tiny(), TextEncoderConfig(width=128, n_layers=4, n_heads=4, mlp_width=512)
-        )
-    )
+    config = ModelConfig() if size == "sd15" else small_config()
     import torch
 
     networks = {
