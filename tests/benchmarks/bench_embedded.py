@@ -239,7 +239,8 @@ def figure(args):
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=["shapes", "unseen", "psnr", "time", "chest"], help="which parts")
+    parts = ["shapes", "unseen", "psnr", "time", "chest"]
+    parser.add_argument("--only", nargs="*", default=parts, choices=parts, help="which parts")
     parser.add_argument("--base", type=Path, default=EMBEDDED)
     parser.add_argument("--adapter", default=str(EMBEDDED_ADAPTER))
     parser.add_argument("-n", type=int, default=200, help="prompts, or images")

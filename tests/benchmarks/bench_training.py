@@ -232,7 +232,8 @@ def main():
     parser.add_argument("--batches", nargs="*", type=int, help="(default: 8 small; 1 sd15 on a CPU, 1 and 8 on a GPU)")
     parser.add_argument("--dtypes", nargs="*", help="(default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of turns for each row")
-    parser.add_argument("--only", nargs="*", default=["step", "memory", "test"], help="which parts")
+    parts = {"step": bench_step, "memory": bench_memory, "test": bench_test}
+    parser.add_argument("--only", nargs="*", default=list(parts), choices=parts, help="which parts")
     args = parser.parse_args()
     import torch
 
@@ -246,7 +247,7 @@ def main():
     print(f"{'':<52} {'minildm':>13} {'diffusers':>13}  ratio")
     for dtype in (getattr(torch, name) for name in dtypes):
         for batch in batches:
-            for part, bench in (("step", bench_step), ("memory", bench_memory), ("test", bench_test)):
+            for part, bench in parts.items():
                 if part in args.only:
                     bench(args, dtype, batch)
 
