@@ -53,6 +53,13 @@ def rare_tokens(arguments):
     return main(arguments)
 
 
+def fetch(arguments):
+    """get published weights: Stable Diffusion, autoencoder, Inception, CLIP"""
+    from minildm.fetch import main
+
+    return main(arguments)
+
+
 def pretrain(arguments):
     """train a latent diffusion model from scratch: autoencoder, text encoder, U-Net"""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy renders small images; its threads would slow torch's
@@ -68,6 +75,7 @@ COMMANDS = {
     "clip-score": clip_score,
     "audit": audit,
     "rare-tokens": rare_tokens,
+    "fetch": fetch,
     "pretrain": pretrain,
 }
 

@@ -90,6 +90,22 @@ def weights_folders():
     return list(dict.fromkeys(folders))
 
 
+def folder_for_weights():
+    """Where ``python -m minildm fetch`` puts weights: the first of `weights_folders` that exists and can be written to
+    (the package apart), else weights/ in the current folder, which need not exist yet."""
+    for folder in weights_folders():
+        if folder != PACKAGE and folder.is_dir() and os.access(folder, os.W_OK):
+            return folder
+    return Path.cwd() / "weights"
+
+
+def find_weights(name):
+    """The path of the file or folder ``name`` in the first of `weights_folders` that holds it, else where
+    ``python -m minildm fetch`` would put it."""
+    found = (folder / name for folder in weights_folders() if (folder / name).exists())
+    return next(found, folder_for_weights() / name)
+
+
 def find_base(*folders):
     """The base model to use when none is named: that of the first folder that holds one.
 
@@ -115,9 +131,9 @@ def find_base(*folders):
         if (folder / "tiny" / "unet").is_dir():
             return folder / "tiny"
     raise FileNotFoundError(
-        f"no base model in {', '.join(map(str, folders))}: put v1-5-pruned-emaonly.safetensors (4.3 GB, "
-        "stable-diffusion-v1-5/stable-diffusion-v1-5 on Hugging Face), another SD v1.x or v2.x file, or a "
-        "diffusers-layout folder there, or name one with --base (or load(base))"
+        f"no base model in {', '.join(map(str, folders))}: get v1-5-pruned-emaonly.safetensors (4.3 GB) with "
+        "python -m minildm fetch sd15, put another SD v1.x or v2.x file or diffusers-layout folder there, or name one "
+        "with --base (or load(base))"
     )
 
 

@@ -9,7 +9,7 @@ from minildm.errors import InputError
 from minildm.metrics.extractors import FeatureSettings, inception_extractor, open_extractor
 from minildm.metrics.features import FeatureSet, collect
 from minildm.metrics.frechet import SavedStatistics
-from minildm.metrics.inception import DEFAULT_WEIGHTS, DIMS
+from minildm.metrics.inception import DIMS
 from minildm.metrics.manifold import precision_recall_density_coverage
 from minildm.metrics.mmd import cmmd, kid
 from minildm.metrics.small_sample import small_sample
@@ -28,7 +28,7 @@ def fid(real_dir, fake_dir, weights=None, dims=(2048, 192, 64), device="cpu", ba
     Returns: {dim: float}. Memory does not grow with the number of images.
     Raises: FileNotFoundError, InputError: no images, a broken one, other dims than the statistics'.
     """
-    extractor = inception_extractor(DEFAULT_WEIGHTS if weights is None else weights, dims, device)
+    extractor = inception_extractor(weights, dims, device)
     real, fake = (gather(source, extractor, keep=0, batch_size=batch_size) for source in (real_dir, fake_dir))
     return {dim: real.statistics[dim].distance(fake.statistics[dim]) for dim in dims}
 
