@@ -4,13 +4,15 @@ This module does not import torch, so that a mistake on the command line is repo
 """
 
 import csv
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from minildm import __version__
-from minildm.config import SAMPLER_NAMES
+from minildm.config import SAMPLER_NAMES, SPATIAL_FACTOR
+from minildm.data import reading
 from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.images import parameters_text, read_parameters
@@ -19,7 +21,21 @@ from minildm.images import parameters_text, read_parameters
 class PlannedImage(NamedTuple):
     prompt: str
     seed: int
+    path: Path | None  # None: a row that only fills a batch (record.py)
+
+
+class InitImage(NamedTuple):
+    """The file of --init-image."""
+
     path: Path
+    sha256: str
+    data: bytes
+
+    def tensor(self, height, width):
+        """The image in [-1, 1], (1, 3, height, width), read as training reads images: greys of any depth and DICOM by
+        the range they declare; the largest centred part of this shape, scaled by the same filter."""
+        pixels = reading.decode(self.data, self.path, at_least=max(height, width)).pixels
+        return reading.to_tensor(reading.crop(pixels, height, width)[None])
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -74,6 +90,24 @@ def _table_column(text, path, column):
     return prompts
 
 
+def read_init_image(path, strength):
+    """The InitImage of --init-image ``path``, checked to be an image; None if ``path`` is.
+
+    Raises: InputError, also for a ``strength`` without an image; FileNotFoundError.
+    """
+    if path is None:
+        if strength is not None:
+            raise InputError(f"--strength {strength:g} is for --init-image FILE, which is not given")
+        return None
+    if path.is_dir():
+        raise InputError(f"--init-image {path} is a folder; give one image, which all prompts start from")
+    if not path.is_file():
+        raise FileNotFoundError(f"--init-image {path}: no such file")
+    data = reading.file_bytes(path)
+    reading.decode(data, path, at_least=SPATIAL_FACTOR)  # a mistake shows before the model is loaded
+    return InitImage(path, hashlib.sha256(data).hexdigest(), data)
+
+
 def check_request(prompts, negative, n, seed):
     """Raise InputError for prompts that are not valid UTF-8, and for seeds beyond those of torch's generators."""
     for prompt in (*prompts, negative):
@@ -90,17 +124,18 @@ def check_request(prompts, negative, n, seed):
 def choose_adapters(adapters, base):
     """The adapters to merge into ``base``: those of --adapter; none for "none"; by default the embedded base's own.
 
+    Args: adapters: a tuple of flags.
     Raises: InputError; FileNotFoundError, naming the adapters that do not exist.
     """
     from minildm.loading import EMBEDDED_ADAPTER, is_embedded, parse_adapter
 
-    if adapters == ["none"]:
-        return []
+    if adapters == ("none",):
+        return ()
     if "none" in adapters:
         raise InputError("--adapter none means no adapter; leave it out beside other adapters")
     if not adapters and is_embedded(base) and EMBEDDED_ADAPTER.is_file():
         print("using the embedded base with its adapter for chest radiographs (--adapter none: without it)")
-        return [str(EMBEDDED_ADAPTER)]
+        return (str(EMBEDDED_ADAPTER),)
     paths = [parse_adapter(adapter)[0] for adapter in adapters]
     if absent := [path for path in paths if not path.is_file()]:
         if (absent[0].parent / "model").is_dir():
@@ -118,7 +153,8 @@ def describe_adapters(adapters):
     from minildm.loading import parse_adapter
 
     return " + ".join(
-        f"{path.parent.name}/{path.name} {sha256(path)[:10]}{'' if rank is None else f' rank {rank}'} x {multiplier:g}"
+        f"{Path(os.path.abspath(path)).parent.name}/{path.name} {sha256(path)[:10]}"
+        f"{'' if rank is None else f' rank {rank}'} x {multiplier:g}"
         for path, multiplier, rank in map(parse_adapter, adapters)
     )
 
@@ -144,7 +180,7 @@ def plan_images(prompts, n, seed, folder, continues, parameters):
         if image.path.name not in existing:
             planned.append(image)
         elif (old := read_parameters(image.path)) != (new := parameters(image)):
-            old, new = (old or "no parameters").splitlines(), new.splitlines()
+            old, new = (old or "no parameters").split("\n"), new.split("\n")
             line = -1 if old[-1] != new[-1] else 0  # the settings, or else the prompt
             raise InputError(
                 f"{image.path} exists and was made with other settings ({old[line]}) than this command's "
@@ -154,19 +190,13 @@ def plan_images(prompts, n, seed, folder, continues, parameters):
 
 
 def split_batches(planned, batch_size):
-    """Batches of at most ``batch_size`` images with consecutive seeds."""
-    batches = []
-    for image in planned:
-        if batches and len(batches[-1]) < batch_size and image.seed == batches[-1][-1].seed + 1:
-            batches[-1].append(image)
-        else:
-            batches.append([image])
-    return batches
+    """Batches of at most ``batch_size`` images."""
+    return [planned[i : i + batch_size] for i in range(0, len(planned), batch_size)]
 
 
 # --- the text in a PNG -----------------------------------------------------------------------------------------------
-def describe_image(image, negative, settings, model, adapters=""):
-    """The text of a PNG's ``parameters`` chunk.
+def describe_image(image, negative, settings, model, adapters="", init_image=None):
+    """The text of a PNG's ``parameters`` chunk, under the web UI's names where it has them.
 
     Args: settings: SamplingSettings with guidance, height and width set; adapters: from `describe_adapters`.
     """
@@ -177,7 +207,7 @@ def describe_image(image, negative, settings, model, adapters=""):
         "Seed": image.seed,
         "Model hash": model.base_hash[:10],
         "Size": f"{settings.width}x{settings.height}",
-        "Model": model.files.path.stem,
+        "Model": model_name(model.files.path),
         "Prediction": model.config.schedule.prediction,
         "Precision": str(model.dtype).removeprefix("torch."),
     }
@@ -185,4 +215,13 @@ def describe_image(image, negative, settings, model, adapters=""):
         pairs["Eta"] = settings.eta
     if adapters:
         pairs["Adapter"] = adapters
+    if init_image is not None:
+        pairs |= {"Denoising strength": settings.strength, "Init image hash": init_image.sha256[:10]}
     return parameters_text(image.prompt, negative, **pairs, Version=f"minildm {__version__}")
+
+
+def model_name(path):
+    """The name of a base: that of its folder, whole, or that of its file without the suffix of a checkpoint."""
+    path = Path(os.path.abspath(path))  # for "." and ".."; a link keeps its own name
+    known = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    return path.stem if known and not path.is_dir() else path.name
