@@ -41,7 +41,7 @@ def _quoted(value):
     """A value that would break the line, as a JSON string. Its commas and colons are escaped, too, because some viewers
     split the line at each of them, quoted or not, and would take "x, Seed: 3" in a file's name for the seed."""
     value = value.encode(errors="replace").decode()  # names of files need not be UTF-8
-    if value.isprintable() and value == value.strip() and not any(c in value for c in ',:"\\'):
+    if value.isprintable() and value == value.strip() and not any(c in value for c in ",:") and value[:1] != '"':
         return value
     text = json.dumps(value, ensure_ascii=False).replace(",", "\\u002c").replace(":", "\\u003a")
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

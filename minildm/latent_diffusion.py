@@ -266,8 +266,8 @@ class LatentDiffusion(nn.Module):
         t, _ = starting_point(settings.sampler, self.schedule, settings.steps, karras=settings.karras)
         if t < EARLIEST_START * n_timesteps:
             warnings.warn(
-                f"{settings.steps} steps of {settings.sampler} start from pure noise at timestep {t} of {n_timesteps}, "
-                "where the U-Net expects part of an image; use 10 steps or more, a number that divides "
+                f"{settings.sampler} with {settings.steps} steps starts from pure noise at timestep {t} of "
+                f"{n_timesteps}, where the U-Net expects part of an image; use 10 steps or more, a number that divides "
                 f"{n_timesteps}, such as 20 or 50, or the sampler dpm++, which starts at the end with any number",
                 stacklevel=4,
             )

@@ -140,8 +140,13 @@ def batch_like(request, planned):
         torch.set_num_threads(threads)
     here = machine_of(request.model.device)
     if any(here[key] != recorded[key] for key in here):
-        texts = (", ".join(map(str, [*on["machine"].values(), *on["versions"].values()])) for on in (recorded, here))
-        warnings.warn("{} was made on {}; here ({}) its last bits may differ".format(args.like, *texts), stacklevel=2)
+        there, here = (
+            "{device} ({processor}, {threads} threads) with minildm {minildm} and torch {torch}".format(
+                **where["machine"], **where["versions"]
+            )
+            for where in (recorded, here)
+        )
+        warnings.warn(f"{args.like} was made on {there}; here, on {here}, its last bits may differ", stacklevel=2)
     if recorded["vae_dtype"] == "float32":
         request.model.vae.float()
     index, size = recorded["batch"]["index"], recorded["batch"]["size"]

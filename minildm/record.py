@@ -79,12 +79,13 @@ class Request:
 
     def record(self, image, batch):
         """The record of a PlannedImage that was generated as one of ``batch``."""
-        vae_dtype = str(self.model.vae.post_quant_conv.weight.dtype).removeprefix("torch.")
-        return self.shared | {
+        return {
+            **self.shared,
             "prompt": image.prompt,
             "sampling": self.shared["sampling"] | {"seed": image.seed},
+            "vae_dtype": _dtype(self.model.vae),
             "batch": {"size": len(batch), "index": batch.index(image)},
-            "vae_dtype": vae_dtype,
+            **machine_of(self.model.device),
         }
 
 
@@ -96,9 +97,6 @@ def describe_request(args, settings, model, adapters, init_image):
         settings: complete SamplingSettings. adapters: as chosen. init_image: InitImage or None.
     """
     from minildm.loading import parse_adapter
-
-    def dtype(module):
-        return str(next(module.parameters()).dtype).removeprefix("torch.")
 
     def file(path, given, digest):
         return {"path": str(path), "given": given, "sha256": digest}
@@ -116,10 +114,13 @@ def describe_request(args, settings, model, adapters, init_image):
             for path, multiplier, rank in map(parse_adapter, adapters)
         ],
         "prediction": model.config.schedule.prediction,
-        "dtype": dtype(model.unet),
+        "dtype": _dtype(model.unet),
         "compile": args.compile,
-        **machine_of(model.device),
     }
+
+
+def _dtype(network):
+    return str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
 def machine_of(device):

@@ -20,6 +20,7 @@ from minildm import loading
 from minildm.config import ModelConfig
 from minildm.errors import InputError
 from minildm.images import SYNTHETIC
+from minildm.sampling import model_name
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--steps", "2", "--guidance", "1"]
@@ -158,13 +159,36 @@ def test_prompts_in_any_script_are_stored_in_the_png(base, tmp_path):
     assert read_as_the_web_ui(Image.open(path).info["parameters"])[0] == prompt
 
 
-def test_values_with_commas_are_quoted(base, tmp_path):
-    named = tmp_path / "a, b: c"
-    named.symlink_to(base)
-    (path,) = generate(named, tmp_path / "out", "x", *QUICK)
-    text = Image.open(path).info["parameters"]
-    assert 'Model: "a, b: c"' in text
-    assert read_as_the_web_ui(text)[2]["Model"] == "a, b: c"
+@pytest.mark.parametrize(
+    "name",
+    ["v1.5.final", "a, b: c", 'say "x"', "胸部.X線 🫁", "back\\slash", "two\nlines", "Seed: 9, Steps: 77", " x "],
+)
+def test_the_whole_name_of_a_base_is_stored_whatever_characters_it_has(name, base, tmp_path):
+    (tmp_path / name).symlink_to(base)
+    (path,) = generate(tmp_path / name, tmp_path / "out", "x", *QUICK)
+    values = read_as_the_web_ui(Image.open(path).info["parameters"])[2]
+    assert values["Model"] == name and values["Seed"] == "0" and values["Steps"] == "2"
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("weights/v1.5", "v1.5"),
+        ("weights/v1.5.safetensors", "v1.5"),
+        ("weights/v1.5-fp16.final.CKPT", "v1.5-fp16.final"),
+        ("weights/model.v2", "model.v2"),
+        ("weights/sd.v1/", "sd.v1"),
+        ("weights/x/../sd.v1", "sd.v1"),
+    ],
+)
+def test_only_a_checkpoints_suffix_is_cut_from_its_name(path, name):
+    assert model_name(path) == name
+
+
+def test_a_base_in_the_current_folder_has_a_name(tmp_path, monkeypatch):
+    (tmp_path / "a.folder").mkdir()
+    monkeypatch.chdir(tmp_path / "a.folder")
+    assert model_name(".") == "a.folder" and model_name("..") == tmp_path.name
 
 
 def test_numbers_of_a_second_call_go_on_from_the_first(base, tmp_path):
