@@ -123,15 +123,16 @@ def batch_like(request, planned):
     import torch
 
     args, recorded = request.args, request.args.recorded
-    if recorded is None:
+    if recorded is None or not planned:
         return None
+    image = planned[0]
+    record = request.record(image, planned)
     for what in ("base", "vae", "adapters"):
         if what not in args.explicit:
-            _require_same(args.like, what, request.shared[what], recorded[what])
-    if len(planned) != 1:
+            _require_same(args.like, what, record[what], recorded[what])
+    if len(planned) > 1:
         return None
-    (image,) = planned
-    new, old = _decisive(request.record(image, planned)), _decisive(recorded)
+    new, old = _decisive(record), _decisive(recorded)
     if differences := [name for name in old if new[name] != old[name]]:
         print(f"unlike {args.like}: {', '.join(differences)}")
         return None

@@ -9,7 +9,6 @@ to share.
 This module does not import torch, so that a mistake on the command line is reported at once.
 """
 
-import functools
 import json
 import threading
 
@@ -55,15 +54,18 @@ FORM = {  # what `read_record` expects: a type, several in a tuple, None; a list
 class Request:
     """What all images of one call of sample.py share, and what is written into each PNG.
 
-    Hashing a large base takes seconds, so it begins in the background.
+    Args:
+        args: the flags, of which base, adapter, negative and compile are used.
+        settings: complete SamplingSettings. model: LatentDiffusion.
+        adapters: as chosen for it. init_image: InitImage or None.
     """
 
     def __init__(self, args, settings, model, adapters, init_image):
-        self.args, self.settings, self.model, self.adapters = args, settings, model, adapters
-        self.init_image = init_image
+        self.args, self.settings, self.model, self.init_image = args, settings, model, init_image
         self.adapter_text = describe_adapters(adapters)
+        self.adapters = _describe_adapters(adapters, given=bool(args.adapter))
         self.hashing = threading.Thread(target=lambda: model.base_hash, daemon=True)
-        self.hashing.start()
+        self.hashing.start()  # takes seconds for a large base, so it runs during the sampling
 
     def parameters(self, image):
         """The ``parameters`` text of a PlannedImage."""
@@ -71,52 +73,39 @@ class Request:
         text = self.adapter_text
         return describe_image(image, self.args.negative, self.settings, self.model, text, self.init_image)
 
-    @functools.cached_property
-    def shared(self):
-        """The part of the record that is the same for all images."""
-        self.hashing.join()
-        return describe_request(self.args, self.settings, self.model, self.adapters, self.init_image)
-
     def record(self, image, batch):
-        """The record of a PlannedImage that was generated as one of ``batch``."""
+        """The record of a PlannedImage that was generated as one of ``batch``, a dict for JSON."""
+        self.hashing.join()
+        model, init_image, vae_path = self.model, self.init_image, getattr(self.model.files, "vae_path", None)
         return {
-            **self.shared,
+            "schema": SCHEMA,
             "prompt": image.prompt,
-            "sampling": self.shared["sampling"] | {"seed": image.seed},
-            "vae_dtype": _dtype(self.model.vae),
+            "negative_prompt": self.args.negative,
+            "sampling": self.settings.as_json() | {"seed": image.seed},
+            "init_image": None if init_image is None else _describe_file(init_image.path, init_image.sha256),
+            "base": _describe_file(model.files.path, model.base_hash, given=self.args.base is not None),
+            "vae": None if vae_path is None else _describe_file(vae_path, model.vae_hash),
+            "adapters": self.adapters,
+            "prediction": model.config.schedule.prediction,
+            "dtype": _dtype(model.unet),
+            "vae_dtype": _dtype(model.vae),
+            "compile": self.args.compile,
             "batch": {"size": len(batch), "index": batch.index(image)},
-            **machine_of(self.model.device),
+            **machine_of(model.device),
         }
 
 
-def describe_request(args, settings, model, adapters, init_image):
-    """The part of the record that all images of one call of sample.py share.
+def _describe_file(path, digest, given=True):
+    return {"path": str(path), "given": given, "sha256": digest}
 
-    Args:
-        args: its flags, of which base, vae, adapter, negative and compile are used.
-        settings: complete SamplingSettings. adapters: as chosen. init_image: InitImage or None.
-    """
+
+def _describe_adapters(adapters, given):
     from minildm.loading import parse_adapter
 
-    def file(path, given, digest):
-        return {"path": str(path), "given": given, "sha256": digest}
-
-    vae_path = getattr(model.files, "vae_path", None)
-    return {
-        "schema": SCHEMA,
-        "negative_prompt": args.negative,
-        "sampling": settings.as_json(),
-        "init_image": None if init_image is None else file(init_image.path, True, init_image.sha256),
-        "base": file(model.files.path, args.base is not None, model.base_hash),
-        "vae": None if vae_path is None else file(vae_path, True, model.vae_hash),
-        "adapters": [
-            file(path, bool(args.adapter), sha256(path)) | {"multiplier": multiplier, "rank": rank}
-            for path, multiplier, rank in map(parse_adapter, adapters)
-        ],
-        "prediction": model.config.schedule.prediction,
-        "dtype": _dtype(model.unet),
-        "compile": args.compile,
-    }
+    return [
+        _describe_file(path, sha256(path), given) | {"multiplier": multiplier, "rank": rank}
+        for path, multiplier, rank in map(parse_adapter, adapters)
+    ]
 
 
 def _dtype(network):

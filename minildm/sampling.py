@@ -104,7 +104,8 @@ def read_init_image(path, strength):
     if not path.is_file():
         raise FileNotFoundError(f"--init-image {path}: no such file")
     data = reading.file_bytes(path)
-    reading.decode(data, path, at_least=SPATIAL_FACTOR)  # a mistake shows before the model is loaded
+    decoded = reading.decode(data, path, at_least=SPATIAL_FACTOR)  # a mistake shows before the model is loaded
+    print(f"starting from {path}: {decoded.kind}, {decoded.greys}")
     return InitImage(path, hashlib.sha256(data).hexdigest(), data)
 
 
