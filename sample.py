@@ -101,6 +101,8 @@ def main(arguments):
 
     for png in planned[:8]:
         print(f"{png.path} (seed {png.seed})")
+    if repeated is not None:
+        print(like.compare(args.like, planned[0].path))
     if len(planned) > 1:
         folder = writable_folder(args.out / "sheets")  # not --out itself, where metrics read every image
         path = folder / planned[0].path.name

@@ -8,6 +8,9 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from minildm.config import SAMPLER_NAMES
 from minildm.errors import InputError
 from minildm.files import sha256
@@ -154,6 +157,18 @@ def batch_like(request, planned):
     batch = [image._replace(path=None)] * size
     batch[index] = image
     return batch
+
+
+def compare(image, path):
+    """Whether the PNG ``path`` has the pixels of ``image``, as a sentence."""
+    with Image.open(image) as theirs, Image.open(path) as ours:
+        theirs, ours = np.asarray(theirs, dtype=int), np.asarray(ours, dtype=int)
+    if theirs.shape != ours.shape:
+        return f"not the same as {image}, which has other dimensions than its record says"
+    if not (differences := np.abs(theirs - ours)).any():
+        return f"the same as {image}, bit for bit"
+    n, n_all = np.count_nonzero(differences), differences.size
+    return f"not the same as {image}: {n:,} of {n_all:,} values differ, by up to {differences.max()} of 255"
 
 
 def _require_same(image, what, ours, theirs):
