@@ -28,7 +28,7 @@ FROM_DATA = (
 )
 
 
-PAIR = re.compile(r' *([^:,"]+): *("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')  # key, value, both as text
+PAIR = re.compile(r'(?:^|,) *([^:,"]+): *("(?:[^"\\]|\\.)*"|[^,]*)(?=,|$)')  # key, value, both as text
 
 
 def parameters_text(prompt, negative_prompt="", **pairs):

@@ -161,7 +161,7 @@ class LatentDiffusion(nn.Module):
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        seeds = self._seeds(seed, len(prompts))
+        seeds = _seeds(seed, len(prompts))
         if init_images is not None:
             init_images = _as_batch(init_images, "init_images")
             height = init_images.shape[2] if height is None else height
@@ -215,21 +215,6 @@ class LatentDiffusion(nn.Module):
             )
         return self._scaled(z.float())
 
-    def _seeds(self, seed, n_prompts):
-        """The ``n_prompts`` seeds that ``seed`` means. Raises InputError for anything but whole numbers in range."""
-        try:
-            if isinstance(seed, (list, tuple, range)):
-                seeds = [operator.index(each) for each in seed]
-            else:
-                seeds = [operator.index(seed) + i for i in range(max(n_prompts, 1))]
-        except TypeError:
-            raise InputError(f"seed must be a whole number, or a list of one per prompt, got {seed!r}") from None
-        if len(seeds) != max(n_prompts, 1):
-            raise InputError(f"{len(seeds)} seeds for {n_prompts} prompts; give one, or one for each")
-        if outside := [each for each in seeds if not 0 <= each < 2**63]:
-            raise InputError(f"--seed must be in [0, 2^63), got {outside[0]}")
-        return seeds
-
     def _check_sample(self, settings, prompts, negatives, init_images, output):
         """Check the arguments of `sample` that `SamplingSettings` does not check. Raises InputError; may warn."""
         if output not in ("pil", "tensor", "latent"):
@@ -271,6 +256,22 @@ class LatentDiffusion(nn.Module):
                 f"{n_timesteps}, such as 20 or 50, or the sampler dpm++, which starts at the end with any number",
                 stacklevel=4,
             )
+
+
+def _seeds(seed, n_prompts):
+    """The ``n_prompts`` seeds that ``seed`` means. Raises InputError for anything but whole numbers in range."""
+    try:
+        if isinstance(seed, (list, tuple, range)):
+            seeds = [operator.index(each) for each in seed]
+        else:
+            seeds = [operator.index(seed) + i for i in range(max(n_prompts, 1))]
+    except TypeError:
+        raise InputError(f"seed must be a whole number, or a list of one per prompt, got {seed!r}") from None
+    if len(seeds) != max(n_prompts, 1):
+        raise InputError(f"{len(seeds)} seeds for {n_prompts} prompts; give one, or one for each")
+    if outside := [each for each in seeds if not 0 <= each < 2**63]:
+        raise InputError(f"--seed must be in [0, 2^63), got {outside[0]}")
+    return seeds
 
 
 def _as_batch(images, name):

@@ -1,5 +1,7 @@
 """PNG files with their text, and contact sheets."""
 
+import time
+
 import pytest
 from PIL import Image
 
@@ -54,6 +56,15 @@ ODD_NAMES = [
 def test_the_parameters_text_splits_into_what_it_was_made_of(prompt, negative):
     pairs = {"Steps": "20", **{f"Model {i}": name for i, name in enumerate(ODD_NAMES)}, "Seed": "3"}
     assert split_parameters(parameters_text(prompt, negative, **pairs)) == (prompt, negative, pairs)
+
+
+@pytest.mark.parametrize(
+    "line", ["a" * 10**6, "a, " * 10**6, 'a: "' * 10**6, 'a: "\\", ' * 10**6, ": " * 10**6, '"' * 10**6]
+)
+def test_splitting_takes_no_longer_than_reading(line):
+    start = time.perf_counter()
+    split_parameters(line)
+    assert time.perf_counter() - start < 5
 
 
 def test_viewers_that_split_at_every_comma_and_colon_still_find_the_settings():
