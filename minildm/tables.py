@@ -23,6 +23,9 @@ MISSING = frozenset(
         *("missing", "unknown", "undefined", "unspecified", "not specified", "unavailable", "not available"),
     )
 )
+HEADER = 0  # in place of a row number
+TAB = "\t"
+SEPARATORS = {",": "comma", TAB: "tab", ";": "semicolon"}
 TABLES = (".csv", ".tsv", ".jsonl")
 TEXTS = (".txt", ".text", "")  # files with a prompt on each line
 
@@ -82,7 +85,7 @@ _TOKEN = re.compile(
 def read_table(path, columns=(), needed=(), left_out=None):
     """Yield (row number as an editor shows it, {column: text}) for each row of a .csv, .tsv or .jsonl file.
 
-    Missing values (`present`) are left out of the dict, and rows without any value are left out altogether.
+    Missing values (`present`) are left out of the dict, and blank lines are skipped.
 
     Args:
         columns: names that the header of a .csv or .tsv must contain.
@@ -91,7 +94,7 @@ def read_table(path, columns=(), needed=(), left_out=None):
     """
     for row_number, cells in _rows(path, columns):
         row = {name: text for name, text in cells.items() if text is not None}
-        if not row:
+        if row_number == HEADER:
             continue
         if all(name in row for name in needed):
             yield row_number, row
@@ -108,21 +111,20 @@ def left_out_note(path, row_numbers, needed):
     return [f"{len(row_numbers):,} {rows} of {path.name} left out: without {' or '.join(needed)} ({rows} {shown})"]
 
 
-def read_columns(path, *choices):
+def read_columns(path, *choices, advice=""):
     """[(row number, [text or None for each of ``choices``])] of a table.
 
-    Args: choices: tuples of names, of which the first that the table has is read.
+    Args: choices: tuples of names, of which the first that the table has is read. advice: if it has none of them.
     """
     rows = list(_rows(path))
     names = list(dict.fromkeys(name for _, cells in rows for name in cells))
     columns = []
     for choice in choices:
         if not set(choice) & set(names):
-            raise InputError(
-                f"{path} has no column {' or '.join(choice)}; its columns are {', '.join(names) or 'none'}"
-            )
+            wanted, there = " or ".join(choice), ", ".join(names) or "none"
+            raise InputError(f"{path} has no column {wanted!r}; its columns are {there}{advice}")
         columns.append(next(name for name in choice if name in names))
-    return [(number, [cells.get(name) for name in columns]) for number, cells in rows if any(cells.values())]
+    return [(number, [cells.get(name) for name in columns]) for number, cells in rows if number != HEADER]
 
 
 def kind(path):
@@ -132,7 +134,7 @@ def kind(path):
 
 
 def _rows(path, columns=()):
-    """Yield (row number, {column: text, or None if it is missing}); first, of a .csv or .tsv, the header: only None."""
+    """Yield (row number, {column: text, or None if it is missing}); of a .csv or .tsv first (HEADER, {column: None})."""
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
             yield from (_json_rows(path, file) if kind(path) == ".jsonl" else _csv_rows(path, file, columns))
@@ -141,7 +143,7 @@ def _rows(path, columns=()):
 
 
 def _csv_rows(path, file, columns):
-    separator = "\t" if kind(path) == ".tsv" else ","
+    separator = TAB if kind(path) == ".tsv" else ","
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=separator, strict=True)
     header, row_number = None, 1
@@ -151,25 +153,27 @@ def _csv_rows(path, file, columns):
             if header is None and any(cell.strip() for cell in cells):
                 header = [name.strip() for name in cells]
                 _check_header(path, header, columns, separator)
-                yield row_number, {name: None for name in header if name}
+                yield HEADER, {name: None for name in header if name}
             elif any(cell.strip() for cell in cells):
                 if len(cells) != len(header):
-                    raise InputError(
-                        f"{path}, row {row_number}: {len(cells)} fields where the header has {len(header)}"
-                    )
+                    fields = f"{len(cells)} field{'s' * (len(cells) != 1)}"
+                    advice = f"; quote values that hold a {SEPARATORS[separator]}" * (len(cells) > len(header))
+                    raise InputError(f"{path}, row {row_number}: {fields} where the header has {len(header)}{advice}")
                 yield row_number, {name: present(cell) for name, cell in zip(header, cells) if name}
             row_number = reader.line_num + 1
-    except (csv.Error, UnicodeEncodeError) as error:
-        raise InputError(f"{path}, row {row_number}: not readable as CSV in UTF-8 ({error})") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{path}, row {row_number}: not UTF-8 text; save the table as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, row {row_number}: not CSV ({error}); is a quote never closed?") from None
     if header is None:
         _check_header(path, [], columns, separator)
 
 
 def _check_header(path, header, columns, separator):
-    for other, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
+    for other, name in SEPARATORS.items():
         if len(header) == 1 and other != separator and other in header[0]:
-            expected = "tabs" if separator == "\t" else "commas"
-            raise InputError(f"{path} is separated by {name}, expected {expected}; save it as .{expected[0]}sv")
+            advice = "save it with commas" if other == ";" else f"name it {'.tsv' if other == TAB else '.csv'}"
+            raise InputError(f"{path} is separated by {name}s, expected {SEPARATORS[separator]}s; {advice}")
     if missing := [name for name in columns if name not in header]:
         raise InputError(f"{path}: no column {', '.join(missing)}; its columns: {', '.join(header) or 'none'}")
     if double := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
@@ -181,11 +185,11 @@ def _json_rows(path, file):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.strip(), parse_int=str, parse_float=str)  # numbers as they are written
             if not isinstance(row, dict):
                 raise ValueError(f"it holds {type(row).__name__}")
             row = {name.strip(): present(value) for name, value in row.items()}
-            "".join(text for text in row.values() if text is not None).encode()
+            "".join([*row, *filter(None, row.values())]).encode()
         except (ValueError, RecursionError) as error:  # ValueError: also bytes and letters that are not UTF-8
             raise InputError(f"{path}, row {row_number}: not a JSON object in UTF-8 ({error})") from None
         yield row_number, row
@@ -198,7 +202,8 @@ def read_prompts(path, column=None):
     Raises: InputError naming the file, for one without prompts and for rows without a prompt.
     """
     if kind(path) in TABLES:
-        rows = read_columns(path, ("prompt", "text") if column is None else (column,))
+        choice = ("prompt", "text") if column is None else (column,)
+        rows = read_columns(path, choice, advice="; name one with --column")
         if blank := [number for number, (prompt,) in rows if prompt is None]:
             raise InputError(
                 f"{path} has no prompt in {len(blank)} of {len(rows)} rows, the first of them row {blank[0]}; fill "
@@ -206,9 +211,9 @@ def read_prompts(path, column=None):
             )
         prompts = [prompt for _, (prompt,) in rows]
     elif kind(path) not in TEXTS:
-        raise InputError(f"{path} is not a kind of file that holds prompts; give a {', '.join(TEXTS + TABLES)} file")
+        raise InputError(f"{path} is not a kind of file that holds prompts; give a .txt, .csv, .tsv or .jsonl file")
     elif column is not None:
-        raise InputError(f"--column is for a {', '.join(TABLES)} file, not for {path}")
+        raise InputError(f"{path} is a text file; --column is for .csv, .tsv and .jsonl")
     else:
         prompts = read_lines(path)
     if not prompts:

@@ -9,9 +9,9 @@ import made_data
 import pytest
 
 from minildm.data.open import DataSettings, open_data_set
-from minildm.data.records import read_table
 from minildm.data.sets import iu_xray, montgomery, padchest
 from minildm.errors import InputError
+from minildm.tables import read_table
 
 
 def fields_of(data_set, name):
@@ -53,7 +53,7 @@ def test_padchest_rows_become_records(tmp_path):
     assert data_set.records[0].path == tmp_path / "0" / "a_1.png" and data_set.records[0].patient == "7"
     assert data_set.notes == (
         "1 of 5 left out: known to be broken in the distribution",
-        "1 of 4 left out: lateral views (--views all keeps them)",
+        "1 of 4 left out: lateral and other views that are not frontal (--views all keeps them)",
     )
 
 
@@ -96,7 +96,7 @@ def test_padchest_lists_and_ages_are_read_in_all_their_forms():
     assert padchest.items("['consolidation', ' pneumonia', '', 'consolidation']") == ["consolidation", "pneumonia"]
     assert padchest.items("['loc  tracheal, loc  left']") == ["loc tracheal", "loc left"]
     assert padchest.items("[]") == padchest.items(None) == []
-    assert padchest.age("20140915", "1930.0") == "84" and padchest.age("20140915", "2015.0") is None
+    assert padchest.age("20140915", "1930.0") == "84" and padchest.age("20140915", "nan") == "20140915 - nan"
 
 
 # --- Montgomery -------------------------------------------------------------------------------------------------------
@@ -136,15 +136,19 @@ def test_iu_xray_kaggle_tables_become_records(tmp_path):
         "indication": "Cough.",
         "diagnosis": "normal",
     }
-    assert "1 of 3 left out: no findings in the report" in data_set.notes
+    assert data_set.notes[1] == "1 of 2 left out: without a prompt from '{findings}', such as 2_IM-0652-1001.dcm.png"
+    impressions = open_data_set(f"iu-xray:{tmp_path}", DataSettings(prompt_template="impression"))
+    assert [record.fields["impression"] for record in impressions.records] == ["Normal.", "Cardiomegaly."]
 
 
 def test_real_iu_xray_has_the_papers_number_of_frontal_images_with_findings(shared_data, tmp_path):
     for name in ("indiana_reports.csv", "indiana_projections.csv"):
         shutil.copy(shared_data / "iu_xray" / name, tmp_path)
     listed, _ = iu_xray.records(tmp_path)
-    frontal = [record for record in listed if record.frontal]
+    assert len(listed) == 7466
+    frontal = [record for record in listed if record.frontal and "findings" in record.fields]
     assert len(frontal) == 3307 and round(0.04 * len(frontal)) == 132
+    assert sum("impression" in record.fields for record in listed if record.frontal) == 3788
 
 
 def test_real_iu_xray_xml_reports_are_read(shared_data, tmp_path):
@@ -155,6 +159,7 @@ def test_real_iu_xray_xml_reports_are_read(shared_data, tmp_path):
     assert {record.frontal for record in listed} == {None}
     shutil.copy(shared_data / "iu_xray" / "indiana_projections.csv", tmp_path)
     listed, _ = iu_xray.records(tmp_path)  # views from the table, texts from the XML
+    listed = [record for record in listed if "findings" in record.fields]
     views = collections.Counter(record.frontal for record in listed)
     assert views == {True: 164, False: 150, None: views[None]} and views[None] <= 3
     kaggle = {
@@ -182,7 +187,7 @@ def test_patch_gastric_patches_have_their_slide_as_patient(tmp_path):
         "subtype": "Signet ring cell carcinoma",
         "text": "Cells of signet ring cell carcinoma.",
     }
-    assert data_set.notes == ("2 of 6 left out: no caption for their slide in captions.csv",)
+    assert data_set.notes == ("2 of 6 left out: their slide is not in captions.csv",)
 
 
 def test_real_patch_gastric_captions_are_read(shared_data, tmp_path):
@@ -195,8 +200,8 @@ def test_real_patch_gastric_captions_are_read(shared_data, tmp_path):
 
 
 def test_mimic_cxr_joins_metadata_labels_and_reports(tmp_path):
-    data_set = open_data_set(f"mimic-cxr:{made_data.mimic(tmp_path)}")
-    first, second = data_set.records
+    spec = f"mimic-cxr:{made_data.mimic(tmp_path)}"
+    first, second = open_data_set(spec, captioned=False).records
     assert first.name == "p10/p10000032/s50414267/d1.jpg" and first.patient == "10000032"
     assert first.fields == {
         "view": "PA",
@@ -207,6 +212,11 @@ def test_mimic_cxr_joins_metadata_labels_and_reports(tmp_path):
         "indication": "___F with cough",
     }
     assert second.fields == {"view": "AP", "projection": "AP", "diagnosis": "Edema"}
+    assert open_data_set(spec).notes == (
+        "1 of 4 left out: lateral and other views that are not frontal (--views all keeps them)",
+        "1 of 3 left out: of unknown view: 1 blank (--views all keeps them)",
+        "1 of 2 left out: without a prompt from '{impression}', such as p10/p10000764/s57375967/d3.jpg",
+    )
 
 
 # --- folder -----------------------------------------------------------------------------------------------------------
@@ -227,9 +237,10 @@ def test_captions_that_are_not_used_are_noted(tmp_path):
     table = tmp_path / "metadata.csv"
     made_data.folder(tmp_path, 4)
     whole = table.read_text()
-    table.write_text(whole.replace("a chest x-ray, number 1", "").replace('""', ""))
+    without = whole.replace("a chest x-ray, number 1", "").replace("a chest x-ray, number 2", "")
+    table.write_text(without.replace('""', ""))
     data_set = open_data_set(f"folder:{tmp_path}")
-    assert data_set.prompt == "full" and "1 of 4 images have no text" in data_set.notes[0]
+    assert data_set.prompt == "full" and "2 of 4 images have no text" in data_set.notes[0]
     table.write_text(whole.replace("text", "caption", 1))
     data_set = open_data_set(f"folder:{tmp_path}")
     assert data_set.prompt == "full" and "column caption is not used" in data_set.notes[0]
@@ -251,8 +262,8 @@ def test_captions_beside_images_are_read(tmp_path):
     data_set = open_data_set(f"folder:{tmp_path}")
     assert [record.fields["text"] for record in data_set.records] == ["caption of a.png", "caption of sub/b.jpg"]
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(InputError, match=r"1 of 2 images in .* have no .txt caption"):
-        open_data_set(f"folder:{tmp_path}")
+    data_set = open_data_set(f"folder:{tmp_path}")
+    assert [record.name for record in data_set.records] == ["sub/b.jpg"] and "such as a.png" in data_set.notes[-1]
     (tmp_path / "sub/b.txt").unlink()
     assert open_data_set(f"folder:{tmp_path}").prompt is None  # images alone: the user must say what they are
 

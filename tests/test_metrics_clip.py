@@ -79,7 +79,7 @@ def test_prompts_come_from_a_table(generated, tmp_path):
     with pytest.raises(InputError, match="no prompt for 4 of 5"):
         read_prompts(paths, table)
     table.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="expected file"):
+    with pytest.raises(InputError, match="no column 'file or file_name'"):
         read_prompts(paths, table)
 
 

@@ -219,8 +219,8 @@ def test_a_tsv_is_read_by_columns_and_a_row_without_a_prompt_is_named(base, tmp_
     (tmp_path / "p.tsv").write_text("id\tprompt\n1\ta, b\n2\tc\n")
     paths = generate(base, tmp_path / "out", "--prompts", tmp_path / "p.tsv", *QUICK)
     assert [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths] == ["a, b", "c"]
-    (tmp_path / "p.csv").write_text("id,prompt\n1,a\n2, \n3\n")
-    with pytest.raises(InputError, match="2 of 3 rows, the first of them row 2"):
+    (tmp_path / "p.csv").write_text("id,prompt\n1,a\n2, \n3,NA\n")
+    with pytest.raises(InputError, match="2 of 3 rows, the first of them row 3"):
         generate(base, tmp_path / "more", "--prompts", tmp_path / "p.csv", *QUICK)
 
 

@@ -134,17 +134,17 @@ def _unread_notes(records):
 
 
 def count_unread(records):
-    """{field: Counter of the texts that were given for it but not understood}"""
+    """{field: Counter of the texts, up to 40 characters, that were given for it but not understood}"""
     counts = {}
     for record in records:
         for name, text in record.unread.items():
-            counts.setdefault(name, Counter())[text] += 1
+            counts.setdefault(name, Counter())[text[:40]] += 1
     return dict(sorted(counts.items()))
 
 
 def _examples(values):
     """A Counter of texts -> "'414' (2), '-1' (1), ..." """
-    shown = ", ".join(f"{text[:40]!r} ({count:,})" for text, count in values.most_common(5))
+    shown = ", ".join(f"{text!r} ({count:,})" for text, count in values.most_common(5))
     return shown + (", ..." if len(values) > 5 else "")
 
 

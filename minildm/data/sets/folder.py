@@ -68,7 +68,7 @@ def _from_table(root, table):
     if len(without_patient) == len(by_name):
         notes.append(_no_patients(f"no column {', '.join(PATIENT_COLUMNS)}"))
     elif without_patient:
-        notes.append(_no_patients(f"{len(without_patient):,} images name no patient, such as {without_patient[0]}"))
+        notes.append(_no_patients(f"no patient for {len(without_patient):,} images, such as {without_patient[0]}"))
     listed = list(by_name.values())
     return listed, notes + _caption_notes(listed, columns)
 
@@ -85,7 +85,7 @@ def _described(row, other_codes):
 
 
 def _no_patients(reason):
-    return f"{reason}: each such image counts as a patient, so images of one patient may be in different splits"
+    return f"{reason}: each image counts as a patient, so images of one patient may be in different splits"
 
 
 def _caption_notes(records, columns):

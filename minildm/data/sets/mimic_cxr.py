@@ -54,7 +54,7 @@ def records(root):
 
 
 def default_prompt(records):
-    """The impression, on which RoentGen (arXiv:2211.12737) is conditioned, too; without any report what the tables say."""
+    """The impression, on which RoentGen (arXiv:2211.12737) is conditioned, too; without reports what the tables say."""
     return "impression" if any("impression" in record.fields for record in records) else "full"
 
 

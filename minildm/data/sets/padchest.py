@@ -98,7 +98,8 @@ def items(text):
 
     One item may hold several values: "loc  tracheal, loc  left".
     """
-    parts = (" ".join(part.split()) for item in list_items(text or "") or [text or ""] for part in item.split(","))
+    whole = list_items(text or "")
+    parts = (" ".join(part.split()) for item in ([text or ""] if whole is None else whole) for part in item.split(","))
     found = list(dict.fromkeys(part for part in parts if part))
     if any(part[0] in "[(" for part in found):
         raise ValueError(f"a list is not closed: {text[:60]}")
