@@ -42,8 +42,10 @@ def present(value):
         return ", ".join(item for item in map(present, value) if item is not None) or None
     text = str(value).strip()
     items = list_items(text)
-    if items is not None:
-        text = ", ".join(items)
+    return _known(text if items is None else ", ".join(items))
+
+
+def _known(text):
     return None if text.lower() in MISSING else text
 
 
@@ -65,7 +67,7 @@ def list_items(text):
         if word[0] in "'\"":
             quoted = True
             try:
-                word = ast.literal_eval(word)
+                word = ast.literal_eval(word) if "\\" in word or "\n" in word else word[1:-1]
             except (SyntaxError, ValueError):  # an unknown escape, such as "\x"
                 return None
         if word.strip().lower() not in MISSING:
@@ -85,7 +87,8 @@ _TOKEN = re.compile(
 def read_table(path, columns=(), needed=(), left_out=None):
     """Yield (row number as an editor shows it, {column: text}) for each row of a .csv, .tsv or .jsonl file.
 
-    Missing values (`present`) are left out of the dict, and blank lines are skipped.
+    Missing values (MISSING) are left out of the dict, and blank lines are skipped. Lists are as they are in the file,
+    for `present` to spell out.
 
     Args:
         columns: names that the header of a .csv or .tsv must contain.
@@ -124,7 +127,8 @@ def read_columns(path, *choices, advice=""):
             wanted, there = " or ".join(choice), ", ".join(names) or "none"
             raise InputError(f"{path} has no column {wanted!r}; its columns are {there}{advice}")
         columns.append(next(name for name in choice if name in names))
-    return [(number, [cells.get(name) for name in columns]) for number, cells in rows if number != HEADER]
+    texts = [(number, [cells.get(name) for name in columns]) for number, cells in rows if number != HEADER]
+    return [(number, [None if text is None else present(text) for text in row]) for number, row in texts]
 
 
 def kind(path):
@@ -134,7 +138,7 @@ def kind(path):
 
 
 def _rows(path, columns=()):
-    """Yield (row number, {column: text, or None if it is missing}); of a .csv or .tsv first (HEADER, {column: None})."""
+    """Yield (row number, {column: text, or None if missing}); of a .csv or .tsv first (HEADER, {column: None})."""
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
             yield from (_json_rows(path, file) if kind(path) == ".jsonl" else _csv_rows(path, file, columns))
@@ -159,7 +163,7 @@ def _csv_rows(path, file, columns):
                     fields = f"{len(cells)} field{'s' * (len(cells) != 1)}"
                     advice = f"; quote values that hold a {SEPARATORS[separator]}" * (len(cells) > len(header))
                     raise InputError(f"{path}, row {row_number}: {fields} where the header has {len(header)}{advice}")
-                yield row_number, {name: present(cell) for name, cell in zip(header, cells) if name}
+                yield row_number, {name: _known(cell.strip()) for name, cell in zip(header, cells) if name}
             row_number = reader.line_num + 1
     except UnicodeEncodeError:
         raise InputError(f"{path}, row {row_number}: not UTF-8 text; save the table as CSV in UTF-8") from None

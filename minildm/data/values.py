@@ -5,6 +5,7 @@ frontal. Words are compared without accents, dots and capitals. Views are known 
 Portuguese, Italian and Dutch; sexes only in English, as one letter means different sexes in different languages.
 """
 
+import functools
 import re
 import unicodedata
 
@@ -38,11 +39,13 @@ _LATERAL, _OTHER = set(LATERAL.split()), set(OTHER.split())
 _POSITIONS, _NEUTRAL = set(POSITIONS.split()), set(NEUTRAL.split())
 
 
+@functools.lru_cache(10_000)
 def sex(text):
     """ "M", "Female", "woman" -> "male" or "female"; any other word -> None."""
     return SEXES.get(_plain(text))
 
 
+@functools.lru_cache(10_000)
 def years(text):
     """An age in whole years: "47", "047Y", "47.0", "16month" -> "47", "47", "47", "1"; anything else -> None.
 
@@ -57,6 +60,7 @@ def years(text):
     return None if age > OLDEST or placeholder else str(age)
 
 
+@functools.lru_cache(10_000)
 def view(text):
     """A known view in one spelling: "Posteroanterior", "Left lateral", "AP_horizontal" -> "PA", "L", "AP horizontal".
     None: it has no known view."""
@@ -68,6 +72,7 @@ def view(text):
     return one or " ".join(text.replace("_", " ").split())
 
 
+@functools.lru_cache(10_000)
 def is_frontal(text):
     """True or False for a known view; None for a blank or unknown one."""
     words = set(_view_words(text))

@@ -11,7 +11,7 @@
 from minildm.data.records import Record, described, not_found
 from minildm.data.values import is_frontal
 from minildm.errors import InputError
-from minildm.tables import left_out_note, read_table, read_text
+from minildm.tables import left_out_note, present, read_table, read_text
 
 LOOKED_FOR = "metadata.csv, metadata.jsonl, or images (.png .jpg .tif .dcm ...) with .txt captions beside them"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
@@ -76,7 +76,8 @@ def _from_table(root, table):
 def _described(row, other_codes):
     """The row as caption fields. ``other_codes``: of sexes, beside which "M" may be mujer, and so is not read."""
     if "diagnosis" not in row and "finding" in row:
-        row = row | {"diagnosis": ", ".join(part.strip() for part in row["finding"].replace("|", ",").split(","))}
+        parts = (present(row["finding"]) or "").replace("|", ",").split(",")
+        row = row | {"diagnosis": ", ".join(part.strip() for part in parts)}
     found = described(**row)
     if other_codes and row.get("sex", "").upper() == "M":
         del found["fields"]["sex"]
