@@ -67,7 +67,7 @@ def list_items(text):
         if word[0] in "'\"":
             quoted = True
             try:
-                word = ast.literal_eval(word) if "\\" in word or "\n" in word else word[1:-1]
+                word = ast.literal_eval(word) if "\\" in word else word[1:-1]
             except (SyntaxError, ValueError):  # an unknown escape, such as "\x"
                 return None
         if word.strip().lower() not in MISSING:

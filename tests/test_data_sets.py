@@ -1,6 +1,7 @@
 """Publishers' folders -> records: a synthetic copy of each layout, and the real tables where they are available."""
 
 import collections
+import csv
 import gzip
 import json
 import shutil
@@ -9,6 +10,7 @@ import made_data
 import pytest
 
 from minildm.data.open import DataSettings, open_data_set
+from minildm.data.prompts import prompts_for
 from minildm.data.sets import iu_xray, montgomery, padchest
 from minildm.errors import InputError
 from minildm.tables import read_table
@@ -219,6 +221,117 @@ def test_mimic_cxr_joins_metadata_labels_and_reports(tmp_path):
     )
 
 
+def test_mimic_cxr_sections_are_read_under_every_heading(tmp_path):
+    made_data.mimic(tmp_path)
+    report = tmp_path / "files" / "p10" / "p10000032" / "s50414267.txt"
+
+    def read(text):
+        report.write_text(f"        FINAL REPORT\n EXAMINATION:  CHEST\n\n{text}\n NOTIFICATION:  By phone.\n")
+        fields = open_data_set(f"mimic-cxr:{tmp_path}", captioned=False).records[0].fields
+        return fields.get("findings"), fields.get("impression")
+
+    assert read(" FINDINGS AND IMPRESSION:\n\n Normal.") == ("Normal.", "Normal.")
+    assert read(" FINDINGS/IMPRESSION: Normal.") == ("Normal.", "Normal.")
+    for heading in ("IMPRESSION AND RECOMMENDATIONS", "Impression", "IMPRESSIONS", "impression :", "CONCLUSION"):
+        assert read(f" FINDINGS:  Clear.\n {heading}:\n\n Normal.".replace("::", ":")) == ("Clear.", "Normal.")
+    assert read(" FINDINGS:  Clear.\n\n IMPRESSION\n\n Normal.\n RECOMMENDATION(S):  None.") == ("Clear.", "Normal.")
+    both = " PROVISIONAL FINDINGS IMPRESSION (PFI): First.\n IMPRESSION: Last.\n FINDINGS AND IMPRESSION: Other."
+    assert read(both) == ("Other.", "Last.")  # the section that is only an impression, and not the provisional findings
+    assert read(" IMPRESSION: First.\n ADDENDUM: x\n IMPRESSION: Second.\n IMPRESSION:  \n") == (None, "Second.")
+    assert read(" FINDINGS: As in the prior\n findings\n of May: the impression: stable.") == (
+        "As in the prior findings of May: the impression: stable.",
+        None,
+    )
+
+
+def test_mimic_cxr_without_reports_has_the_prompts_of_its_tables(tmp_path):
+    made_data.mimic(tmp_path)
+    next(tmp_path.rglob("*.txt")).unlink()
+    data_set = open_data_set(f"mimic-cxr:{tmp_path}")
+    assert prompts_for(data_set) == [
+        "chest x-ray, view PA, projection PA, diagnosis No Finding",
+        "chest x-ray, view AP, projection AP, diagnosis Edema",
+    ]
+
+
+def test_labels_that_are_no_numbers_are_counted_not_guessed(tmp_path):
+    made_data.mimic(tmp_path)
+    table = tmp_path / "mimic-cxr-2.0.0-chexpert.csv"
+    table.write_text(table.read_text().replace(",1.0,,-1.0", ",1.0,yes,-1.0") + "\n,,,1.0,\n")
+    data_set = open_data_set(f"mimic-cxr:{tmp_path}", captioned=False)
+    assert data_set.records[1].fields["diagnosis"] == "Edema"
+    assert data_set.notes[:2] == (
+        "1 row of mimic-cxr-2.0.0-chexpert.csv left out: without study_id (row 5)",
+        "labels of mimic-cxr-2.0.0-chexpert.csv that are none of 1, 0 and -1 and are not used: 1, such as 'yes' in row "
+        "3",
+    )
+
+
+# --- all: blank lines and blank cells ---------------------------------------------------------------------------------
+TABLES = {  # data set: its maker, the table, and a column without which a row is of no use
+    "folder": (made_data.folder, "metadata.csv", "file_name"),
+    "padchest": (made_data.padchest, "PADCHEST_*.csv", "PatientID"),
+    "iu-xray": (made_data.iu_kaggle, "indiana_projections.csv", "filename"),
+    "patch-gastric": (made_data.patch_gastric, "captions.csv", "id"),
+    "mimic-cxr": (made_data.mimic, "mimic-cxr-2.0.0-metadata.csv", "study_id"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_blank_lines_in_a_table_are_skipped(tmp_path, name):
+    make, pattern, _ = TABLES[name]
+    spec, table = f"{name}:{make(tmp_path)}", next(tmp_path.glob(pattern))
+    lines = table.read_bytes().split(b"\r\n")[:-1]
+    records = open_data_set(spec).records
+    for end, last in ((b"\n", b"\n\n"), (b"\r\r\n", b""), (b"\n\n", b"," * lines[0].count(b",") + b"\n")):
+        table.write_bytes(end.join(lines) + end + last)
+        assert open_data_set(spec).records == records, end
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_row_without_a_cell_it_needs_is_left_out_and_its_number_told(tmp_path, name):
+    make, pattern, column = TABLES[name]
+    spec, table = f"{name}:{make(tmp_path)}", next(tmp_path.glob(pattern))
+    with open(table, newline="") as file:
+        header, *rows = csv.reader(file)
+    rows[0][header.index(column)] = "NA"
+    made_data.write_csv(table, header, rows)
+    settings = DataSettings(views="all")
+    data_set = open_data_set(spec, settings, captioned=False)
+    assert len(data_set) > 0
+    note = next(note for note in data_set.notes if note.startswith(f"1 row of {table.name} left out: without "))
+    assert column in note and note.endswith("(row 2)")
+
+
+def test_unusable_dates_and_years_of_birth_are_unknown_ages(tmp_path):
+    table = next(made_data.padchest(tmp_path).glob("*.csv"))
+    whole = table.read_text()
+    for birth in ("inf", "9" * 5000, "1867.0", "2100", "born", "1e3", "-5"):
+        table.write_text(whole.replace("2011.0", birth))
+        data_set = open_data_set(f"padchest:{tmp_path}")
+        assert "age" not in fields_of(data_set, "b_1.png"), birth
+        assert data_set.notes[-1].startswith("age of 1 of 3 not understood, so it counts as missing: "), birth
+        assert len(data_set.notes[-1]) < 200
+
+
+def test_a_report_in_an_unknown_encoding_is_named(tmp_path):
+    report = tmp_path / "ecgen-radiology" / "7.xml"
+    report.parent.mkdir()
+    for declared in ("no-such-encoding", "utf-7", "cp1026"):
+        report.write_bytes(f'<?xml version="1.0" encoding="{declared}"?><eCitation/>'.encode())
+        with pytest.raises(InputError, match=r"7.xml: not an Open-i report"):
+            open_data_set(f"iu-xray:{tmp_path}")
+
+
+def test_a_montgomery_reading_with_blank_or_odd_entries_is_read(tmp_path):
+    made_data.montgomery(tmp_path)
+    reading = next(tmp_path.rglob("MCUCXR_0001_0.txt"))
+    reading.write_text("Patient's Sex: \nPatient's Age: 16 months\nnormal\n")
+    data_set = open_data_set(f"montgomery:{tmp_path}")
+    assert fields_of(data_set, "MCUCXR_0001_0.png") == {"age": "1", "findings": "normal", "diagnosis": "normal"}
+    assert data_set.notes == ("sex of 1 of 4 not understood, so it counts as missing: 'O' (1)",)
+
+
 # --- folder -----------------------------------------------------------------------------------------------------------
 def test_a_folder_with_metadata_csv_is_read(tmp_path):
     data_set = open_data_set(f"folder:{made_data.folder(tmp_path, 4)}")
@@ -274,3 +387,37 @@ def test_the_real_folder_is_read(shared_data):
     assert len(open_data_set(f"folder:{shared_data / 'cxr'}", DataSettings(views="all"))) == 303
     brats = open_data_set(f"folder:{shared_data / 'brats' / 'trainset'}")
     assert len(brats) == 160 and brats.prompt == "{text}"
+
+
+def test_lists_and_missing_words_are_no_captions(tmp_path):
+    """Values as pandas, R and json write them."""
+    for i in range(4):
+        made_data.save(tmp_path / f"{i}.png")
+    lines = [{"text": float("nan")}, {"text": ["a film", "a view"]}, {"text": "N/A"}, {"text": "Normal."}]
+    rows = [{"file_name": f"{i}.png", **line} for i, line in enumerate(lines)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data_set = open_data_set(f"folder:{tmp_path}")
+    assert prompts_for(data_set) == ["a film, a view", "Normal."]
+    assert data_set.notes[-1] == "2 of 4 left out: without a prompt from '{text}', such as 0.png, 2.png"
+    (tmp_path / "metadata.jsonl").unlink()
+    findings = ["['Edema', 'Effusion']", "NA", "['Edema' 'Mass']", "Edema|Mass"]
+    made_data.write_csv(
+        tmp_path / "metadata.csv",
+        ["file_name", "view", "finding"],
+        [[f"{i}.png", "PA", f] for i, f in enumerate(findings)],
+    )
+    assert prompts_for(open_data_set(f"folder:{tmp_path}")) == [
+        "chest x-ray, view PA, diagnosis Edema, Effusion",
+        "chest x-ray, view PA",
+        "chest x-ray, view PA, diagnosis Edema, Mass",
+        "chest x-ray, view PA, diagnosis Edema, Mass",
+    ]
+
+
+def test_beside_codes_of_another_language_m_is_not_taken_for_male(tmp_path):
+    root = made_data.folder(tmp_path, 4)
+    table = root / "metadata.csv"
+    table.write_text(table.read_text().replace(",F,", ",H,"))  # hombre and mujer
+    data_set = open_data_set(f"folder:{root}")
+    assert all("sex" not in record.fields for record in data_set.records)
+    assert data_set.notes == ("sex of 4 of 4 not understood, so it counts as missing: 'M' (2), 'H' (2)",)

@@ -304,7 +304,7 @@ def as_text(report):
         values = _most(field["most"], 4) if field["different"] <= report["pictures"] // 2 else "mostly different"
         yield f"  {name}: known {field['known']:,}, {field['different']:,} different: {values[:100]}"
     for name, texts in report["unread"].items():
-        yield f"  {name}: not understood, so missing: {_most(texts, 8)}"
+        yield f"  {name}: not understood, so missing: {_most({repr(text): n for text, n in texts.items()}, 8)}"
     if report["classes"]:
         yield f"classes to balance, images in each: {_most(report['classes'], 20)}"
     yield from _captions_as_text(report)

@@ -22,8 +22,12 @@ SECTIONS = {  # field: names of its section, the best first
 }
 _NAMES = "|".join(name for names in SECTIONS.values() for name in names)
 HEADING = re.compile(
-    rf"^[ \t]*([A-Z][A-Z /&,()-]+(?=:)|(?i:(?:{_NAMES})(?:[ \t]*(?:/|&|and)[ \t]*\w+)?)[ \t]*(?=:|$))[ \t]*:?",
-    re.MULTILINE,
+    rf"""^[ \t]* (
+        [A-Z][A-Z /&()]+ (?=:)                                                       # anything in capitals, and a colon
+      | (?i:(?:{_NAMES}) (?:[ \t]*(?:/|&|and)[ \t]*\w+)?) [ \t]* (?=:)              # a known name, and a colon
+      | (?=[A-Z]) (?i:{_NAMES}) (?=[ \t]*$)                                          # a known name, alone on its line
+    ) [ \t]* :?""",
+    re.MULTILINE | re.VERBOSE,
 )
 
 
@@ -75,8 +79,8 @@ def _labels(table):
     if unread:
         row_number, value = unread[0]
         notes.append(
-            f"{len(unread):,} labels of {table.name} are not used: none of 1, 0 and -1, such as {value!r} in row "
-            f"{row_number}"
+            f"labels of {table.name} that are none of 1, 0 and -1 and are not used: {len(unread):,}, such as {value!r} "
+            f"in row {row_number}"
         )
     return labels, notes
 
