@@ -244,3 +244,18 @@ def test_a_missing_image_without_a_prompt_stops_nothing(tmp_path):
     table = tmp_path / "metadata.csv"
     table.write_text(table.read_text() + "gone.png,p9,40,M,PA,Edema,\n")
     assert len(open_data_set(f"folder:{tmp_path}")) == 4
+
+
+@pytest.mark.parametrize("column", ["View", "VIEW", "ViewPosition", "View Position", "view_position", "projection"])
+def test_the_view_is_read_under_its_usual_names(tmp_path, column):
+    data_set = open_data_set(with_column(tmp_path, column, ["PA", "Lateral", "AP"]))
+    name = "projection" if column == "projection" else "view"
+    assert [record.fields[name] for record in data_set.records] == ["PA", "AP"]
+
+
+def test_capitals_in_the_names_of_columns_make_no_difference(tmp_path):
+    made_data.folder(tmp_path, 4)
+    expected = open_data_set(f"folder:{tmp_path}")
+    header, rest = (tmp_path / "metadata.csv").read_text().split("\n", 1)
+    (tmp_path / "metadata.csv").write_text(header.upper() + "\n" + rest)
+    assert open_data_set(f"folder:{tmp_path}") == expected

@@ -2,8 +2,8 @@
 
 - ``metadata.csv`` or ``metadata.jsonl``, as in Hugging Face's imagefolder. Column ``file_name``, ``file``, ``image`` or
   ``path`` holds the image's path below the folder, ``text`` the caption, ``patient_id``, ``patient`` or ``subject_id``
-  the patient. Every other column is a caption field of that name. If the column ``view`` has any value, images are
-  frontal where it names a frontal view; without one, all are.
+  the patient. Every other column is a caption field of that name. If the column ``view`` (or ``ViewPosition``, else
+  ``projection``) has any value, images are frontal where it names a frontal view; without one, all are. Capitals in names make no difference.
 - a ``.txt`` caption beside each image, as for kohya's trainers.
 - images alone, with one prompt for all of them: ``--prompt-template "chest x-ray"``.
 """
@@ -17,6 +17,8 @@ LOOKED_FOR = "metadata.csv, metadata.jsonl, or images (.png .jpg .tif .dcm ...) 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
 IMAGE_COLUMNS = ("file_name", "file", "image", "path")
 PATIENT_COLUMNS = ("patient_id", "patient", "subject_id")
+OTHER_COLUMNS = ("text", "age", "sex", "view", "projection", "finding", "diagnosis")
+VIEW_COLUMNS = ("viewposition", "view_position", "view position")  # read as the view if there is no column view
 VIEW_HINT = "name the view, such as PA, AP or lateral, in the column view"
 
 
@@ -42,13 +44,16 @@ def _from_table(root, table):
     rows = list(read_table(table))
     if not rows:
         raise InputError(f"{table} lists no image")
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    names = _names(list(dict.fromkeys(column for _, row in rows for column in row)))
+    rows = [(row_number, {names[column]: text for column, text in row.items()}) for row_number, row in rows]
+    columns = list(names.values())
     image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if image_column is None:
         raise InputError(
             f"{table}: no column {', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]} that names the image; its "
             f"columns: {', '.join(columns)}"
         )
+    view_column = next((name for name in ("view", "projection") if name in columns), None)
     codes = {row.get("sex", "").upper() for _, row in rows} & {"H", "V"}  # hombre, varon: M may be mujer
     by_name, without_image, without_patient = {}, [], []
     for row_number, row in rows:
@@ -62,7 +67,7 @@ def _from_table(root, table):
         if patient_column is None:
             without_patient.append(name)
         patient = row.pop(patient_column) if patient_column else name
-        frontal = is_frontal(row.get("view")) if "view" in columns else True
+        frontal = True if view_column is None else is_frontal(row.get(view_column))
         by_name[name] = Record(name, patient, path=root / name, frontal=frontal, **_described(row, codes))
     notes = left_out_note(table, without_image, (image_column,))
     if len(without_patient) == len(by_name):
@@ -71,6 +76,19 @@ def _from_table(root, table):
         notes.append(_no_patients(f"no patient for {len(without_patient):,} images, such as {without_patient[0]}"))
     listed = list(by_name.values())
     return listed, notes + _caption_notes(listed, columns)
+
+
+def _names(columns):
+    """{column: the name it is read under}: without capitals if that gives a name known here."""
+    names = {column: column for column in columns}
+    for column in columns:
+        lower = column.lower()
+        if lower in (*IMAGE_COLUMNS, *PATIENT_COLUMNS, *OTHER_COLUMNS) and lower not in names.values():
+            names[column] = lower
+    for column in columns:
+        if column.lower() in VIEW_COLUMNS and "view" not in names.values():
+            names[column] = "view"
+    return names
 
 
 def _described(row, other_codes):
