@@ -2,8 +2,9 @@
 
 - ``metadata.csv`` or ``metadata.jsonl``, as in Hugging Face's imagefolder. Column ``file_name``, ``file``, ``image`` or
   ``path`` holds the image's path below the folder, ``text`` the caption, ``patient_id``, ``patient`` or ``subject_id``
-  the patient. Every other column is a caption field of that name. If the column ``view`` (or ``ViewPosition``, else
-  ``projection``) has any value, images are frontal where it names a frontal view; without one, all are. Capitals in names make no difference.
+  the patient. Every other column is a caption field of that name; capitals make no difference. If the column ``view``
+  (or ``ViewPosition``, else ``projection``) has any value, images are frontal where it names a frontal view; without
+  one, all are.
 - a ``.txt`` caption beside each image, as for kohya's trainers.
 - images alone, with one prompt for all of them: ``--prompt-template "chest x-ray"``.
 """

@@ -50,7 +50,7 @@ def records(root):
                 name=f"{patient_folder}/s{study}/{path.name}",
                 patient=patient,
                 path=path,
-                frontal=is_frontal(position),  # blank in 4 % of the rows: unknown
+                frontal=is_frontal(position),  # often blank: unknown
                 **described(view=position, projection=position, diagnosis=labels.get(study), **reports[study]),
             )
         )
