@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minildm.data.values import is_frontal, sex, view, years
+from minildm.data.values import is_frontal, sex, view, years, yes_or_no
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,12 @@ def test_ages_are_whole_years(text, age):
 )
 def test_impossible_ages_are_unknown(text):
     assert years(text) is None
+
+
+def test_flags_are_yes_or_no():
+    assert [yes_or_no(text) for text in ("PED", "Yes", "1", "TRUE")] == ["yes"] * 4
+    assert [yes_or_no(text) for text in ("No", "0", "false")] == ["no"] * 3
+    assert [yes_or_no(text) for text in ("child", "2", "", None)] == [None] * 4
 
 
 @given(st.text())

@@ -98,10 +98,9 @@ def _read_tables(spec):
     """ "name:path" -> (the data set's file in sets/, its records, its notes)."""
     name, _, path = spec.partition(":")
     if name not in DATA_SETS:
-        hint = f"; did you mean folder:{spec}?" if os.sep in name or Path(spec).exists() else ""
-        raise InputError(
-            f"unknown data set {name!r}{hint or '; give --data name:path'} with name one of: {', '.join(DATA_SETS)}"
-        )
+        is_path = os.sep in name or Path(spec).exists()
+        wanted = f"did you mean folder:{spec}? Other names:" if is_path else "give --data name:path with name one of:"
+        raise InputError(f"unknown data set {name!r}; {wanted} {', '.join(DATA_SETS)}")
     source = DATA_SETS[name]
     if name in BUILT_IN:
         if path:

@@ -63,12 +63,18 @@ def not_found(root, looked_for):
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------
-SPELLED = {"age": values.years, "sex": values.sex, "view": values.view, "projection": values.view}
+SPELLED = {
+    "age": values.years,
+    "sex": values.sex,
+    "view": values.view,
+    "projection": values.view,
+    "pediatric": values.yes_or_no,
+}
 
 
 def described(**texts):
     """The arguments ``fields`` and ``unread`` of a Record, from its texts by field: each on one line, missing ones
-    (None, or as in tables.present) left out, ages, sexes and views in one spelling or, where not understood, unread.
+    (None, or as in tables.present) left out, those of SPELLED in one spelling or, where not understood, unread.
     """
     fields, unread = {}, {}
     for name, text in texts.items():

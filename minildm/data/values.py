@@ -13,6 +13,8 @@ OLDEST = 120  # years
 
 SEXES = dict.fromkeys(("m", "male", "man", "boy"), "male") | dict.fromkeys(("f", "female", "woman", "girl"), "female")
 
+YES_NO = dict.fromkeys(("yes", "y", "true", "1", "ped"), "yes") | dict.fromkeys(("no", "n", "false", "0"), "no")
+
 # Units of an age and how many of them make a year. DICOM writes 047Y, 013M, 006W, 003D.
 UNITS = {
     1: "y yr yrs year years yo y/o jahr jahre ans ano anos anni jaar jaren",
@@ -43,6 +45,11 @@ _POSITIONS, _NEUTRAL = set(POSITIONS.split()), set(NEUTRAL.split())
 def sex(text):
     """ "M", "Female", "woman" -> "male" or "female"; any other word -> None."""
     return SEXES.get(_plain(text))
+
+
+def yes_or_no(text):
+    """A flag: "PED", "True", "1" -> "yes", "No", "0" -> "no"; any other word -> None."""
+    return YES_NO.get(_plain(text))
 
 
 @functools.lru_cache(10_000)

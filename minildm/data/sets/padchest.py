@@ -79,7 +79,7 @@ def _record(row, paths, root):
             loc=", ".join(places),
             report=row.get("Report"),  # Spanish, stemmed
             labelled_by={"Physician": "physician", "RNN_model": "model"}.get(row.get("MethodLabel")),
-            pediatric={"PED": "yes", "No": "no"}.get(row.get("Pediatric")),  # a flag, not an age test: see docs/data.md
+            pediatric=row.get("Pediatric"),  # a flag, not an age test: see docs/data.md
         ),
     )
 
