@@ -46,7 +46,7 @@ def main(arguments):
     data = open_data_set(goal.data, plan.data, config.seed, captioned)
     for note in data.notes:
         print(f"note: {note}")
-    check_texts(data, plan.data, config.seed, captioned)
+    check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
     model = load(goal.base, goal.on_top_of, device, weights, goal.prediction)
     transform = plan.data.transform(model.config.image_size)
     print(f"{model.files.path}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "

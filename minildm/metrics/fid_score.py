@@ -168,6 +168,6 @@ def main(argv):
 def _default_out(source):
     """fid.json beside the images or the .npz; in the current folder for a data set."""
     path = Path(source)
-    if path.suffix == ".npz":
-        return path.with_name("fid.json")
-    return (list_images(path)[0].parent if path.exists() else Path()) / "fid.json"
+    if not path.exists():
+        return Path("fid.json")
+    return (path.parent if path.suffix == ".npz" else list_images(path)[0].parent) / "fid.json"
