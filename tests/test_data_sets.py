@@ -267,6 +267,15 @@ def test_labels_that_are_no_numbers_are_counted_not_guessed(tmp_path):
     )
 
 
+def test_names_that_are_too_long_for_the_file_system_are_missing_images(tmp_path):
+    made_data.mimic(tmp_path)
+    for name in ("mimic-cxr-2.0.0-metadata.csv", "mimic-cxr-2.0.0-chexpert.csv"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("57375967", "5" * 5000))
+    with pytest.raises(InputError, match="1 of 2 listed images are missing") as caught:
+        open_data_set(f"mimic-cxr:{tmp_path}", captioned=False)
+    assert len(str(caught.value)) < 300
+
+
 # --- all: blank lines and blank cells ---------------------------------------------------------------------------------
 TABLES = {  # data set: its maker, the table, and a column without which a row is of no use
     "folder": (made_data.folder, "metadata.csv", "file_name"),

@@ -147,6 +147,11 @@ def _examples(values):
     return shown + (", ..." if len(values) > 5 else "")
 
 
+def _some(names, n):
+    """The first ``n`` names, each with at most its last 80 characters."""
+    return ", ".join(name if len(name) <= 80 else f"...{name[-80:]}" for name in names[:n])
+
+
 # --- what is left out -------------------------------------------------------------------------------------------------
 # Each of these takes records and DataSettings and returns (names of the records to leave out, the reason).
 def _not_frontal(records, settings):
@@ -158,7 +163,7 @@ def _unknown_view(records, settings):
     if settings.views != "frontal":
         return set(), ""
     unknown = [record for record in records if record.frontal is None]
-    words = Counter(record.unread.get("projection", record.unread.get("view", "")) for record in unknown)
+    words = Counter(record.unread.get("projection", record.unread.get("view", ""))[:40] for record in unknown)
     blank = words.pop("", 0)
     parts = [f"{blank:,} blank"] * bool(blank) + [_examples(words)] * bool(words)
     return {record.name for record in unknown}, f"of unknown view: {', '.join(parts)} (--views all keeps them)"
@@ -170,7 +175,7 @@ def _promptless(records, template):
     empty = [record.name for record in records if not render(template, record.fields).strip()]
     if len(empty) == len(records):
         return set(), ""
-    return set(empty), f"without a prompt from {TEMPLATES.get(template, template)!r}, such as {', '.join(empty[:3])}"
+    return set(empty), f"without a prompt from {TEMPLATES.get(template, template)!r}, such as {_some(empty, 3)}"
 
 
 def _pediatric(records, settings):
@@ -209,10 +214,10 @@ def _missing(records, settings):
             continue
         folder = record.path.parent
         if folder not in file_names:
-            file_names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+            file_names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if record.path.name not in file_names[folder]:
             names.add(record.name)
-    examples = ", ".join(sorted(names)[:5])
+    examples = _some(sorted(names), 5)
     if names and not settings.skip_bad:
         raise InputError(
             f"{len(names):,} of {len(records):,} listed images are missing, such as {examples}; "

@@ -6,6 +6,7 @@ MIMIC-CXR are ``files/p10/p10000032/s50414267.txt``, possibly below ``mimic-cxr-
 included (MIMIC-IV has them).
 """
 
+import os
 import re
 
 from minildm.data.records import Record, described, not_found
@@ -43,7 +44,7 @@ def records(root):
         if study not in reports:
             reports[study] = _report(root, f"{patient_folder}/s{study}.txt")
         path = root / "files" / patient_folder / f"s{study}" / f"{row['dicom_id']}.jpg"
-        if not path.exists() and path.with_suffix(".dcm").exists():
+        if not os.path.exists(path) and os.path.exists(path.with_suffix(".dcm")):  # False for names that are too long
             path = path.with_suffix(".dcm")
         listed.append(
             Record(
@@ -79,8 +80,8 @@ def _labels(table):
     if unread:
         row_number, value = unread[0]
         notes.append(
-            f"labels of {table.name} that are none of 1, 0 and -1 and are not used: {len(unread):,}, such as {value!r} "
-            f"in row {row_number}"
+            f"labels of {table.name} that are none of 1, 0 and -1 and are not used: {len(unread):,}, such as "
+            f"{value[:40]!r} in row {row_number}"
         )
     return labels, notes
 
@@ -93,7 +94,7 @@ def _report(root, relative_path):
     the last of several with the same name counts.
     """
     paths = [root / folder / relative_path for folder in ("files", "mimic-cxr-reports/files", "reports/files")]
-    path = next((path for path in paths if path.is_file()), None)
+    path = next((path for path in paths if os.path.isfile(path)), None)
     if path is None:
         return {}
     parts = HEADING.split(read_text(path))  # text, heading, section, heading, section, ...
