@@ -25,7 +25,7 @@ def parse(arguments):
     parser = Parser(prog="sample.py", description="Generate images from prompts.")
     add = parser.add_argument_group("prompts and images").add_argument
     add("prompt", nargs="?", help="description of the image")
-    add("--prompts", metavar="FILE", type=Path, help="text, .csv or .tsv file of prompts; run again to continue")
+    add("--prompts", metavar="FILE", type=Path, help="text, .csv, .tsv or .jsonl of prompts; run again to continue")
     add("--column", help="column of the table that holds the prompts (default: prompt, or text)")
     add("--negative", default="", metavar="PROMPT", help="description of what to avoid")
     add("-n", type=at_least(1), default=1, metavar="N", help="images per prompt")

@@ -19,7 +19,7 @@ from minildm.data.prompts import prompts_for
 from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
-from minildm.training.command_line import FREE, parse
+from minildm.training.command_line import FREE, check_texts, parse
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
 from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
 from minildm.training.run import Run
@@ -42,7 +42,11 @@ def main(arguments):
     weights = torch.float32 if plan.method.float32_weights else dtype
     if weights != dtype and dtype == torch.float16:
         raise InputError(f"--adapter {goal.adapter} does not train in float16; give --dtype bfloat16 or float32")
-    data = open_data_set(goal.data, plan.data, config.seed)
+    captioned = dreambooth.instance_prompt is None
+    data = open_data_set(goal.data, plan.data, config.seed, captioned)
+    for note in data.notes:
+        print(f"note: {note}")
+    check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
     model = load(goal.base, goal.on_top_of, device, weights, goal.prediction)
     transform = plan.data.transform(model.config.image_size)
     print(f"{model.files.path}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
@@ -57,7 +61,7 @@ def main(arguments):
 
     # Captions -> prompts; splits by patient; for DreamBooth also images of the class, from the untrained base
     class_images = None
-    if dreambooth.instance_prompt is None:
+    if captioned:
         prompts = prompts_for(data, plan.data.prompt_template)
         indices = split_by_patient(data.records, plan.data.split, config.seed)
     else:
@@ -75,8 +79,6 @@ def main(arguments):
         class_images=class_images and class_images.fingerprint,
         splits={name: [record.name for record in part.records] for name, part in splits.items()},
     )
-    for note in data.notes:
-        print(f"note: {note}")
 
     # Training
     options = {
@@ -85,7 +87,7 @@ def main(arguments):
         "workers": machine.workers,
         "precision": dtype if weights != dtype else None,
     }
-    if dreambooth.instance_prompt is None:
+    if captioned:
         task = Finetuning(model, training, validation, config, **options)
     else:
         task = DreamBooth(model, training, validation, config, class_images, dreambooth.weight, **options)

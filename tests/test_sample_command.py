@@ -243,8 +243,8 @@ def test_a_tsv_is_read_by_columns_and_a_row_without_a_prompt_is_named(base, tmp_
     (tmp_path / "p.tsv").write_text("id\tprompt\n1\ta, b\n2\tc\n")
     paths = generate(base, tmp_path / "out", "--prompts", tmp_path / "p.tsv", *QUICK)
     assert [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths] == ["a, b", "c"]
-    (tmp_path / "p.csv").write_text("id,prompt\n1,a\n2, \n3\n")
-    with pytest.raises(InputError, match="2 of 3 rows, the first of them row 2"):
+    (tmp_path / "p.csv").write_text("id,prompt\n1,a\n2, \n3,NA\n")
+    with pytest.raises(InputError, match="2 of 3 rows, the first of them row 3"):
         generate(base, tmp_path / "more", "--prompts", tmp_path / "p.csv", *QUICK)
 
 
@@ -359,6 +359,30 @@ def test_a_missing_or_binary_prompt_file_is_refused(base, tmp_path):
     assert_says(refused(base, tmp_path, "--prompts", tmp_path / "none.txt", error=FileNotFoundError), "none.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     assert_says(refused(base, tmp_path, "--prompts", tmp_path / "binary.txt"), "binary.txt", "not UTF-8")
+    assert_says(refused(base, tmp_path, "--prompts", tmp_path, error=IsADirectoryError), "--prompts", "is a folder")
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("id,prompt\n1,chest x-ray, age 58 male, view PA\n2,chest x-ray\n", "row 2: 4 fields where the header has 2"),
+        ('id,prompt\n1,chest a\n2,"chest b\n3,chest c\n4,chest d\n', "row 3: not CSV"),
+        ("id;prompt\n1;chest x-ray\n", "separated by semicolons, expected commas"),
+    ],
+)
+def test_a_table_of_prompts_that_says_less_than_it_seems_is_refused(content, says, base, tmp_path):
+    (tmp_path / "prompts.csv").write_text(content)
+    assert_says(
+        refused(base, tmp_path / "out", "--prompts", tmp_path / "prompts.csv"), "--prompts", "prompts.csv", says
+    )
+
+
+def test_a_prompt_with_odd_line_separators_is_one_prompt_and_json_lines_are_read(base, tmp_path):
+    (tmp_path / "p.txt").write_text("chest x-ray\u2028age 47\x0cmale\x85end\n", encoding="utf-8")
+    assert len(generate(base, tmp_path / "one", "--prompts", tmp_path / "p.txt", *QUICK)) == 1
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a, b"}\n{"prompt": "c"}\n')
+    paths = generate(base, tmp_path / "two", "--prompts", tmp_path / "p.jsonl", *QUICK)
+    assert [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths] == ["a, b", "c"]
 
 
 def test_an_unwritable_folder_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):

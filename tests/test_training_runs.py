@@ -302,6 +302,40 @@ def test_help_and_dry_run_need_no_base(tmp_path, monkeypatch, capsys):
     assert error.value.code == 0
 
 
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["--prompt-template", "chest x-ray, {agee}"], r"unknown field \{agee\}"),
+        (["--prompt-template", "chest {"], "a brace that is not part of a field"),
+        (["--prompt-template", "{loc}"], "20 of 20 prompts are empty"),
+        (["--limit", "3"], "split is empty: 3 images"),
+        (["--balance", "colour"], "no record has a field 'colour'"),
+        (["--balance", "colour", "--instance-prompt", "a sks x-ray"], "no record has a field 'colour'"),
+        (["--exclude", "no.txt"], r"--exclude no.txt: no such file"),
+    ],
+)
+def test_what_needs_no_image_is_checked_before_any_is_read(place, tmp_path, monkeypatch, given, says):
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("the base was loaded first"))
+    monkeypatch.setattr(train, "latent_cache", lambda *_, **__: pytest.fail("images were read first"))
+    with pytest.raises((InputError, FileNotFoundError), match=says):
+        train.main([*flags(place), "--out", str(tmp_path / "run"), *given])
+
+
+def test_records_without_a_prompt_are_left_out_of_a_run_but_not_of_dreambooth(place, tmp_path, capsys):
+    root = folder(tmp_path / "data", 20)
+    table = root / "metadata.csv"
+    table.write_text(table.read_text().replace('"a chest x-ray, number 7"', "NA"))
+    values = flags(place, data=f"folder:{root}", steps=2)
+    assert train.main([*values, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "note: 1 of 20 left out: without a prompt from '{text}', such as images/007.png" in said
+    splits = json.loads((tmp_path / "run" / "config.json").read_text())["found"]["splits"]
+    assert sum(map(len, splits.values())) == 19
+    assert train.main([*values, "--out", str(tmp_path / "subject"), "--instance-prompt", "a sks x-ray"]) == 0
+    splits = json.loads((tmp_path / "subject" / "config.json").read_text())["found"]["splits"]
+    assert sum(map(len, splits.values())) == 20
+
+
 def test_resuming_what_is_no_run_is_an_error(place, whole):
     with pytest.raises(InputError, match="leave --preset out"):
         train.main(["--resume", str(whole), "--preset", "selora-iu"])
