@@ -33,6 +33,7 @@ def parse(arguments):
     add_flags(parser, SamplingSettings, "sampling")
     add = parser.add_argument_group("model").add_argument
     add("--base", help="a .safetensors file or a diffusers-layout folder (default: the one in weights/)")
+    add("--vae", metavar="PATH", help="autoencoder file or folder in place of the base's own, such as sd-vae-ft-mse")
     add(
         "--adapter",
         action="append",
@@ -65,19 +66,19 @@ def main(arguments):
     start = time.perf_counter()
     adapters = sampling.choose_adapters(args.adapter, args.base)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    model = load(args.base, adapters, args.device, dtype, args.prediction)
+    model = load(args.base, adapters, args.device, dtype, args.prediction, args.vae)
     settings = complete_settings(settings, model.config)
     if args.compile:
         model.unet.compile()
     print(
-        f"{model.files.path}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
+        f"{model.files.title}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
         f"{str(model.dtype).removeprefix('torch.')} on {model.device}, loaded in {time.perf_counter() - start:.1f} s"
     )
 
     adapter_text = sampling.describe_adapters(adapters)
-    hashing = threading.Thread(
-        target=lambda: model.base_hash, daemon=True
-    )  # takes seconds, so it runs during the sampling
+    hashing = threading.Thread(  # takes seconds, so it runs during the sampling
+        target=lambda: (model.base_hash, model.vae_hash), daemon=True
+    )
     hashing.start()
 
     def parameters(image):

@@ -43,9 +43,9 @@ def main(arguments):
     if weights != dtype and dtype == torch.float16:
         raise InputError(f"--adapter {goal.adapter} does not train in float16; give --dtype bfloat16 or float32")
     data = open_data_set(goal.data, plan.data, config.seed)
-    model = load(goal.base, goal.on_top_of, device, weights, goal.prediction)
+    model = load(goal.base, goal.on_top_of, device, weights, goal.prediction, goal.vae)
     transform = plan.data.transform(model.config.image_size)
-    print(f"{model.files.path}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
+    print(f"{model.files.title}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
 
     # Records -> images -> latents, encoded once; the VAE runs in float32, the reference for all precisions
@@ -69,6 +69,7 @@ def main(arguments):
     training, validation = splits["train"], splits.get("validation", samples.subset([]))
     run.begin(
         base=model.base_hash,
+        vae=goal.vae and [model.vae_hash, model.config.vae.scaling_factor],
         dtype=_name(dtype),
         pixels=transform.size,
         data=samples.fingerprint,
@@ -104,6 +105,7 @@ def sample_command(goal, run, prompt, size):
         words += ["--base", str(run.result)]
     else:
         words += ["--base", goal.base] if goal.base else []
+        words += ["--vae", goal.vae] if goal.vae else []
         words += ["--prediction", goal.prediction] if goal.prediction else []
         words += [word for adapter in (*goal.on_top_of, run.folder) for word in ("--adapter", str(adapter))]
     return shlex.join([*words, "-n", "4", "--height", str(size), "--width", str(size)])

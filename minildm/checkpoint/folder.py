@@ -28,11 +28,16 @@ def read_config(path):
     text_encoder = _read_settings(path / "text_encoder" / "config.json", text_encoder_from_json)
     return ModelConfig(
         unet=_read_settings(path / "unet" / "config.json", unet_from_json),
-        vae=_read_settings(path / "vae" / "config.json", vae_from_json),
+        vae=read_vae_config(path / "vae" / "config.json"),
         text_encoder=text_encoder,
         schedule=_read_settings(path / "scheduler" / "scheduler_config.json", schedule_from_json),
         pad_token_id=_pad_token_id(path / "tokenizer", text_encoder),
     )
+
+
+def read_vae_config(path):
+    """The VAEConfig of a config.json. Raises InputError or FileNotFoundError, naming the file."""
+    return _read_settings(path, vae_from_json)
 
 
 def find_tensors(path, networks):
@@ -42,11 +47,11 @@ def find_tensors(path, networks):
     """
     sources, unused, files = {}, [], {}
     for network, module in networks.items():
-        files[network] = file = TensorFile(_weights_file(path / network))
+        files[network] = file = TensorFile(weights_file(path / network))
         expected = module.state_dict()
         sources[network] = {}
         for name in file.shapes:
-            parameter = _current_name(name, network)
+            parameter = current_name(name, network)
             if parameter in expected:
                 sources[network][parameter] = Source(file, name)
             elif not name.endswith("position_ids"):
@@ -54,7 +59,7 @@ def find_tensors(path, networks):
     return sources, unused, files["unet"].path
 
 
-def _weights_file(folder):
+def weights_file(folder):
     stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
     pickle_stem = "pytorch_model" if folder.name == "text_encoder" else stem
     names = [f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{pickle_stem}.bin", f"{pickle_stem}.fp16.bin"]
@@ -64,7 +69,7 @@ def _weights_file(folder):
     raise FileNotFoundError(f"no weights in {folder}; expected one of {', '.join(names)}")
 
 
-def _current_name(name, network):
+def current_name(name, network):
     """The present name of a tensor in a file of any age."""
     if network == "text_encoder" and not name.startswith("text_model."):
         return f"text_model.{name}"
@@ -161,11 +166,14 @@ UNET_FIXED = {
     "cross_attention_norm": None,
 }
 VAE_FIXED = {
+    "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "in_channels": 3,
     "out_channels": 3,
     "shift_factor": None,
     "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }

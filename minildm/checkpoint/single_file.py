@@ -188,7 +188,7 @@ def names(config, networks):
     unet_modules = _unet_modules(config.unet)
     return {
         "unet": {name: (_unet_name(name, unet_modules), None) for name in ours["unet"]},
-        "vae": {name: (_vae_name(name, config.vae), None) for name in ours["vae"]},
+        "vae": {name: (vae_name(name, config.vae), None) for name in ours["vae"]},
         "text_encoder": {
             name: _open_clip_name(name) if v2 else (f"cond_stage_model.transformer.{name}", None)
             for name in ours["text_encoder"]
@@ -232,7 +232,7 @@ def _unet_name(name, modules):
     return f"model.diffusion_model.{modules[ours]}.{rest}"
 
 
-def _vae_name(name, config):
+def vae_name(name, config):
     if match := re.match(r"decoder\.up_blocks\.(\d+)", name):  # the single file numbers the decoder's levels backwards
         level = len(config.widths) - 1 - int(match[1])
         name = f"decoder.up_blocks.{level}{name[match.end() :]}"
