@@ -70,6 +70,16 @@ def compvis_names(vae):
     return state
 
 
+def mixed_names(vae):
+    """CompVis' names around diffusers' attention, as some converters write."""
+    state = {}
+    for name, tensor in compvis_names(vae).items():
+        for theirs, compvis in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+            name = name.replace(f"mid.attn_1.{compvis}.", f"mid.attn_1.{theirs}.")
+        state[name] = tensor[..., 0, 0] if "mid.attn_1.to_" in name and tensor.dim() == 4 else tensor
+    return state
+
+
 def training_file(vae):
     """CompVis' training file: with the loss, its discriminator, and a moving average."""
     extra = {
@@ -85,6 +95,9 @@ def training_file(vae):
 
 def prefixed(vae):
     return {f"first_stage_model.{name}": tensor for name, tensor in training_file(vae).items()}
+
+
+NAMINGS = [diffusers_names, old_diffusers_names, compvis_names, mixed_names, training_file, prefixed]
 
 
 def write(state, path):
@@ -108,8 +121,8 @@ def same_weights(model, vae):
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("names", [diffusers_names, old_diffusers_names, compvis_names, training_file, prefixed])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt"])
+@pytest.mark.parametrize("names", NAMINGS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_file_of_any_naming_gives_diffusers_latents_and_images(names, suffix, vae, base, tmp_path):
     model = minildm.load(base, device="cpu", vae=write(names(vae), tmp_path / f"vae{suffix}"))
     assert model.config.vae == OTHER and model.config.unet == ModelConfig.tiny().unet
@@ -241,6 +254,10 @@ OTHER_FILES = {
     "missing": (
         lambda: {k: v for k, v in prefixed(peers.random_network(OTHER)).items() if "encoder.mid.attn_1.q" not in k},
         ("2 missing", "mid_block.attentions.0.to_q.weight"),
+    ),
+    "no convolutions": (
+        lambda: {f"{part}.conv_in.weight": torch.zeros(4) for part in ("encoder", "decoder")},
+        ("(4,)", "0 levels"),
     ),
     "empty": (dict, ("its tensors: none",)),
 }

@@ -122,11 +122,16 @@ def _config_from_shapes(file, prefix):
         re.escape(prefix) + r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.conv2\.weight$"
     )
     for name, shape in file.shapes.items():
-        if match := pattern.match(name):
+        if (match := pattern.match(name)) and len(shape) == 4:
             widths[int(match[1])] = shape[0]
             layers.add(int(match[2]))
-    latent_channels = file.shapes[f"{prefix}decoder.conv_in.weight"][1]
-    return VAEConfig(tuple(widths[level] for level in sorted(widths)), 1 + max(layers, default=-1), latent_channels)
+    latents = file.shapes[f"{prefix}decoder.conv_in.weight"]
+    if len(latents) != 4 or not widths:
+        raise InputError(
+            f"{file.path}: decoder.conv_in.weight has shape {latents}, and {len(widths)} levels of convolutions in "
+            "encoder.down were found; expected 4 axes and 4 levels; it may be another network, or damaged"
+        )
+    return VAEConfig(tuple(widths[level] for level in sorted(widths)), 1 + max(layers), latents[1])
 
 
 def _find_tensors(file, prefix, config, network):
@@ -139,9 +144,17 @@ def _find_tensors(file, prefix, config, network):
         bare = name.removeprefix(prefix)
         if not name.startswith(prefix) or bare.startswith(SURPLUS):
             continue
-        parameter = compvis.get(bare, folder.current_name(bare, "vae"))
+        parameter = compvis.get(_compvis_attention(bare), folder.current_name(bare, "vae"))
         if parameter in network.state_dict():
             sources[parameter] = Source(file, name)
         elif prefix or "." in bare:
             unused.append(name)
     return sources, unused
+
+
+def _compvis_attention(name):
+    """Some converters keep diffusers' names, of either age, for the attention within CompVis' ``mid.attn_1``."""
+    for diffusers, compvis in (("to_out.0", "proj_out"), ("proj_attn", "proj_out"), ("query", "q"), ("key", "k"),
+                               ("value", "v"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v")):  # fmt: skip
+        name = name.replace(f"mid.attn_1.{diffusers}.", f"mid.attn_1.{compvis}.")
+    return name.replace("mid.attn_1.group_norm.", "mid.attn_1.norm.")
