@@ -105,7 +105,10 @@ def write_single_file(tensors, networks, config, path, metadata=None):
 
 
 def single_file_tensors(tensors, config, networks):
-    """{network: {parameter: LazyTensor}} -> {single-file name: LazyTensor}; q, k and v of an SD v2 text encoder fused."""
+    """{network: {parameter: LazyTensor}} -> {single-file name: LazyTensor}.
+
+    q, k and v of an SD v2 text encoder become one tensor.
+    """
     renamed, fused = {}, {}
     for network, table in names(config, networks).items():
         for ours, (theirs, third) in table.items():
