@@ -37,6 +37,7 @@ class Autoencoder:
     network: VAE  # on the meta device
     sources: dict[str, dict[str, Source]]  # {"vae": {parameter: source}}
     file: TensorFile
+    stated: bool  # whether a config.json states sizes and scaling factor
     unused: list[str] = field(default_factory=list)  # none: `inspect` refuses them
 
 
@@ -54,7 +55,8 @@ def inspect(path):
     try:
         file, config = _open(path)
         prefix = _prefix(file)
-        config = _config_from_shapes(file, prefix) if config is None else config
+        stated = config is not None
+        config = config if stated else _config_from_shapes(file, prefix)
     except InputError as error:  # settings that make no network do not know which file they come from
         raise (error if str(path) in str(error) else InputError(f"{path}: {error}")) from None
     if config.latent_channels != 4:
@@ -66,7 +68,7 @@ def inspect(path):
     with torch.device("meta"):
         network = VAE(config)
     sources, unused = _find_tensors(file, prefix, config, network)
-    found = Autoencoder(path, config, network, {"vae": sources}, file, unused)
+    found = Autoencoder(path, config, network, {"vae": sources}, file, stated, unused)
     require_match(found, {"vae": network.state_dict()})
     return found
 
@@ -79,6 +81,12 @@ def replace_vae(checkpoint, path):
         warnings.warn(
             f"{path} states the scaling factor {factor} of SDXL's autoencoder, whose latents mean nothing to a U-Net "
             "of Stable Diffusion v1.x / v2.x unless it was trained with them",
+            stacklevel=3,
+        )
+    if not found.stated and found.config != VAEConfig():
+        warnings.warn(
+            f"{path} has other sizes than Stable Diffusion's autoencoder and states neither its "
+            "scaling factor nor its groups; assuming 0.18215 and 32; give its folder with config.json if it has one",
             stacklevel=3,
         )
     checkpoint.config = replace(checkpoint.config, vae=found.config)

@@ -24,6 +24,9 @@ def read_config(file, prediction=None):
     """
     _refuse_other_models(file)
     config = ModelConfig(_unet_config(file), _vae_config(file), _text_encoder_config(file))
+    prediction = stated_prediction(file) if prediction is None else prediction
+    if prediction is not None:
+        config = replace(config, schedule=replace(config.schedule, prediction=prediction))
     if not _is_open_clip(file):
         return config
     if prediction is None:
@@ -35,6 +38,14 @@ def read_config(file, prediction=None):
     if prediction == "v":  # the v2.x models that predict v are those for 768 px
         config = replace(config, unet=replace(config.unet, latent_size=96))
     return replace(config, pad_token_id=0)
+
+
+def stated_prediction(file):
+    """What the file's metadata says that the U-Net predicts, "epsilon" or "v"; None if nothing."""
+    stated = file.metadata.get("modelspec.prediction_type")
+    if stated not in (None, "epsilon", "v"):
+        raise InputError(f"{file.path}: modelspec.prediction_type is {stated!r}, expected epsilon or v")
+    return stated
 
 
 def _unet_config(file):

@@ -94,14 +94,21 @@ def write_single_file(tensors, networks, config, path, metadata=None):
         write_tensors(
             single_file_tensors(tensors, config, networks), beside, modelspec(config, path.stem) | (metadata or {})
         )
-        read = read_config(TensorFile(beside), config.schedule.prediction)
-        schedule = replace(read.schedule, prediction=config.schedule.prediction)
-        unet = replace(read.unet, latent_size=config.unet.latent_size)
-        if replace(read, unet=unet, schedule=schedule) != config:
+        if not _reads_as(beside, config):
             raise InputError(
                 f"{path}: a single file cannot express this model, only the sizes of SD v1.x and v2.x (8 heads, or 64 "
                 "channels per head; 32 groups), their noise schedule and scaling factor 0.18215; keep the folder"
             )
+
+
+def _reads_as(path, config):
+    """Whether a reader of the single file takes it for a model of this config, apart from its image size."""
+    try:
+        read = read_config(TensorFile(path), config.schedule.prediction)
+    except InputError:
+        return False
+    schedule = replace(read.schedule, prediction=config.schedule.prediction)
+    return replace(read, unet=replace(read.unet, latent_size=config.unet.latent_size), schedule=schedule) == config
 
 
 def single_file_tensors(tensors, config, networks):
