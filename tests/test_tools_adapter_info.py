@@ -68,7 +68,7 @@ def test_every_dialect_is_told_with_its_networks_and_ranks(name, suffix, tmp_pat
         assert size["precision"] == {"float16": size["parameters"]}
     assert report["scale"] == {"1": 2} and "alpha = rank" in report["scale_from"]
     main(["info", str(path)])
-    assert "unet: 1 layers, 4,352 parameters, float16, rank 4" in capsys.readouterr().out
+    assert "unet: 1 layer, 4,352 parameters, float16, rank 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def facts(report):
     return report["dialect"], report["family"], {name: size["layers"] for name, size in report["networks"].items()}
 
 
-PROCESSORS = ("diffusers' attention processors'", V1, {"unet": 128})
+PROCESSORS = ("diffusers (attention processors)", V1, {"unet": 128})
 
 
 def test_the_real_adapters(shared_data):

@@ -1,7 +1,6 @@
 """python -m minildm merge: base + delta, in every layout and precision, and nothing else changed."""
 
 import json
-import warnings
 
 import peers
 import pytest
@@ -13,11 +12,15 @@ from safetensors.torch import load_file, save_file
 import minildm
 from minildm.__main__ import main
 from minildm.adapters import adapter_layers, add_adapter, save_adapter
+from minildm.checkpoint import TensorFile
 from minildm.config import VAEConfig
 from minildm.errors import InputError
 from minildm.tools.merge import merge
 
-warnings.filterwarnings("ignore", message="an SD v2 single file does not say")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:an SD v2 single file"),
+    pytest.mark.filterwarnings("ignore:.*states nei"),
+]
 
 
 def model_of(v2=False):
@@ -156,6 +159,15 @@ def test_the_prediction_type_survives(target, place, tmp_path):
     assert scheduler["prediction_type"] == "v_prediction" and scheduler["_class_name"] == "DDIMScheduler"
 
 
+def test_a_prediction_that_was_only_assumed_is_not_stated(place, tmp_path):
+    root, _ = place
+    merge(root / "v2.safetensors", [f"{root}/adapter-v2.safetensors"], tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert "modelspec.title" in file.metadata() and "modelspec.prediction_type" not in file.metadata()
+    with pytest.warns(UserWarning, match="does not say what the U-Net predicts"):
+        minildm.load(tmp_path / "out.safetensors", device="cpu")
+
+
 def test_a_single_files_metadata_follows_the_modelspec(place, tmp_path):
     root, _ = place
     merge(root / "v1.safetensors", [f"{root}/adapter-v1.safetensors:0.5"], tmp_path / "mine.safetensors")
@@ -233,6 +245,37 @@ def test_a_full_disk_leaves_nothing(place, tmp_path, monkeypatch):
             main(["merge", f"{root}/adapter-v1.safetensors", "--base", str(root / "v1"), "--out", str(tmp_path / out)])
         assert_says(error, "its disk has 0.00 GB free", "make room")
         assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_an_interruption_leaves_nothing(out, place, tmp_path, monkeypatch):
+    root, _ = place
+    reader, reads = TensorFile.reader, []
+
+    def interrupted(file):
+        read = reader(file)
+
+        def counted(name):
+            reads.append(name)
+            if len(reads) == 200:
+                raise KeyboardInterrupt
+            return read(name)
+
+        return counted
+
+    monkeypatch.setattr(TensorFile, "reader", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(root / "v1.safetensors", [f"{root}/adapter-v1.safetensors"], tmp_path / out)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_ckpt_base_gives_the_same_as_the_safetensors_file(place, tmp_path):
+    root, _ = place
+    peers.write_single_file(model_of(), tmp_path / "base.ckpt")
+    for base in (tmp_path / "base.ckpt", root / "v1.safetensors"):
+        merge(base, [f"{root}/adapter-v1.safetensors"], tmp_path / f"{base.suffix[1:]}.safetensors")
+    ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("ckpt", "safetensors"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_base_with_missing_tensors_is_refused(place, tmp_path):

@@ -43,9 +43,10 @@ def read_config(file, prediction=None):
 def stated_prediction(file):
     """What the file's metadata says that the U-Net predicts, "epsilon" or "v"; None if nothing."""
     stated = file.metadata.get("modelspec.prediction_type")
-    if stated not in (None, "epsilon", "v"):
+    known = {None: None, "epsilon": "epsilon", "v": "v", "v_prediction": "v"}
+    if stated not in known:
         raise InputError(f"{file.path}: modelspec.prediction_type is {stated!r}, expected epsilon or v")
-    return stated
+    return known[stated]
 
 
 def _unet_config(file):

@@ -85,15 +85,17 @@ def write_single_file(tensors, networks, config, path, metadata=None):
 
     Its metadata says what the tensors cannot: ``modelspec.prediction_type`` and more (`modelspec`).
 
-    Args: networks: of the config, for their parameters' names; may be on the meta device.
+    Args:
+        networks: of the config, for their parameters' names; may be on the meta device.
+        metadata: {key: text} to add; None in place of a text leaves a key out.
     Raises: InputError for a model that a single file cannot express: readers take heads, groups, the VAE's scaling
         factor and the noise schedule from SD v1 or v2.
     """
     path = Path(path)
+    about = modelspec(config, path.stem) | (metadata or {})
+    about = {key: text for key, text in about.items() if text is not None}
     with written_beside(path) as beside:
-        write_tensors(
-            single_file_tensors(tensors, config, networks), beside, modelspec(config, path.stem) | (metadata or {})
-        )
+        write_tensors(single_file_tensors(tensors, config, networks), beside, about)
         if not _reads_as(beside, config):
             raise InputError(
                 f"{path}: a single file cannot express this model, only the sizes of SD v1.x and v2.x (8 heads, or 64 "

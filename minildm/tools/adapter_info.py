@@ -18,7 +18,7 @@ FACTOR = re.compile(
     r"|\.(?P<alpha>(?:network_|lora_)?alpha))"
 )
 KINDS = {"hada": "LoHa", "lokr": "LoKr", "oft": "OFT", "glora": "GLoRA", "dora": "DoRA", "lora_magnitude": "DoRA"}
-TRANSFORMER = ("transformer_blocks_", "double_blocks", "single_blocks", "joint_blocks", "transformer.")  # first parts
+TRANSFORMER = ("transformer_blocks_", "double_blocks", "single_blocks", "joint_blocks")  # how its layers begin
 FAMILIES = {768: "Stable Diffusion v1.x", 1024: "Stable Diffusion v2.x", 2048: "SDXL"}  # by the width of the context
 
 
@@ -117,7 +117,7 @@ def _dialect(file, own):
     if any(re.fullmatch(r"(unet|text_encoder):\d+:(up|down)", name) for name in file.shapes):
         return "cloneofsimo"
     if any(".processor." in name for name in file.shapes):
-        return "diffusers' attention processors'"
+        return "diffusers (attention processors)"
     return "diffusers"
 
 

@@ -62,10 +62,10 @@ def inspect(path):
         return _autoencoder(path)
     try:
         return _checkpoint(path)
-    except InputError:
+    except InputError as error:
         if (report := _foreign(file)) is None:
             raise
-        return report
+        return report | {"problem": str(error)}
 
 
 def _folder(path):
@@ -81,18 +81,20 @@ def _folder(path):
             return _autoencoder(path)
     try:
         return _checkpoint(path)
-    except InputError:
-        index = path / "model_index.json"
-        if not index.is_file():
+    except InputError as error:
+        pipeline = _pipeline_class(path / "model_index.json")
+        if pipeline in (None, "StableDiffusionPipeline"):
             raise
-        return {"path": str(path), "kind": "checkpoint", "architecture": _pipeline_class(index), "supported": False}
+        facts = {"kind": "checkpoint", "supported": False, "architecture": pipeline, "problem": str(error)}
+        return {"path": str(path), **facts}
 
 
 def _pipeline_class(index):
+    """The class that a model_index.json names; None if there is no such file, or it names none."""
     try:
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{index} names no pipeline class; get it again") from None
+        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def as_text(report):
     what.append(f"{report['bytes'] / 1e6:,.1f} MB" if "bytes" in report else None)
     lines = [f"{report['path']}: {', '.join(part for part in what if part)}"]
     if not report["supported"]:
-        lines.append(f"not usable with minildm: {report.get('problem', 'another architecture')}")
+        lines.append(f"not usable with minildm: {report.get('problem', 'not an adapter that it can load')}")
     lines += [f"{name}: {_size_text(size)}" for name, size in report.get("networks", {}).items()]
     if "prediction" in report:
         lines.append(f"prediction: {report['prediction']} ({report['prediction_from']})")
@@ -230,6 +232,7 @@ def as_text(report):
     lines += _adapter_text(report) if report["kind"] == "adapter" else []
     metadata = dict(report.get("metadata", {}))
     withheld = metadata.pop("withheld", [])
+    metadata.pop("format", None)  # "pt" in every file
     for key, value in metadata.items():
         lines.append(f"metadata {key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
     if withheld:
@@ -255,7 +258,7 @@ def _size_text(size):
     parts = [f"{total:,} parameters"]
     parts += [dtype if len(precision) == 1 else f"{dtype} {100 * n / total:.2g} %" for dtype, n in precision]
     if "layers" in size:
-        parts.insert(0, f"{size['layers']} layers")
+        parts.insert(0, f"{size['layers']} layer{'s' * (size['layers'] != 1)}")
     if ranks := list(size.get("ranks", [])):
         parts.append(f"rank {ranks[0]}" + (f" to {ranks[-1]}, mean {size['rank_mean']:.2f}" if len(ranks) > 1 else ""))
     return ", ".join(parts)

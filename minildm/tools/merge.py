@@ -21,6 +21,7 @@ from minildm import checkpoint
 from minildm.adapters.files import merge_file, read_adapter
 from minildm.checkpoint.folder import write_folder
 from minildm.checkpoint.load import require_match
+from minildm.checkpoint.single_file import stated_prediction
 from minildm.checkpoint.writing import CODES, LazyTensor, write_single_file
 from minildm.errors import InputError
 from minildm.files import UMASK, writable_folder
@@ -55,13 +56,23 @@ def merge(base, adapters, out, dtype=None, prediction=None, vae=None):
         merge_file(model, path, multiplier, rank)
         for module, factors in read_adapter(path).factors.items():
             deltas.setdefault(module, []).append((factors, multiplier, rank))
-    about = {"minildm": json.dumps({"base": model.base_hash, "vae": model.vae_hash, "merged": model.merged})}
+    about = _unknown_prediction(plan, prediction) | {
+        "minildm": json.dumps({"base": model.base_hash, "vae": model.vae_hash, "merged": model.merged})
+    }
     tensors = merged_tensors(plan, deltas, dtype)
     with _progress(tensors) as tensors:
         if out.suffix == ".safetensors":
             write_single_file(tensors, plan.networks, plan.config, out, about)
         else:
             _write_pipeline(tensors, plan, out, about)
+
+
+def _unknown_prediction(plan, prediction):
+    """Metadata that must not be written where the prediction of an SD v2.x single file was only assumed."""
+    file = next(iter(plan.sources["unet"].values())).file
+    known = prediction or plan.path.is_dir() or stated_prediction(file) or not plan.config.unet.linear_projection
+    keys = ("architecture", "resolution", "prediction_type")
+    return {} if known else {f"modelspec.{key}": None for key in keys}
 
 
 def merged_tensors(plan, deltas, dtype=None):
