@@ -15,6 +15,7 @@ from minildm.checkpoint import autoencoder, folder, single_file
 from minildm.config import ModelConfig, VAEConfig
 from minildm.errors import InputError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*states neither its scaling factor")
 OTHER = VAEConfig.tiny(widths=(32, 64, 64, 64), layers_per_block=2)  # other sizes than the base's
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -292,3 +293,8 @@ def test_our_names_for_a_single_file_are_those_by_diffusers_rules():
     vae = peers.random_network(OTHER)
     ours = {single_file.vae_name(name, OTHER).removeprefix("first_stage_model.") for name in vae.state_dict()}
     assert ours == set(compvis_names(vae))
+
+
+def test_a_file_of_unusual_sizes_is_loaded_with_a_warning_of_what_is_assumed(vae, base, tmp_path):
+    with pytest.warns(UserWarning, match="assuming 0.18215 and 32"):
+        minildm.load(base, device="cpu", vae=write(compvis_names(vae), tmp_path / "vae.safetensors"))
