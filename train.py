@@ -47,9 +47,9 @@ def main(arguments):
     for note in data.notes:
         print(f"note: {note}")
     check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
-    model = load(goal.base, goal.on_top_of, device, weights, goal.prediction)
+    model = load(goal.base, goal.on_top_of, device, weights, goal.prediction, goal.vae)
     transform = plan.data.transform(model.config.image_size)
-    print(f"{model.files.path}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
+    print(f"{model.files.title}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
 
     # Records -> images -> latents, encoded once; the VAE runs in float32, the reference for all precisions
@@ -73,6 +73,7 @@ def main(arguments):
     training, validation = splits["train"], splits.get("validation", samples.subset([]))
     run.begin(
         base=model.base_hash,
+        vae=goal.vae and [model.vae_hash, model.config.vae.scaling_factor],
         dtype=_name(dtype),
         pixels=transform.size,
         data=samples.fingerprint,
@@ -106,6 +107,7 @@ def sample_command(goal, run, prompt, size):
         words += ["--base", str(run.result)]
     else:
         words += ["--base", goal.base] if goal.base else []
+        words += ["--vae", goal.vae] if goal.vae else []
         words += ["--prediction", goal.prediction] if goal.prediction else []
         words += [word for adapter in (*goal.on_top_of, run.folder) for word in ("--adapter", str(adapter))]
     return shlex.join([*words, "-n", "4", "--height", str(size), "--width", str(size)])

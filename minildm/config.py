@@ -60,6 +60,8 @@ class VAEConfig:
 
     def __post_init__(self):
         _require_divisible(self.widths, self.norm_groups)
+        if not 0 < self.scaling_factor < float("inf"):
+            raise InputError(f"the VAE's scaling_factor must be a positive number, got {self.scaling_factor}")
         if 2 ** (len(self.widths) - 1) != SPATIAL_FACTOR:
             raise InputError(f"the VAE must have 4 levels (one latent per {SPATIAL_FACTOR} pixels), got {self.widths}")
 

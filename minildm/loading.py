@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 EMBEDDED_ADAPTER = EMBEDDED / "adapter.safetensors"  # SeLoRA for chest radiographs
 
 
-def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
+def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=None):
     """Load a Stable Diffusion v1.x or v2.x model.
 
     Args:
@@ -30,12 +30,15 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
         dtype: of the networks, such as torch.float16 or "float16"; None = float16 on a GPU, float32 elsewhere.
         prediction: "epsilon" or "v"; None = what a folder's scheduler file says, and "epsilon" for a single file,
             which cannot say (v2.0 and v2.1 at 768 px need "v").
+        vae: file or folder of an autoencoder to use in place of the base's own, such as sd-vae-ft-mse.
     Returns: LatentDiffusion, frozen and in eval mode.
     Raises: FileNotFoundError; InputError (a ValueError) if a file is broken or holds another kind of model.
     """
     device = usable_device(device)
     dtype = usable_dtype(dtype, device)
     plan = checkpoint.inspect(find_base() if base is None else base, prediction)
+    if vae is not None:
+        checkpoint.replace_vae(plan, vae)
     model = LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
     for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
         merge_file(model, *parse_adapter(adapter))

@@ -175,6 +175,8 @@ def describe_image(image, negative, settings, model, adapters="", init_image=Non
         "Prediction": model.config.schedule.prediction,
         "Precision": str(model.dtype).removeprefix("torch."),
     }
+    if model.vae_hash:  # the web UI's names
+        pairs |= {"VAE hash": model.vae_hash[:10], "VAE": model.files.vae_path.absolute().name}
     if settings.eta:
         pairs["Eta"] = settings.eta
     if adapters:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from peers import assert_says
 from PIL import Image
+from safetensors.torch import save_file
 
 import minildm
 from minildm import loading
-from minildm.config import ModelConfig
+from minildm.config import ModelConfig, VAEConfig
 from minildm.errors import InputError
 from minildm.images import SYNTHETIC
 from minildm.sampling import model_name
@@ -151,6 +152,24 @@ def test_a_png_records_how_it_was_made_and_that_it_is_synthetic(base, tmp_path):
         "Version": "",
     }
     assert text.splitlines()[1] == "Negative prompt: text, marks"
+
+
+def test_another_autoencoder_is_used_and_named_in_the_png_and_a_continued_call_needs_the_same(base, tmp_path, capsys):
+    vae = tmp_path / "vae-ft.safetensors"
+    save_file(peers.random_network(VAEConfig.tiny(), seed=5).state_dict(), vae)
+    (tmp_path / "list.txt").write_text("a\n")
+    prompts = ["--prompts", tmp_path / "list.txt", *QUICK]
+    (path,) = generate(base, tmp_path / "out", *prompts, "--vae", vae)
+    assert f"tiny-sd with the autoencoder {vae}: " in capsys.readouterr().out
+    values = read_as_the_web_ui(Image.open(path).info["parameters"])[2]
+    assert values["VAE"] == "vae-ft.safetensors"
+    assert values["VAE hash"] == sha256(vae.read_bytes()).hexdigest()[:10]
+    model = minildm.load(base, device="cpu", vae=vae)
+    assert np.array_equal(np.asarray(Image.open(path)), model.sample(["a"], steps=2, guidance=1)[0])
+    assert "VAE" not in Image.open(generate(base, tmp_path / "own", "a", *QUICK)[0]).info["parameters"]
+    save_file(peers.random_network(VAEConfig.tiny(), seed=6).state_dict(), vae)  # another one under the same name
+    error = refused(base, tmp_path / "out", *prompts, "--vae", vae)
+    assert_says(error, "was made with other settings", "VAE hash")
 
 
 def test_prompts_in_any_script_are_stored_in_the_png(base, tmp_path):

@@ -15,14 +15,17 @@ import pytest
 import torch
 from made_data import folder
 from made_runs import small_model
-from peers import assert_says, write_folder
+from peers import assert_says, edit_json, write_folder
 
 import train
+from minildm import load
 from minildm.adapters import METHODS, add_adapter, save_adapter
+from minildm.data.cache import weights_fingerprint
 from minildm.errors import InputError
+from minildm.images import read_parameters
 from minildm.training.command_line import parse
 from minildm.training.config import PRESETS, TrainingConfig
-from minildm.training.run import Run
+from minildm.training.run import Run, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -287,6 +290,50 @@ def test_the_next_command_repeats_what_the_model_was_made_of(place, whole, tmp_p
     adapters = [value for flag, value in itertools.pairwise(command) if flag == "--adapter"]
     assert adapters == [f"{whole}:0.5", str(out)]
     assert command[command.index("--base") + 1] == str(place / "base")
+
+
+def test_a_run_with_another_autoencoder_trains_resumes_and_samples_with_it(place, tmp_path, capsys):
+    """Its latents are other ones, in a cache of their own, and a changed file is noticed."""
+    import shlex
+
+    import sample
+
+    out, vae = tmp_path / "run", tmp_path / "vae"
+    shutil.copytree(place / "other_base" / "vae", vae)
+    edit_json(vae / "config.json", scaling_factor=0.5)
+    values = flags(place, steps=2, save_interval=2, cache=tmp_path / "cache")
+    train.main([*values, "--vae", str(vae), "--out", str(out)])
+    recipes = [path.read_text() for path in (tmp_path / "cache").glob("*/recipe.txt")]
+    other = load(place / "base", device="cpu", vae=vae)
+    assert [weights_fingerprint(other.vae) in recipe for recipe in recipes if "latents" in recipe] == [True]
+    assert read_record(out)["found"]["vae"] == [other.vae_hash, 0.5]
+
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("sample.py ")[2])
+    assert command[command.index("--vae") + 1] == str(vae)
+    assert sample.main([*command, "--steps", "1", "--out", str(tmp_path / "samples"), "--device", "cpu"]) == 0
+    assert "VAE: vae," in read_parameters(min((tmp_path / "samples").glob("*.png")))
+
+    assert train.main(["--resume", str(out)]) == 0
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(out), "--vae", str(place / "base" / "vae")])
+    assert_says(error, "vae = ", str(vae))
+    edit_json(vae / "config.json", scaling_factor=0.6)
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(out)])
+    assert_says(error, "vae = ", "0.5", "0.6")
+
+
+def test_full_fine_tuning_keeps_the_autoencoder_it_was_trained_with(place, tmp_path, capsys):
+    vae = tmp_path / "vae"
+    shutil.copytree(place / "other_base" / "vae", vae)
+    edit_json(vae / "config.json", scaling_factor=0.5)
+    values = flags(place, adapter="full", steps=1)
+    at = values.index("--expand-interval")
+    train.main([*values[:at], *values[at + 2 :], "--vae", str(vae), "--out", str(tmp_path / "run")])
+    assert "--vae" not in capsys.readouterr().out.splitlines()[-1]  # --base RUN/model has it
+    model, other = load(tmp_path / "run" / "model", device="cpu"), load(place / "base", device="cpu", vae=vae)
+    assert model.config.vae.scaling_factor == 0.5
+    assert weights_fingerprint(model.vae) == weights_fingerprint(other.vae)
 
 
 def test_checkpointing_may_be_added_to_a_resumed_run(place, whole, tmp_path):

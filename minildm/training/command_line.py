@@ -32,6 +32,9 @@ class Goal(Settings):
     base: str | None = setting(
         None, "checkpoint file or diffusers-layout folder (default: the one in weights/)", metavar="PATH"
     )
+    vae: str | None = setting(
+        None, "autoencoder file or folder in place of the base's own, such as sd-vae-ft-mse", metavar="PATH"
+    )
     on_top_of: tuple[str, ...] = setting((), "adapters to merge into the base first", metavar="FILE[@RANK][:0.6]")
     prediction: str | None = setting(
         None,
