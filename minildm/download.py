@@ -104,6 +104,7 @@ def _receive(file, output, headers):
     failures, answered, furthest = 0, False, output.seek(0, os.SEEK_END)
     with tqdm(total=file.size, initial=furthest, unit="B", unit_scale=True, desc=Path(file.name).name) as bar:
         while (have := output.seek(0, os.SEEK_END)) < file.size:
+            gained = False
             try:
                 with _open(file.url, have, headers) as response:
                     answered = True
@@ -111,12 +112,12 @@ def _receive(file, output, headers):
                         output.truncate(0)
                         bar.reset(file.size)
                         have = 0
-                    while have < file.size and (chunk := response.read(min(CHUNK, file.size - have))):
+                    while have < file.size and (chunk := response.read1(min(CHUNK, file.size - have))):
                         _write(output, chunk, file)
                         bar.update(len(chunk))
                         have += len(chunk)
                         if have > furthest:
-                            furthest, failures = have, 0
+                            furthest, gained = have, True
                 reason = "the server closed the connection"
             except urllib.error.HTTPError as error:
                 answered, reason = True, f"HTTP {error.code} {error.reason}"
@@ -125,13 +126,13 @@ def _receive(file, output, headers):
             except (OSError, http.client.HTTPException) as error:
                 reason = reason_of(error)
             if have < file.size:
-                failures += 1
+                failures = 0 if gained else failures + 1
                 if failures == ATTEMPTS or not answered:
                     raise InputError(
                         f"no connection to {urlsplit(file.url).netloc} ({reason}); "
                         f"{_kept(output, file)}; the same command continues"
                     )
-                time.sleep(PAUSE * 2 ** (failures - 1))
+                time.sleep(PAUSE * 2 ** max(failures - 1, 0))
 
 
 def refusal(url):
