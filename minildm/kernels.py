@@ -16,10 +16,10 @@ winograd_enabled = True  # in `convolution`; off while training, which has bette
 
 
 @contextlib.contextmanager
-def plain():
-    """Run only the plain code inside this block."""
+def plain(wanted=True):
+    """Run only the plain code inside this block, if ``wanted``."""
     global enabled
-    before, enabled = enabled, False
+    before, enabled = enabled, enabled and not wanted
     try:
         yield
     finally:
@@ -106,7 +106,7 @@ def winograd(x, weight, bias, tiles=2048):
         n = min(at_a_time, rows - first)
         strip = x[:, 2 * first : 2 * (first + n) + 2]
         _winograd_strip(strip, weight, bias, out[:, 2 * first : 2 * (first + n)])
-    return out[:, :height, :width].permute(0, 3, 1, 2)
+    return out[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
 def _winograd_strip(x, weight, bias, out):
@@ -137,10 +137,7 @@ def _times_B(d, out):
 
 def _times_A(y, out=(None, None)):
     """The two rows of A^T y."""
-    return (
-        torch.add(y[0], y[1], out=out[0]).add_(y[2]),
-        torch.sub(y[1], y[2], out=out[1]).sub_(y[3]),
-    )
+    return (torch.add(y[0], y[1], out=out[0]).add_(y[2]), torch.sub(y[1], y[2], out=out[1]).sub_(y[3]))
 
 
 def attention(query, key, value, is_causal=False):
