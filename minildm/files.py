@@ -49,6 +49,16 @@ def writable_folder(path, flag="--out"):
     return path
 
 
+def shown(path):
+    """A path as text that can be printed and written to a file: bytes that are not UTF-8 become \\xNN."""
+
+    def escaped(match):
+        code = ord(match[0])  # os.fsdecode makes 0xDC00 + byte of such a byte
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+    return re.sub("[\ud800-\udfff]", escaped, str(path))
+
+
 def sha256(path, chunk_bytes=1 << 20):
     """SHA-256 of a file's bytes, 64 hex digits; in constant memory."""
     digest = hashlib.sha256()
