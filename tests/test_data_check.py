@@ -103,7 +103,7 @@ def test_prompts_shows_what_is_cut(tmp_path, capsys):
 def test_images_are_checked_at_512_pixels_and_flags_are_not_abbreviated(tmp_path, capsys):
     data = f"folder:{made_data.folder(tmp_path / 'data', 30)}"
     assert check.main([data, "--out", str(tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out" / "check.json").read_text())["transform"].startswith("reading 1, 512 px, ")
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["transform"].startswith("reading 2, 512 px, ")
     for command in (check.main, check.show_prompts):
         with pytest.raises(SystemExit):
             command([data, "--siz", "64"])

@@ -19,7 +19,7 @@ from minildm.errors import InputError
 
 SUFFIXES = (".dcm", ".dicom")
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax: the data set is compressed like a zip file
-MAX_UNPACKED = 8 * MAX_PIXELS  # bytes
+MAX_UNPACKED = 4 * MAX_PIXELS  # bytes
 
 
 def is_dicom(data, name):
@@ -227,8 +227,10 @@ def _check_deflated(data, name):
     """Refuse a deflated data set that unpacks to more than the largest image: 1 MB can become 1 GB."""
     if data[128:132] == b"DICM" and DEFLATED in data[132:2048]:
         start = 144 + int.from_bytes(data[140:144], "little")  # the file meta group says its length first
-        stream = zlib.decompressobj(-zlib.MAX_WBITS)
-        unpacked = len(stream.decompress(data[start:], MAX_UNPACKED))
+        stream, unpacked, packed = zlib.decompressobj(-zlib.MAX_WBITS), 0, data[start:]
+        while packed and unpacked < MAX_UNPACKED:  # piece by piece, none of which is kept
+            unpacked += len(stream.decompress(packed, 1 << 20))
+            packed = stream.unconsumed_tail
         if unpacked >= MAX_UNPACKED:
             raise InputError(f"{name}: unpacks to more than {MAX_UNPACKED / 1e6:.0f} MB; is it an image?")
 
@@ -277,7 +279,7 @@ def _jpeg_size(frame):
         if frame[at] != 0xFF:
             return None
         marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
-        if marker == 0xF7 or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             height, width = (int.from_bytes(frame[at + k : at + k + 2], "big") for k in (5, 7))
             return width, height
         at += 1 if marker == 0xFF else 2 + max(length, 2)  # a run of 0xFF is fill

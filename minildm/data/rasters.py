@@ -168,7 +168,7 @@ def _deep_values(data, image, raw_mode, name):
     """
     channels, _, order = raw_mode.partition(";16")
     if order not in OTHER_BYTE or channels not in ("RGB", "RGBX", "RGBA", "RGBa", "LA") or _is_planar(image):
-        raise InputError(f"{name}: {image.format} with colours of more than 8 bits ({raw_mode}); export it as 16-bit PNG")
+        raise InputError(f"{name}: {image.format} of more than 8 bits per colour ({raw_mode}); export it as 16-bit PNG")
     if channels == "LA":
         high_low = _unpacked(data, image, "RGBA", name).astype(np.uint16)  # grey high, grey low, alpha high, alpha low
         values = high_low[..., 0::2] << 8 | high_low[..., 1::2]
