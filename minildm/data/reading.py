@@ -13,8 +13,6 @@ MONOCHROME1 DICOM and white-is-zero TIFF, where 0 is white, are inverted. Not co
 """
 
 import hashlib
-import os
-import stat
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +22,9 @@ from minildm.data.dicom import decode_dicom, is_dicom
 from minildm.data.greys import DecodedImage
 from minildm.data.rasters import decode_raster
 from minildm.errors import InputError
-from minildm.files import shown
+from minildm.files import file_bytes, shown
 
 READING = 2  # part of every cache key: raise it whenever a file would be read differently than before
-MAX_FILE_BYTES = 1 << 30  # larger files are refused; the largest radiographs have 100 MB
 
 
 @dataclass(frozen=True)
@@ -66,30 +63,6 @@ def read(record, transform, whole=False):
         key = hashlib.sha256(data).digest()
         decoded = decode(data, record.path, transform.greys, at_least=None if whole else transform.size)
     return fit(decoded.pixels, transform), decoded, key
-
-
-def file_bytes(path):
-    """The bytes of a regular file, or of a link to one.
-
-    Raises: InputError if it cannot be read. Devices, pipes and sockets are refused without waiting for them, and so are
-    files that would fill the memory.
-    """
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{shown(path)}: a folder, expected an image file")
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{shown(path)}: a device or pipe, expected a regular file; remove it from the data")
-        if status.st_size > MAX_FILE_BYTES:
-            raise InputError(f"{shown(path)}: has {status.st_size / 1e9:.1f} GB, over 1 GiB: no image file is so large")
-        with open(path, "rb") as file:
-            return file.read(status.st_size)  # at most: what /proc makes up while it is read has size 0
-    except OSError as error:
-        raise InputError(f"{shown(path)}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # a NUL, or half of a pair of surrogates
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{shown(path)}: cannot be read (not a file name)") from None
 
 
 def decode(data, name, greys="declared", at_least=None):

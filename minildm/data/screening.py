@@ -96,7 +96,7 @@ def _greys(pixels, width, height):
 def near_duplicates(hashes, greys):
     """Groups of images that show one exposure: rescaled, recompressed or brightened copies.
 
-    Copies of copies belong to one group. Images that look the same, but for a constant, are compared by one of them, and
+    Copies of copies belong to one group. Of images that look the same, but for a constant, one is compared, and
     images that are already in one group not again, so thousands of blank images cost little more than others.
 
     Args: hashes: uint8 (n, 32) from perceptual_hash; greys: uint8 (n, 1024) from small_grey.
