@@ -1,7 +1,7 @@
-"""Image files -> 8-bit images of one size. Reads what Pillow reads (PNG, TIFF, JPEG, ...) and DICOM (extra ``dicom``).
+"""Image files -> 8-bit images of one size. Reads what Pillow reads (rasters.py) and DICOM (dicom.py, extra ``dicom``).
 
-How more than 8 bits of grey become 8 decides what the model sees. It is done here, never by Pillow's ``convert``
-(which clamps 16-bit grey at 255), and is recorded in ``DecodedImage.greys``:
+How more than 8 bits of grey become 8 (greys.py) decides what the model sees. It is done here, never by Pillow's
+``convert``, which clamps 16-bit grey at 255, and is recorded in ``DecodedImage.greys``:
 
 - "declared" (default): what the file declares. DICOM: its VOI LUT or window. Otherwise the whole bit depth in use (the
   first of 255, 1023, 4095, 16383 and 65535 that holds the maximum), so that a ramp stays a ramp. Signed, 32-bit and
@@ -9,7 +9,7 @@ How more than 8 bits of grey become 8 decides what the model sees. It is done he
   its range.
 - "percentiles": the 0.5th to the 99.5th percentile of each image, whatever the file declares.
 
-MONOCHROME1 DICOM and white-is-zero TIFF, where 0 is white, are inverted. Not covered: DICOM with several frames.
+MONOCHROME1 DICOM and white-is-zero TIFF, where 0 is white, are inverted. Not covered: files with several images.
 """
 
 import hashlib
