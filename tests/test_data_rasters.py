@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from made_data import encoded, grey_image
+from made_data import encoded, grey_image, png_16_bit
 from PIL import Image
 
 from minildm.data.reading import decode
@@ -13,16 +13,6 @@ from minildm.errors import InputError
 
 GREY_12 = grey_image().astype(np.uint16) * 16  # 12-bit greys
 ALPHA_16, ALPHA_12 = np.full_like(GREY_12, 65535), np.full_like(GREY_12, 4095)
-
-
-def png(values, colour_type, *before_pixels):
-    """A 16-bit PNG, written by hand: colour type 0 grey, 2 RGB, 4 grey + alpha, 6 RGBA. values: (H, W, C) uint16."""
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour_type, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    chunks = [(b"IHDR", header), *before_pixels, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
 
 
 def tiff(values, order="<", **tags):
@@ -56,7 +46,7 @@ def tiff(values, order="<", **tags):
 def test_a_16_bit_png_of_any_kind_reads_as_grey_alone_does(colour_type, top):
     ramp = np.linspace(0, top, 4096).astype(np.uint16).reshape(64, 64)
     planes = {0: [ramp], 2: [ramp] * 3, 4: [ramp, ALPHA_16], 6: [ramp] * 3 + [ALPHA_16]}[colour_type]
-    read_back = decode(png(np.stack(planes, -1), colour_type), "x.png")
+    read_back = decode(png_16_bit(np.stack(planes, -1), colour_type), "x.png")
     np.testing.assert_array_equal(read_back.pixels, np.round(ramp * (255 / top)).astype(np.uint8))
     assert read_back.greys == f"{top.bit_length()}-bit range 0..{top}"
     assert (
@@ -75,7 +65,7 @@ def test_a_16_bit_tiff_reads_as_grey_alone_does(channels, tags, order):
 def test_16_bit_colours_keep_their_ratios():
     values = np.zeros((8, 8, 3), np.uint16)
     values[..., 0], values[..., 1], values[..., 2] = 4095, 2048, 819
-    assert decode(png(values, 2), "x.png").pixels[3, 3].tolist() == [255, 128, 51]
+    assert decode(png_16_bit(values, 2), "x.png").pixels[3, 3].tolist() == [255, 128, 51]
 
 
 @pytest.mark.parametrize("opaque", [ALPHA_16, ALPHA_12])
@@ -83,7 +73,7 @@ def test_transparent_pixels_of_16_bit_images_are_black_and_opaque_ones_unchanged
     alpha = opaque.copy()
     alpha[:, :32] = 0
     for planes, colour_type in (([GREY_12, alpha], 4), ([GREY_12] * 3 + [alpha], 6)):
-        pixels = decode(png(np.stack(planes, -1), colour_type), "x.png").pixels
+        pixels = decode(png_16_bit(np.stack(planes, -1), colour_type), "x.png").pixels
         assert pixels[:, :32].max() == 0
         np.testing.assert_array_equal(pixels[:, 32:], np.round(GREY_12[:, 32:] * (255 / 4095)).astype(np.uint8))
 
@@ -91,7 +81,7 @@ def test_transparent_pixels_of_16_bit_images_are_black_and_opaque_ones_unchanged
 def test_16_bit_colour_is_turned_upright():
     exif = Image.Exif()
     exif[274] = 6
-    data = png(np.stack([GREY_12] * 3, -1), 2, (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    data = png_16_bit(np.stack([GREY_12] * 3, -1), 2, (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
     np.testing.assert_array_equal(
         decode(data, "x.png").pixels, np.rot90(np.round(GREY_12 * (255 / 4095)), -1).astype(np.uint8)
     )
@@ -101,8 +91,8 @@ def test_a_marker_at_65535_does_not_darken_a_12_bit_image():
     marked = GREY_12.copy()
     marked[2:8, 2:12] = 65535  # 1.5 % of the area
     for data in (
-        png(marked[..., None], 0),
-        png(np.stack([marked] * 3, -1), 2),
+        png_16_bit(marked[..., None], 0),
+        png_16_bit(np.stack([marked] * 3, -1), 2),
         encoded(Image.fromarray(marked), "TIFF"),
     ):
         pixels = decode(data, "x").pixels
@@ -115,7 +105,7 @@ def test_an_ordinary_16_bit_image_with_saturated_pixels_keeps_its_16_bits():
     values = np.linspace(0, 65535, 4096).astype(np.uint16).reshape(64, 64)
     values[:4] = 65535
     np.testing.assert_array_equal(
-        decode(png(values[..., None], 0), "x").pixels, np.round(values / 257).astype(np.uint8)
+        decode(png_16_bit(values[..., None], 0), "x").pixels, np.round(values / 257).astype(np.uint8)
     )
 
 
@@ -178,4 +168,4 @@ def test_a_page_larger_than_any_image_is_refused_before_it_is_unpacked():
 def test_packed_text_in_a_png_is_not_unpacked_without_bounds():
     text = b"parameters\0\0" + zlib.compress(bytes(1 << 28))
     with pytest.raises(InputError, match=r"x.png: cannot be decoded"):
-        decode(png(GREY_12[..., None], 0, (b"zTXt", text)), "x.png")
+        decode(png_16_bit(GREY_12[..., None], 0, (b"zTXt", text)), "x.png")

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from made_data import png_16_bit
 from metrics_helpers import grid_extractor, random_weights, reference_fid, reference_fid_in_span, write_images
 from peers import random_model, write_folder
 from PIL import Image
-from test_data_rasters import png
 
 from minildm.__main__ import main
 from minildm.config import ModelConfig
@@ -262,7 +262,7 @@ def test_the_folder_of_the_results_is_made(tmp_path):
 @pytest.mark.parametrize("channels, colour_type", [(3, 2), (2, 4), (4, 6)])
 def test_colour_of_16_bits_is_refused_not_cut(channels, colour_type, tmp_path):
     values = np.full((8, 8, channels), 4095, np.uint16)
-    (tmp_path / "deep.png").write_bytes(png(values, colour_type))
+    (tmp_path / "deep.png").write_bytes(png_16_bit(values, colour_type))
     with pytest.raises(InputError, match=r"deep.png has more than 8 bits per channel"):
         open_rgb(tmp_path / "deep.png")
 
