@@ -240,3 +240,12 @@ def test_a_deflated_bomb_is_refused_and_a_deflated_image_read():
     start = 144 + int.from_bytes(data[140:144], "little")
     with pytest.raises(InputError, match=r"unpacks to more than 400 MB"):
         decode(data[:start] + bomb, "x.dcm")
+
+
+def test_a_file_without_pixels_is_named_by_its_class_in_few_words():
+    header = pydicom.Dataset()
+    header.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"  # a report
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, header, implicit_vr=True, little_endian=True, enforce_file_format=False)
+    with pytest.raises(InputError, match=r"x.dcm: a DICOM file without pixels \('1.2.840.10008.5.1.4.1.1.88.11'\)"):
+        decode(buffer.getvalue(), "x.dcm")

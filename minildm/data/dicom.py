@@ -38,7 +38,7 @@ def decode_dicom(data, name, greys):
         warnings.simplefilter("ignore")
         header = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM")  # older files have no preamble
         if "PixelData" not in header:
-            raise InputError(f"{name}: a DICOM file without pixels ({header.get('SOPClassUID', 'no class')})")
+            raise InputError(f"{name}: a DICOM file without pixels ({str(header.get('SOPClassUID'))[:64]!r})")
         if "TransferSyntaxUID" not in header.file_meta:  # as without preamble: as the elements turned out to be coded
             header.file_meta.TransferSyntaxUID = {
                 (True, True): pydicom.uid.ImplicitVRLittleEndian,
