@@ -17,6 +17,7 @@ from minildm.errors import exit_cleanly
 from minildm.files import writable_folder
 from minildm.images import FROM_IMAGE, SYNTHETIC, contact_sheet, save_png
 from minildm.settings import Parser, Several, add_flags, at_least, from_flags
+from minildm.startup import prepare_process
 
 SHEET_IMAGES = 64  # at most, on the contact sheet
 
@@ -119,4 +120,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    prepare_process()
     exit_cleanly(main, sys.argv[1:])
