@@ -1,11 +1,11 @@
 """Sampling compared with diffusers + transformers: python tests/benchmarks/bench_sampling.py [--device cuda]
 
-Both use the same random weights and take turns, so that other load on the machine affects both. Each row gives the
-median over the turns and the ratio diffusers / minildm: above 1, minildm is faster or needs less memory. Start-up and
-loading run in new processes. Nothing is asserted.
+Both use the same random weights; every number comes from a new process, and the sides take turns (by_turns.py). The
+table is Markdown for docs/performance.md: medians, the ratio diffusers / minildm with its spread over the turns (above
+1, minildm is faster), operations as plain code needs them and as they are computed, their rate, peak memory. Nothing is
+asserted.
 """
 
-import gc
 import json
 import os
 import statistics
@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import by_turns
 
 from minildm.settings import Parser
 
@@ -106,202 +108,142 @@ def in_new_processes(folder, what, dtype, turns):
     }
 
 
-# --- one process: the same work in turns -----------------------------------------------------------------------------
-def in_turns(ours, peer, device, seconds=6.0, least=3):
-    """Median seconds of each function. They are called alternately, for at least ``seconds`` and ``least`` times."""
-    import torch
+def bench_startup_and_loading(folder, small, turns):
+    print("| start-up and loading | minildm | diffusers | ratio |\n|---|---|---|---|")
 
-    def once(function):
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def row(what, key, unit, result):
+        ours, theirs = result["minildm"][key], result["diffusers"][key]
+        print(f"| {what} | {ours:.3g} {unit} | {theirs:.3g} {unit} | **{theirs / ours:.2f}** |", flush=True)
 
-    once(ours), once(peer)  # warm up
-    times, start = ([], []), time.perf_counter()
-    while len(times[0]) < least or time.perf_counter() - start < seconds:
-        times[0].append(once(ours))
-        times[1].append(once(peer))
-    return tuple(statistics.median(t) for t in times)
-
-
-class Table:
-    def __init__(self):
-        self.rows = []
-
-    def add(self, what, ours, peer, unit="s", note=""):
-        self.rows.append((what, ours, peer, peer / ours, unit, note))
-        print(f"{what:<52} {ours:9.3f} {unit:<3} {peer:9.3f} {unit:<3} {peer / ours:6.2f}  {note}", flush=True)
-
-
-def bench_startup_and_loading(table, folder, small, turns):
     result = in_new_processes(small, "startup", "float32", turns)
-    table.add(
-        "start-up to the first denoising step, small model",
-        result["minildm"]["process_s"],
-        result["diffusers"]["process_s"],
-        note=f"imports: {result['minildm']['import_s']:.1f} s, {result['diffusers']['import_s']:.1f} s",
-    )
+    row("start-up to the first denoising step, small model", "process_s", "s", result)
+    row("&nbsp;&nbsp;of it, imports", "import_s", "s", result)
     for dtype in ("float16", "float32"):
         result = in_new_processes(folder, "load", dtype, turns)
-        table.add(f"load SD v1.5 (fp16 files) as {dtype}", result["minildm"]["load_s"], result["diffusers"]["load_s"])
-        table.add(
-            f"  peak memory while loading, {dtype}",
-            result["minildm"]["memory_mb"],
-            result["diffusers"]["memory_mb"],
-            "MB",
-        )
+        row(f"load SD v1.5 (fp16 files) as {dtype}", "load_s", "s", result)
+        row(f"&nbsp;&nbsp;peak memory while loading, {dtype}", "memory_mb", "MB", result)
+    print()
 
 
-def bench_unet(table, device, dtypes, sizes, batches):
+# --- the same work by turns ------------------------------------------------------------------------------------------
+def unet_step(side, device, dtype, pixels, batch, compile=False):
+    """One evaluation of SD v1.5's U-Net."""
     import torch
-    from peers import diffusers_unet
+    from peers import diffusers_unet, random_network
 
     from minildm.config import UNetConfig
-    from minildm.unet import UNet
 
-    for dtype in dtypes:
-        unet = UNet(UNetConfig()).to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        peer = diffusers_unet(unet).to(memory_format=torch.contiguous_format)  # as diffusers loads it
-        variants = [("", unet, peer)]
-        if device == "cuda":
-            peer_fast = diffusers_unet(unet)  # channels-last, as its own guide advises
-            variants.append((" compiled", torch.compile(unet), torch.compile(peer_fast)))
-        for size in sizes:
-            for batch in batches:
-                x = torch.randn(batch, 4, size // 8, size // 8, device=device, dtype=dtype)
-                context = torch.randn(batch, 77, 768, device=device, dtype=dtype)
-                t = torch.tensor([500], device=device)
-                for name, a, b in variants:
-                    ours, theirs = in_turns(
-                        lambda a=a: a(x, t, context), lambda b=b: b(x, t, context, return_dict=False), device
-                    )
-                    rate = flops(unet, x, t, context) / ours / 1e12
-                    table.add(
-                        f"U-Net step{name}, {size} px, batch {batch}, {str(dtype)[6:]}",
-                        ours,
-                        theirs,
-                        note=f"{rate:.2f} TFLOP/s",
-                    )
-        del unet, peer, variants
-        gc.collect()
+    torch.set_grad_enabled(False)
+    dtype = getattr(torch, dtype)
+    unet = random_network(UNetConfig()).to(device, dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 4, pixels // 8, pixels // 8, device=device, dtype=dtype)
+    context = torch.randn(batch, 77, 768, device=device, dtype=dtype)
+    t = torch.tensor([500], device=device)
+    if side == "minildm":
+        unet = torch.compile(unet) if compile else unet
+        return lambda: unet(x, t, context)
+    peer = diffusers_unet(unet)
+    # Contiguous, as diffusers loads it; channels-last before it is compiled, as its own guide advises.
+    peer = torch.compile(peer) if compile else peer.to(memory_format=torch.contiguous_format)
+    return lambda: peer(x, t, context, return_dict=False)
 
 
-def flops(unet, x, t, context):
+def vae_decode(side, device, dtype, pixels):
+    """SD v1.5's decoder: latents -> one image."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from minildm.unet import UNet
-
-    with torch.device("meta"):
-        shadow = UNet(unet.config)
-    with FlopCounterMode(display=False) as counter:
-        shadow(x.float().to("meta"), t.to("meta"), context.float().to("meta"))
-    return counter.get_total_flops()
-
-
-def bench_vae(table, device, dtypes):
-    import torch
-    from peers import diffusers_vae
+    from peers import diffusers_vae, random_network
 
     from minildm.config import VAEConfig
-    from minildm.vae import VAE
 
-    for dtype in dtypes:
-        vae = VAE(VAEConfig()).to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        peer = diffusers_vae(vae).to(memory_format=torch.contiguous_format)
-        z = torch.randn(1, 4, 64, 64, device=device, dtype=dtype)
-        table.add(
-            f"VAE decode, 512 px, {str(dtype)[6:]}",
-            *in_turns(lambda: vae.decode(z), lambda: peer.decode(z, return_dict=False), device),
-        )
+    torch.set_grad_enabled(False)
+    dtype = getattr(torch, dtype)
+    vae = random_network(VAEConfig()).to(device, dtype).to(memory_format=torch.channels_last)
+    z = torch.randn(1, 4, pixels // 8, pixels // 8, device=device, dtype=dtype)
+    if side == "minildm":
+        return lambda: vae.decode(z)
+    peer = diffusers_vae(vae).to(memory_format=torch.contiguous_format)
+    return lambda: peer.decode(z, return_dict=False)
 
 
-def bench_small_image(table, device, small, what):
+def image(side, device, folder):
+    """One image in 20 steps with guidance, from a prompt."""
     import torch
+
+    torch.set_grad_enabled(False)
+    if side == "minildm":
+        import minildm
+
+        model = minildm.load(folder, device=device, dtype=torch.float32)
+        return lambda: model.sample(["chest x-ray"], steps=20, guidance=7.5)
     from peers import diffusers_pipeline
 
-    import minildm
-
-    model = minildm.load(small, device=device, dtype=torch.float32)
-    pipe = diffusers_pipeline(small).to(device)
-
-    def ours():
-        model.sample(["chest x-ray"], steps=20, guidance=7.5)
-
-    def theirs():
-        pipe("chest x-ray", num_inference_steps=20, guidance_scale=7.5, generator=torch.Generator().manual_seed(0))
-
-    table.add(f"image in 20 guided DDIM steps, {what}", *in_turns(ours, theirs, device, seconds=15))
+    pipe = diffusers_pipeline(Path(folder)).to(device)
+    return lambda: pipe("chest x-ray", num_inference_steps=20, guidance_scale=7.5)
 
 
-def bench_machine(device):
-    """Print the machine's rates for matrix products and convolutions, with which the other rates can be compared."""
-    import torch
+def write_models(folder, full):
+    """Write models with random weights, a small one in float32 and one of SD v1.5's size in fp16, and the embedded
+    model with the tokenizer files that the peer reads."""
+    import shutil
 
-    for dtype in (torch.float32, torch.bfloat16):
-        size = 8192 if device == "cuda" else 2048
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        seconds, _ = in_turns(lambda a=a, b=b: a @ b, lambda: None, device, seconds=1)
-        print(f"matrix product {size} cubed, {str(dtype)[6:]}: {2 * size**3 / seconds / 1e12:.3f} TFLOP/s")
-    if device == "cpu":
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(1, 320, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            w = torch.randn(320, 320, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            seconds, _ = in_turns(lambda x=x, w=w: torch.conv2d(x, w, padding=1), lambda: None, device, seconds=1)
-            rate = 2 * 9 * 320**2 * 64**2 / seconds / 1e12
-            print(f"3x3 convolution 320 x 64 x 64, {str(dtype)[6:]}: {rate:.3f} TFLOP/s")
-
-
-def write_models(folder):
-    """Write models with random weights: one of SD v1.5's size in fp16, two small ones in fp32 with tokenizer files."""
     import torch
     from peers import random_model, small_config, write_folder, write_tokenizer
 
     from minildm.config import ModelConfig
 
-    for name, config in (("small", small_config()), ("toy", ModelConfig.tiny())):
-        write_folder(random_model(config), folder / name)
-        write_tokenizer(folder / name / "tokenizer")
-    write_folder(random_model(ModelConfig()), folder / "sd15", torch.float16)
-    return folder / "sd15", folder / "small", folder / "toy"
+    write_folder(random_model(small_config()), folder / "small")
+    write_tokenizer(folder / "small" / "tokenizer")
+    if full:
+        write_folder(random_model(ModelConfig()), folder / "sd15", torch.float16)
+    shutil.copytree(ROOT / "weights" / "tiny", folder / "tiny", ignore=shutil.ignore_patterns("tokenizer"))
+    write_tokenizer(folder / "tiny" / "tokenizer")
+    return folder / "sd15", folder / "small", folder / "tiny"
 
 
 def main():
     if sys.argv[1:2] == ["--child"]:
+        if sys.argv[3] in MAKERS:
+            return by_turns.child(MAKERS)
         side, folder, what, dtype = sys.argv[2:]
         return (child_minildm if side == "minildm" else child_diffusers)(folder, what, dtype)
     parser = Parser(description="Compare sampling with diffusers.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="parts to run")
     parser.add_argument("--sizes", nargs="*", type=int, default=[256, 512], help="image height and width, pixels")
+    parser.add_argument("--batches", nargs="*", type=int, help="of the U-Net (default: 1 and 2; 2 and 8 on a GPU)")
+    parser.add_argument("--dtypes", nargs="*", help="(default: float32 and bfloat16; bfloat16 and float16 on a GPU)")
     parser.add_argument("--turns", type=int, default=3, help="new processes of each side")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of timing in each process")
     args = parser.parse_args()
-    import torch
+    gpu = args.device == "cuda"
+    dtypes = args.dtypes or (["bfloat16", "float16"] if gpu else ["float32", "bfloat16"])
+    by_turns.machine(args.device)
+    table = by_turns.Table()
 
-    torch.set_grad_enabled(False)
-    dtypes = [torch.float32, torch.bfloat16] if args.device == "cpu" else [torch.bfloat16, torch.float16]
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}"
-    )
-    bench_machine(args.device)
-    print(f"{'':<52} {'minildm':>13} {'diffusers':>13}  ratio")
-    table = Table()
+    def row(what, name, **options):
+        table.add(what, by_turns.compare(__file__, name, args.turns, args.seconds, device=args.device, **options))
+
     with tempfile.TemporaryDirectory() as folder:
         if "start" in args.only or "image" in args.only:
-            full, small, toy = write_models(Path(folder))
-            if "start" in args.only:
-                bench_startup_and_loading(table, full, small, args.turns)
-            if "image" in args.only:
-                bench_small_image(table, args.device, toy, "0.8 M U-Net, 64 px")
-                bench_small_image(table, args.device, small, "5.9 M U-Net, 128 px")
-    if "unet" in args.only:
-        bench_unet(table, args.device, dtypes, args.sizes, (1,) if args.device == "cpu" else (2, 8))
-    if "vae" in args.only:
-        bench_vae(table, args.device, dtypes)
+            full, small, tiny = write_models(Path(folder), full="start" in args.only)
+        if "start" in args.only:
+            bench_startup_and_loading(full, small, args.turns)
+        table.begin()
+        if "image" in args.only:
+            row("20-step guided image, weights/tiny", "image", folder=str(tiny))
+            row("20-step guided image, U-Net of 5.9 M parameters, 128 px", "image", folder=str(small))
+    for dtype in dtypes:
+        if "unet" in args.only:
+            for pixels in args.sizes:
+                for batch in args.batches or ((2, 8) if gpu else (1, 2)):
+                    for compiled in (False, True) if gpu else (False,):
+                        what = f"U-Net step{' compiled' * compiled}, {pixels} px, batch {batch}, {dtype}"
+                        row(what, "unet", dtype=dtype, pixels=pixels, batch=batch, compile=compiled)
+        if "vae" in args.only:
+            row(f"VAE decode, {max(args.sizes)} px, {dtype}", "vae", dtype=dtype, pixels=max(args.sizes))
 
+
+MAKERS = {"unet": unet_step, "vae": vae_decode, "image": image}
 
 if __name__ == "__main__":
     main()

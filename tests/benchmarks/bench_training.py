@@ -1,26 +1,24 @@
 """Training, side by side with diffusers + transformers + PEFT: python tests/benchmarks/bench_training.py
 
 The same LoRA step (rank 4 on every linear layer of both networks: the text encoder's forward, noise, the U-Net's
-forward and backward, clipping, AdamW) on the same random weights and data. Time: both in one process, taking turns.
-Peak memory: each in a fresh process of its own (by a GPU's allocator; on a CPU by the process, less what it took before
-the first step). Ratio peer / minildm: above 1, minildm is faster or leaner.
+forward and backward, clipping, AdamW) on the same random weights and data, in new processes by turns (by_turns.py),
+which gives time and peak memory. Ratio peer / minildm: above 1, minildm is faster or leaner.
 
-Then what SeLoRA's test costs: steps with it against steps without, by turns, spread over expand_interval = 40 steps.
-Nothing here is asserted: the numbers go into docs/performance.md.
+Then what SeLoRA's test costs: steps with it against steps without, by turns in one process, spread over
+expand_interval = 40 steps. Nothing here is asserted: the numbers go into docs/performance.md.
 """
 
 import argparse
-import gc
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import by_turns
+
 LR, CLIP, INTERVAL = 1e-4, 1.0, 40
 
 
@@ -119,9 +117,36 @@ def peer_step(model, data):
     return step
 
 
-# --- time: by turns --------------------------------------------------------------------------------------------------
-def by_turns(functions, device, seconds, least=3):
-    """Seconds of each function, called alternately: lists."""
+def lora_step(side, device, size, dtype, batch, pixels):
+    """The LoRA step of either side."""
+    import torch
+
+    model = model_of(size, device, getattr(torch, dtype))
+    data = data_of(model, batch, pixels)
+    return our_step(model, data) if side == "minildm" else peer_step(model, data)
+
+
+# --- SeLoRA's test ---------------------------------------------------------------------------------------------------
+def bench_test(args, dtype, batch):
+    model = model_of(args.size, args.device, dtype)
+    step = our_step(model, data_of(model, batch, args.pixels), "selora", rank=1)
+    plain, sampled, expected = (
+        statistics.median(t)
+        for t in alternately(
+            (step, lambda: step(test=True), lambda: step(test=True, expected=True)), args.device, args.seconds
+        )
+    )
+    for name, tested in (("sampled", sampled), ("expected", expected)):
+        print(
+            f"SeLoRA's test, {name}, {args.pixels} px, batch {batch}, {str(dtype)[6:]}: {1000 * plain:.1f} ms a "
+            f"step, {1000 * tested:.1f} ms with it: {100 * (tested / plain - 1) / INTERVAL:+.2f} % of training at "
+            f"t = {INTERVAL}",
+            flush=True,
+        )
+
+
+def alternately(functions, device, seconds, least=3):
+    """Seconds of each function, called alternately in this process: lists."""
     import torch
 
     def once(function):
@@ -140,116 +165,37 @@ def by_turns(functions, device, seconds, least=3):
     return times
 
 
-def bench_step(args, dtype, batch):
-    model, peers_model = (model_of(args.size, args.device, dtype) for _ in range(2))
-    data = data_of(model, batch, args.pixels)
-    theirs = peer_step(peers_model, data)  # before ours: the wrapped layers are not the peer's
-    ours = our_step(model, data)
-    mine = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert mine == sum(p.numel() for p in theirs.parameters), "not the same work"
-    times = [statistics.median(t) for t in by_turns((ours, theirs), args.device, args.seconds)]
-    row(f"LoRA step, {args.pixels} px, batch {batch}, {str(dtype)[6:]}", *times, "s", f"{mine:,} parameters")
-
-
-def bench_memory(args, dtype, batch):
-    peak = {}
-    for side in ("minildm", "diffusers"):
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            side,
-            args.size,
-            args.device,
-            str(dtype)[6:],
-            str(batch),
-            str(args.pixels),
-        ]
-        out = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
-        peak[side] = json.loads(out.stdout.splitlines()[-1])
-    row("  its peak memory, weights included", peak["minildm"]["peak"], peak["diffusers"]["peak"], "MB")
-    row("  its peak memory, without the weights", peak["minildm"]["step"], peak["diffusers"]["step"], "MB")
-
-
-def child(side, size, device, dtype, batch, pixels):
-    import torch
-
-    model = model_of(size, device, getattr(torch, dtype))
-    data = data_of(model, int(batch), int(pixels))
-    step = our_step(model, data) if side == "minildm" else peer_step(model, data)
-    before = _memory(device, reset=True)
-    for _ in range(3):
-        step()
-    peak = _memory(device)
-    print(json.dumps({"peak": peak, "step": peak - before}))
-
-
-def _memory(device, reset=False):
-    """The peak in MB; with ``reset`` it counts from now on."""
-    import torch
-
-    if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 1e6
-    if reset:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident now
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
-
-
-# --- SeLoRA's test ---------------------------------------------------------------------------------------------------
-def bench_test(args, dtype, batch):
-    model = model_of(args.size, args.device, dtype)
-    step = our_step(model, data_of(model, batch, args.pixels), "selora", rank=1)
-    plain, sampled, expected = (
-        statistics.median(t)
-        for t in by_turns(
-            (step, lambda: step(test=True), lambda: step(test=True, expected=True)), args.device, args.seconds
-        )
-    )
-    for name, tested in (("sampled", sampled), ("expected", expected)):
-        print(
-            f"SeLoRA's test, {name}, {args.pixels} px, batch {batch}, {str(dtype)[6:]}: {1000 * plain:.1f} ms a "
-            f"step, {1000 * tested:.1f} ms with it: {100 * (tested / plain - 1) / INTERVAL:+.2f} % of training at "
-            f"t = {INTERVAL}",
-            flush=True,
-        )
-
-
-def row(what, ours, peer, unit, note=""):
-    print(f"{what:<52} {ours:9.3f} {unit:<3} {peer:9.3f} {unit:<3} {peer / ours:6.2f}  {note}", flush=True)
-
-
 def main():
     if sys.argv[1:2] == ["--child"]:
-        return child(*sys.argv[2:])
+        return by_turns.child({"step": lora_step})
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="small", choices=("small", "sd15"), help="sd15: SD v1.5's networks")
     parser.add_argument("--pixels", type=int, help="side of the images (default: 128 small, 224 sd15)")
     parser.add_argument("--batches", nargs="*", type=int, help="(default: 8 small; 1 sd15 on a CPU, 1 and 8 on a GPU)")
     parser.add_argument("--dtypes", nargs="*", help="(default: float32 on a CPU, bfloat16 on a GPU)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of turns for each row")
-    parts = {"step": bench_step, "memory": bench_memory, "test": bench_test}
-    parser.add_argument("--only", nargs="*", default=list(parts), choices=parts, help="which parts")
+    parser.add_argument("--turns", type=int, default=3, help="new processes of each side")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing in each process")
+    parser.add_argument("--only", nargs="*", default=["step", "test"], choices=("step", "test"), help="which parts")
     args = parser.parse_args()
-    import torch
-
     args.pixels = args.pixels or {"small": 128, "sd15": 224}[args.size]
     batches = args.batches or ([8] if args.size == "small" else [1] if args.device == "cpu" else [1, 8])
     dtypes = args.dtypes or (["float32"] if args.device == "cpu" else ["bfloat16"])
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, {args.size} networks"
-    )
-    print(f"{'':<52} {'minildm':>13} {'diffusers':>13}  ratio")
-    for dtype in (getattr(torch, name) for name in dtypes):
-        for batch in batches:
-            for part, bench in parts.items():
-                if part in args.only:
-                    bench(args, dtype, batch)
+    by_turns.machine(args.device)
+    cases = [(dtype, batch) for dtype in dtypes for batch in batches]
+    if "step" in args.only:
+        table = by_turns.Table()
+        table.begin()
+        for dtype, batch in cases:
+            what = f"LoRA step, {'SD v1.5' if args.size == 'sd15' else 'small networks'}, {args.pixels} px, "
+            options = {"device": args.device, "size": args.size, "dtype": dtype, "batch": batch, "pixels": args.pixels}
+            result = by_turns.compare(__file__, "step", args.turns, args.seconds, **options)
+            table.add(f"{what}batch {batch}, {dtype}", result)
+    if "test" in args.only:
+        import torch
+
+        for dtype, batch in cases:
+            bench_test(args, getattr(torch, dtype), batch)
 
 
 if __name__ == "__main__":
