@@ -44,6 +44,8 @@ def convolution(layer, x):
     """
     if winograd_enabled and winograd_pays(layer, x):
         return winograd(x, winograd_weight(layer), layer.bias)
+    if product_pays(layer, x):
+        return ConvolutionAsProduct.apply(x, layer.weight, layer.bias)
     return F.conv2d(x, layer.weight, layer.bias, padding=1)
 
 
@@ -138,6 +140,54 @@ def _times_B(d, out):
 def _times_A(y, out=(None, None)):
     """The two rows of A^T y."""
     return (torch.add(y[0], y[1], out=out[0]).add_(y[2]), torch.sub(y[1], y[2], out=out[1]).sub_(y[3]))
+
+
+def product_pays(layer, x):
+    """Measured on CPUs without and with AMX: with at least 640 channels and no more positions than output channels, 1
+    to 2.8 times as fast in float32 and 1.2 to 4 times in bfloat16, more on smaller maps. For frozen weights."""
+    channels_out, channels_in = layer.weight.shape[:2]
+    return (
+        x.device.type == "cpu"
+        and x.dtype == layer.weight.dtype in (torch.float32, torch.bfloat16)
+        and min(channels_in, channels_out) >= 640
+        and len(x) * x.shape[2] * x.shape[3] <= channels_out
+        and not layer.weight.requires_grad
+        and layer.weight.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
+    )
+
+
+class ConvolutionAsProduct(torch.autograd.Function):
+    """`convolution` as one matrix product: each position's neighbourhood of 9 C_in numbers times the weight.
+
+    oneDNN's convolution copies the weight into its own order at every call, forward and backward, which on small maps
+    takes longer than the products. A product reads a channels-last weight as it lies.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        batch, c_in, h, w = ctx.shape = x.shape
+        ctx.rows = weight.permute(0, 2, 3, 1).flatten(1)  # (C_out, 9 C_in), a view
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h + 2, w + 2, C_in)
+        columns = x.new_empty(batch, h, w, 3, 3, c_in)
+        for i in range(3):
+            for j in range(3):
+                columns[:, :, :, i, j] = padded[:, i : i + h, j : j + w]
+        y = F.linear(columns.view(-1, 9 * c_in), ctx.rows, bias)  # (B h w, C_out)
+        return y.view(batch, h, w, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        batch, c_in, h, w = ctx.shape
+        dy = dy.permute(0, 2, 3, 1).reshape(batch * h * w, -1)
+        columns = (dy @ ctx.rows).view(batch, h, w, 3, 3, c_in)
+        dx = dy.new_zeros(batch, h + 2, w + 2, c_in, dtype=torch.float32)
+        for i in range(3):
+            for j in range(3):
+                dx[:, i : i + h, j : j + w] += columns[:, :, :, i, j]
+        return dx[:, 1:-1, 1:-1].permute(0, 3, 1, 2).to(dy.dtype), None, None
 
 
 def attention(query, key, value, is_causal=False):

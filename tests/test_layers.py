@@ -230,3 +230,42 @@ def test_winograd_follows_the_weight_when_it_changes():
     layer.load_state_dict(conv3x3(320, 320).state_dict(), assign=True)
     layer.requires_grad_(False)
     assert error() <= PARITY
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 1, 3), (3, 7, 2), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_convolution_as_one_product_has_its_values_and_its_gradient(shape, dtype):
+    """Against float64, and in bfloat16 no worse than the convolution itself by more than a third."""
+    layer = conv3x3(640, 640).to(dtype)
+    x, dy = (noise(shape[0], 640, *shape[1:], seed=i).to(dtype) for i in (0, 1))
+    assert kernels.product_pays(layer, x)
+
+    def values_and_gradient(convolve, kind):
+        given = x.to(kind, copy=True).requires_grad_()
+        y = convolve(given)
+        y.backward(dy.to(kind))
+        return y.detach(), given.grad
+
+    exact = values_and_gradient(
+        lambda given: F.conv2d(given, layer.weight.double(), layer.bias.double(), padding=1), torch.float64
+    )
+    plain = values_and_gradient(lambda given: F.conv2d(given, layer.weight, layer.bias, padding=1), dtype)
+    for ours, theirs, truth in zip(values_and_gradient(layer, dtype), plain, exact):
+        assert ours.dtype == dtype
+        bound = PARITY if dtype == torch.float32 else 4 / 3 * relative_error(theirs, truth)
+        assert relative_error(ours, truth) <= bound
+    without_bias = exact[0] - layer.bias.double()[:, None, None]
+    layer.bias = None
+    with torch.no_grad():
+        assert relative_error(layer(x), without_bias) <= 2 * bound
+
+
+def test_a_convolution_becomes_one_product_where_it_pays():
+    layer, x = conv3x3(640, 640), noise(1, 640, 5, 6)
+    assert kernels.product_pays(layer, x) and not kernels.product_pays(layer, noise(1, 640, 32, 32))
+    assert not kernels.product_pays(conv3x3(320, 640), x[:, :320])
+    assert not kernels.product_pays(layer, x.double()) and not kernels.product_pays(layer, x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kernels.product_pays(layer, x)
+    layer.requires_grad_(True)
+    assert not kernels.product_pays(layer, x)
