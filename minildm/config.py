@@ -4,6 +4,7 @@ A field is something that differs between Stable Diffusion v1.x, v2.x and smalle
 share (GroupNorm eps, biases, 77 tokens, ...) is written in the networks. This module does not import torch.
 """
 
+import math
 from dataclasses import dataclass
 
 from minildm.errors import InputError
@@ -11,6 +12,7 @@ from minildm.settings import Settings, setting
 
 MAX_TOKENS = 77  # begin + at most 75 + end: the positions of CLIP's text encoders
 SPATIAL_FACTOR = 8  # pixels per latent, in height and in width: the VAE has three downsamplers
+STRENGTH = 0.8  # of image-to-image sampling, where none is given: diffusers' default
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "plms": "PLMS", "dpm++": "DPM++ 2M"}  # ours: AUTOMATIC1111's
 
 
@@ -58,6 +60,8 @@ class VAEConfig:
 
     def __post_init__(self):
         _require_divisible(self.widths, self.norm_groups)
+        if not 0 < self.scaling_factor < float("inf"):
+            raise InputError(f"the VAE's scaling_factor must be a positive number, got {self.scaling_factor}")
         if 2 ** (len(self.widths) - 1) != SPATIAL_FACTOR:
             raise InputError(f"the VAE must have 4 levels (one latent per {SPATIAL_FACTOR} pixels), got {self.widths}")
 
@@ -159,6 +163,12 @@ class SamplingSettings(Settings):
     seed: int = setting(0, "random seed of the first image; image i has seed + i")
     height: int | None = setting(None, "pixels, a multiple of 8 (default: the model's training size)")
     width: int | None = setting(None, "pixels, a multiple of 8 (default: the model's training size)")
+    strength: float | None = setting(
+        None,
+        f"with an initial image: the share of the steps to run; 1 keeps next to nothing of it (default: {STRENGTH})",
+        above=0,
+        at_most=1,
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -174,3 +184,19 @@ class SamplingSettings(Settings):
                 raise InputError(
                     f"--{name} must be a positive multiple of {SPATIAL_FACTOR}, got {pixels}; try {nearest}"
                 )
+        if self.skipped_steps == self.steps:
+            raise InputError(
+                f"--strength {self.strength:g} of {self.steps} steps leaves no step to run; give at least "
+                f"{math.ceil(1000 / self.steps) / 1000:g}, or more --steps"
+            )
+
+    @property
+    def skipped_steps(self):
+        """How many steps are left out with an initial image; 0 without one. Rounded like diffusers' img2img pipeline
+        (`get_timesteps`), floating-point error included: 50 steps at strength 0.58 run 28 and skip 22."""
+        return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
+
+    @property
+    def network_calls(self):
+        """How often the U-Net is called: once per step, and once more by PLMS, whose second timestep is repeated."""
+        return self.steps - self.skipped_steps + (self.sampler == "plms" and self.steps > 1)

@@ -1,6 +1,8 @@
 """The assembled model: three networks, a tokenizer and a noise schedule. Prompts in, images out."""
 
 import functools
+import math
+import operator
 import warnings
 from dataclasses import replace
 
@@ -9,12 +11,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from minildm.config import SPATIAL_FACTOR, SamplingSettings
+from minildm.config import SPATIAL_FACTOR, STRENGTH, SamplingSettings
 from minildm.errors import InputError
 from minildm.files import sha256
-from minildm.samplers import SAMPLERS, guide
+from minildm.samplers import SAMPLERS, guide, starting_point
 from minildm.schedule import NoiseSchedule
 from minildm.tokenizer import Tokenizer
+
+EARLIEST_START = 0.9  # share of the schedule; `_check_start` warns of sampling that starts before
+LARGEST_PIXEL = 8  # far beyond the [-1, 1] of images and what filters and decoders make of it, far below 8 bits
 
 
 def usual_guidance(config):
@@ -23,13 +28,15 @@ def usual_guidance(config):
     return 3.0 if config.unet.context_dim < 768 else 7.5
 
 
-def complete_settings(settings, config):
-    """``settings`` (SamplingSettings) with guidance, height and width, where they are None, from the ModelConfig."""
+def complete_settings(settings, config, has_init_image=False):
+    """``settings`` (SamplingSettings) with guidance, height and width, where they are None, from the ModelConfig, and
+    with a strength if there is an initial image."""
     return replace(
         settings,
         guidance=usual_guidance(config) if settings.guidance is None else settings.guidance,
         height=config.image_size if settings.height is None else settings.height,
         width=config.image_size if settings.width is None else settings.width,
+        strength=STRENGTH if settings.strength is None and has_init_image else settings.strength,
     )
 
 
@@ -62,6 +69,11 @@ class LatentDiffusion(nn.Module):
         """SHA-256 of the file that holds the U-Net, 64 hex digits. Reading a large file takes seconds."""
         return sha256(self.files.hashed_file)
 
+    @functools.cached_property
+    def vae_hash(self):
+        """SHA-256 of the file of an autoencoder that is not the base's own, 64 hex digits; else None."""
+        return None if self.files.vae_file is None else sha256(self.files.vae_file)
+
     # --- text --------------------------------------------------------------------------------------------------------
     def tokenize(self, prompts):
         """A list of B prompts -> token ids (B, 77) int64. Warns if a prompt is cut."""
@@ -73,17 +85,19 @@ class LatentDiffusion(nn.Module):
 
     # --- images ------------------------------------------------------------------------------------------------------
     def encode_images(self, images, generator=None):
-        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), sampled from the encoder's Gaussian.
+        """Images in [-1, 1] -> scaled latents (B, 4, H/8, W/8), sampled from the encoder's Gaussian.
 
-        Raises: InputError unless H and W are multiples of 8.
+        Args: images: (B, 3, H, W), or (B, 1, H, W) for grey; one image may lack the B.
+        Raises: InputError for another shape or range, and unless H and W are multiples of 8.
         """
-        if any(pixels % SPATIAL_FACTOR for pixels in images.shape[2:]):
-            raise InputError(
-                f"image height and width must be multiples of {SPATIAL_FACTOR}, got {tuple(images.shape[2:])}; "
-                "crop or resize the images"
-            )
-        z = self.vae.encode(images.to(self.device, self.vae.quant_conv.weight.dtype)).sample(generator)
-        return (z * self.config.vae.scaling_factor).to(self.dtype)
+        return self._scaled(self._encode(_as_batch(images, "images")).sample(generator)).to(self.dtype)
+
+    def _encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> Gaussian over raw codes."""
+        return self.vae.encode(images.to(self.device, self.vae.quant_conv.weight.dtype))
+
+    def _scaled(self, z):
+        return z * self.config.vae.scaling_factor
 
     def decode_latents(self, latents):
         """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) float32, nominally in [-1, 1], not clamped.
@@ -112,7 +126,7 @@ class LatentDiffusion(nn.Module):
         prompts,
         negative_prompt="",
         steps=50,
-        guidance=7.5,
+        guidance=None,
         sampler="ddim",
         eta=0.0,
         seed=0,
@@ -122,48 +136,66 @@ class LatentDiffusion(nn.Module):
         output="pil",
         callback=None,
         karras=False,
+        *,
+        init_images=None,
+        strength=None,
     ):
         """Generate one image per prompt. Image i depends on its prompt and on seed + i, not on the rest of the batch
         (except for rounding, because products of other shapes round differently).
+
+        With ``init_images`` this is image-to-image sampling as in diffusers' StableDiffusionImg2ImgPipeline: the image
+        is encoded, gets as much noise as it would have after the skipped steps, and the last int(steps * strength)
+        steps run. Its latents are sampled from the VAE's Gaussian, not its mean.
 
         Args:
             prompts: list of B prompts.
             negative_prompt: what guidance steers away from; one for all images, or a list of B.
             steps: 1 to 1000. guidance: scale s; None = `usual_guidance`; <= 1 runs no unconditional half.
             sampler: "ddim", "ddpm", "plms" or "dpm++". eta: noise of DDIM, in [0, 1]. karras: noise levels for "dpm++".
-            seed: image i has its own torch.Generator("cpu") with seed + i. It gives the initial latents (unless they
-                are passed), then float32 noise for each stochastic step.
-            height, width: pixels, multiples of 8; None = the model's training size.
+            seed: image i has its own torch.Generator("cpu") with seed + i; or a list of B seeds. It gives, in this
+                order and in float32: the noise of the VAE's sample (only with ``init_images``), the initial latents
+                (unless they are passed), and noise for each stochastic step.
+            height, width: pixels, multiples of 8; None = those of ``init_images``, or the model's training size.
             latents: initial noise, (B, 4, height / 8, width / 8).
             output: "pil": list of images; "tensor": (B, 3, H, W) float32 in [-1, 1]; "latent": scaled latents, float32.
             callback: called as callback(step, latents) after each network call, step = 1, 2, ... (PLMS: to steps + 1).
+            init_images: images in [-1, 1] to start from, (B, 3, H, W), or (1, 3, H, W) for all prompts; grey as in
+                `encode_images`. strength: share of the steps to run, above 0 and at most 1; None = 0.8. At 1 all steps
+                run, and next to nothing is left of the image.
         Raises: InputError (a ValueError) for anything out of range.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        settings = SamplingSettings(sampler, steps, guidance, eta, karras, seed, height, width)  # checks the values
-        settings = complete_settings(settings, self.config)
-        self._check_sample(settings, prompts, negatives, output)
-        height, width, guidance = settings.height, settings.width, settings.guidance
+        seeds = _seeds(seed, len(prompts))
+        if init_images is not None:
+            init_images = _as_batch(init_images, "init_images")
+            height = init_images.shape[2] if height is None else height
+            width = init_images.shape[3] if width is None else width
+        settings = SamplingSettings(sampler, steps, guidance, eta, karras, seeds[0], height, width, strength)
+        settings = complete_settings(settings, self.config, has_init_image=init_images is not None)
+        self._check_sample(settings, prompts, negatives, init_images, output)
+        height, width, guidance, skip = settings.height, settings.width, settings.guidance, settings.skipped_steps
         shape = (self.config.unet.latent_channels, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
-        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
-
-        def sample_noise():
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
-
-        if latents is None:
-            latents = sample_noise()
-        elif latents.shape != (len(prompts), *shape):
+        if latents is not None and latents.shape != (len(prompts), *shape):
             raise InputError(
                 f"latents must be {(len(prompts), *shape)} for {len(prompts)} images of {height} x {width} px, "
                 f"got {tuple(latents.shape)}"
             )
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+        def sample_noise():
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+
         options = {"eta": eta} if sampler == "ddim" else {"karras": karras} if sampler == "dpm++" else {}
         with torch.inference_mode():
+            init_latents = None if init_images is None else self._init_latents(init_images, generators)
+            latents = (sample_noise() if latents is None else latents).to(self.device, torch.float32)
+            if init_latents is not None:
+                _, alpha_bar = starting_point(sampler, self.schedule, steps, skip, karras)
+                latents = math.sqrt(alpha_bar) * init_latents + math.sqrt(1 - alpha_bar) * latents  # DDPM, Eq. 4
             context = self.encode_prompt(prompts if guidance <= 1 else negatives + prompts)
             denoise = guide(self.unet, context, guidance)
-            latents = latents.to(self.device, torch.float32)
-            trajectory = SAMPLERS[sampler](denoise, latents, self.schedule, steps, sample_noise, **options)
+            trajectory = SAMPLERS[sampler](denoise, latents, self.schedule, steps, sample_noise, skip, **options)
             for step, latents in enumerate(trajectory, start=1):
                 if callback is not None:
                     callback(step, latents)
@@ -176,7 +208,19 @@ class LatentDiffusion(nn.Module):
         images = images.clone()  # an ordinary tensor: those of inference mode cannot be used in training
         return to_pil(images) if output == "pil" else images
 
-    def _check_sample(self, settings, prompts, negatives, output):
+    def _init_latents(self, init_images, generators):
+        """Scaled latents of the initial images, (B, 4, h, w) float32: one sample of an image's Gaussian per generator.
+        Images are encoded one by one, so that none depends on its batch."""
+        gaussians = [self._encode(image[None]) for image in init_images]
+        z = torch.cat([gaussians[i % len(gaussians)].sample(g) for i, g in enumerate(generators)])
+        if not z.isfinite().all():
+            raise InputError(
+                f"the VAE gave non-finite latents for the initial image in {z.dtype}; try --dtype float32 "
+                "(load(..., dtype=torch.float32))"
+            )
+        return self._scaled(z.float())
+
+    def _check_sample(self, settings, prompts, negatives, init_images, output):
         """Check the arguments of `sample` that `SamplingSettings` does not check. Raises InputError; may warn."""
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"output must be pil, tensor or latent, got {output!r}")
@@ -184,18 +228,78 @@ class LatentDiffusion(nn.Module):
             raise InputError("no prompts: the list is empty; give at least one")
         if len(negatives) != len(prompts):
             raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
-        steps, n_timesteps = settings.steps, self.schedule.n_timesteps
-        if steps > n_timesteps:
-            raise InputError(f"--steps must be at most {n_timesteps}, the timesteps of this model, got {steps}")
-        covered = n_timesteps // steps * steps
-        if settings.sampler != "dpm++" and covered < 0.9 * n_timesteps:
-            warnings.warn(
-                f"{steps} steps of {settings.sampler} cover only {covered} of {n_timesteps} timesteps, too few to "
-                f"start from pure noise; use a number of steps that divides {n_timesteps}, such as 50, 250 or 500",
-                stacklevel=3,
+        if settings.strength is not None and init_images is None:
+            raise InputError(f"strength {settings.strength:g} is for initial images; give init_images")
+        if init_images is not None:
+            if len(init_images) not in (1, len(prompts)):
+                raise InputError(
+                    f"{len(init_images)} initial images for {len(prompts)} prompts; give one, or one for each"
+                )
+            if init_images.shape[2:] != (settings.height, settings.width):
+                raise InputError(
+                    f"init_images are {init_images.shape[2]} x {init_images.shape[3]} px, but height and width are "
+                    f"{settings.height} and {settings.width}; resize the images, or leave height and width out"
+                )
+        if settings.steps > self.schedule.n_timesteps:
+            raise InputError(
+                f"--steps must be at most {self.schedule.n_timesteps}, the timesteps of this model, got "
+                f"{settings.steps}"
             )
+        if init_images is None:
+            self._check_start(settings)
         if settings.guidance <= 1 and any(negatives):
             warnings.warn(f"the negative prompt is not used: guidance {settings.guidance} is off", stacklevel=3)
+
+    def _check_start(self, settings):
+        """Warn if the first timestep lies so early that pure noise is not what the U-Net expects there."""
+        n_timesteps = self.schedule.n_timesteps
+        t, _ = starting_point(settings.sampler, self.schedule, settings.steps, karras=settings.karras)
+        if t < EARLIEST_START * n_timesteps:
+            warnings.warn(
+                f"{settings.sampler} with {settings.steps} steps starts from pure noise at timestep {t} of "
+                f"{n_timesteps}, where the U-Net expects part of an image; use 10 steps or more, a number that divides "
+                f"{n_timesteps}, such as 20 or 50, or the sampler dpm++, which starts at the end with any number",
+                stacklevel=4,
+            )
+
+
+def _seeds(seed, n_prompts):
+    """The ``n_prompts`` seeds that ``seed`` means. Raises InputError for anything but whole numbers in range."""
+    try:
+        if isinstance(seed, (list, tuple, range)):
+            seeds = [operator.index(each) for each in seed]
+        else:
+            seeds = [operator.index(seed) + i for i in range(max(n_prompts, 1))]
+    except TypeError:
+        raise InputError(f"seed must be a whole number, or a list of one per prompt, got {seed!r}") from None
+    if len(seeds) != max(n_prompts, 1):
+        raise InputError(f"{len(seeds)} seeds for {n_prompts} prompts; give one, or one for each")
+    if outside := [each for each in seeds if not 0 <= each < 2**63]:
+        raise InputError(f"--seed must be in [0, 2^63), got {outside[0]}")
+    return seeds
+
+
+def _as_batch(images, name):
+    """Images (B, 3, H, W) from what is clearly meant: (B, 1, H, W) is grey, (3, H, W) and (1, H, W) are one image.
+
+    Raises: InputError for other shapes, H or W that are no multiples of 8, and values that are not around [-1, 1].
+    """
+    wanted = f"{name} must be a float tensor (B, 3, H, W) in [-1, 1]"
+    if not isinstance(images, torch.Tensor):
+        raise InputError(f"{wanted}, got a {type(images).__name__}")
+    batch = images[None] if images.dim() == 3 else images
+    if batch.dim() != 4 or batch.shape[1] not in (1, 3) or not batch.numel():
+        raise InputError(f"{wanted}, or (B, 1, H, W) for grey, got shape {tuple(images.shape)}")
+    if any(pixels % SPATIAL_FACTOR for pixels in batch.shape[2:]):
+        raise InputError(
+            f"image height and width must be multiples of {SPATIAL_FACTOR}, got {tuple(batch.shape[2:])}; "
+            "crop or resize the images"
+        )
+    if not batch.is_floating_point():
+        raise InputError(f"{wanted}, got {batch.dtype}; divide 8-bit pixels by 127.5 and subtract 1")
+    if not batch.abs().max() <= LARGEST_PIXEL:  # NaN fails, too
+        raise InputError(f"{wanted}, got values from {batch.min():g} to {batch.max():g}; scale them first")
+    return batch.expand(-1, 3, -1, -1)
 
 
 def to_pil(images):

@@ -4,8 +4,10 @@ Each sampler is a generator that yields the latents after every network call; th
 needs a `NoiseSchedule` and
 
     denoise(latents, t) -> prediction    the U-Net, guided or not, at the integer timestep t
-    latents (B, 4, h, w) float32         standard normal noise
+    latents (B, 4, h, w) float32         standard normal noise, unless calls are skipped
     sample_noise() -> (B, 4, h, w)       fresh standard normal noise, for stochastic steps
+    skip                                 how many network calls to leave out, from the first on: image-to-image sampling
+                                         starts in the middle, from an image with the noise of `starting_point`
 
 Timesteps follow Stable Diffusion v1.5's scheduler file: "leading" with offset 1 for DDIM, DDPM and PLMS (981, 961, ...,
 1 for 50 steps), "linspace" for DPM-Solver++. Symbols: alpha_bar = DDPM's bar alpha_t = DDIM's alpha_t; ``clean`` = the
@@ -51,10 +53,20 @@ def leading_timesteps(schedule, steps):
     return [i * stride + offset for i in reversed(range(steps))], stride
 
 
-def ddim(denoise, latents, schedule, steps, sample_noise, eta=0.0):
+def starting_point(sampler, schedule, steps, skip=0, karras=False):
+    """(t, alpha_bar) of a sampler's first network call after ``skip`` skipped ones: its timestep and noise level."""
+    if sampler == "dpm++":
+        timesteps, ratios = _karras_steps(schedule, steps) if karras else _linspace_steps(schedule, steps)
+        return timesteps[skip], _alpha_and_sigma(ratios[skip])[0] ** 2
+    timesteps, _ = leading_timesteps(schedule, steps)
+    t = (_repeat_second(timesteps) if sampler == "plms" else timesteps)[skip]
+    return t, schedule.alpha_bar[t]
+
+
+def ddim(denoise, latents, schedule, steps, sample_noise, skip=0, eta=0.0):
     """DDIM (Song et al. 2021, arXiv:2010.02502). ``eta`` 0 is deterministic; 1 adds as much noise as DDPM."""
     timesteps, stride = leading_timesteps(schedule, steps)
-    for t in timesteps:
+    for t in timesteps[skip:]:
         alpha_bar, alpha_bar_prev = schedule.alpha_bar[t], schedule.alpha_bar[max(t - stride, 0)]
         prediction = denoise(latents, t)
         clean = schedule.clean_latents(prediction, latents, alpha_bar)  # Eq. 9
@@ -67,11 +79,11 @@ def ddim(denoise, latents, schedule, steps, sample_noise, eta=0.0):
         yield latents
 
 
-def ddpm(denoise, latents, schedule, steps, sample_noise):
+def ddpm(denoise, latents, schedule, steps, sample_noise, skip=0):
     """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, Algorithm 2) on a subsequence of the timesteps (Nichol and
     Dhariwal 2021, arXiv:2102.09672, section 4), with the smaller of the paper's two variances and no clipping."""
     timesteps, _ = leading_timesteps(schedule, steps)
-    for t, t_prev in zip(timesteps, [*timesteps[1:], None]):
+    for t, t_prev in list(zip(timesteps, [*timesteps[1:], None]))[skip:]:
         alpha_bar = schedule.alpha_bar[t]
         alpha_bar_prev = 1.0 if t_prev is None else schedule.alpha_bar[t_prev]  # the last step ends at zero noise
         alpha = alpha_bar / alpha_bar_prev
@@ -87,12 +99,16 @@ def ddpm(denoise, latents, schedule, steps, sample_noise):
         yield latents
 
 
-def plms(denoise, latents, schedule, steps, sample_noise=None):
+def plms(denoise, latents, schedule, steps, sample_noise=None, skip=0):
     """Pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778), the sampler in SD v1.5's scheduler file: DDIM steps
     (the paper's transfer part) along a combination of the last four predictions (its gradient part, section 3.3).
 
     The warm-up is Stable Diffusion's: the first step is taken twice, the second time along the mean of the predictions
     at its two ends, which makes ``steps`` + 1 network calls. For v-prediction the combination is of v, as in diffusers.
+
+    With skipped calls this follows diffusers to the letter. Its list of timesteps repeats the second one for the
+    warm-up's sake; if the list starts later, the warm-up still takes two calls for one step, so from then on every
+    timestep is one step lower than the noise left in the latents, and a little of it remains. DDIM has no such fault.
     """
     timesteps, stride = leading_timesteps(schedule, steps)
 
@@ -102,26 +118,30 @@ def plms(denoise, latents, schedule, steps, sample_noise=None):
         noise = schedule.noise(prediction, latents, alpha_bar)
         return math.sqrt(alpha_bar_prev) * clean + math.sqrt(1 - alpha_bar_prev) * noise
 
-    past = []  # predictions, newest first
-    for t in timesteps:
-        past = [denoise(latents, t), *past[:3]]
-        if len(past) == 1 and steps > 1:
-            trial = ddim_step(t, latents, past[0])
-            yield trial
-            prediction = (past[0] + denoise(trial, t - stride)) / 2
-        elif len(past) == 1:
-            prediction = past[0]
-        elif len(past) == 2:  # Adams-Bashforth of order 2, 3 and, as in the paper, 4
+    past, first = [], latents  # predictions, newest first; the latents that the first step starts from
+    for call, t in enumerate(_repeat_second(timesteps)[skip:]):
+        prediction = denoise(latents, t)
+        if call == 1:  # the first step once more, along the mean
+            latents = ddim_step(t + stride, first, (past[0] + prediction) / 2)
+            yield latents
+            continue
+        past = [prediction, *past[:3]]
+        if len(past) == 2:  # Adams-Bashforth of order 2, 3 and, as in the paper, 4
             prediction = (3 * past[0] - past[1]) / 2
         elif len(past) == 3:
             prediction = (23 * past[0] - 16 * past[1] + 5 * past[2]) / 12
-        else:
+        elif len(past) == 4:
             prediction = (55 * past[0] - 59 * past[1] + 37 * past[2] - 9 * past[3]) / 24
         latents = ddim_step(t, latents, prediction)
         yield latents
 
 
-def dpm_solver_pp(denoise, latents, schedule, steps, sample_noise=None, karras=False):
+def _repeat_second(timesteps):
+    """981, 961, 961, 941, ...: the timesteps of PLMS' network calls."""
+    return [*timesteps[:2], *timesteps[1:]]
+
+
+def dpm_solver_pp(denoise, latents, schedule, steps, sample_noise=None, skip=0, karras=False):
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv:2211.01095, Algorithm 2): a second-order multistep solver in
     terms of z_0, for which 20 steps are enough. The first and the last step are of first order.
 
@@ -130,7 +150,7 @@ def dpm_solver_pp(denoise, latents, schedule, steps, sample_noise=None, karras=F
     """
     timesteps, ratios = _karras_steps(schedule, steps) if karras else _linspace_steps(schedule, steps)
     clean_prev, step_prev = None, None
-    for i, t in enumerate(timesteps):
+    for i, t in list(enumerate(timesteps))[skip:]:
         alpha, sigma = _alpha_and_sigma(ratios[i])
         alpha_next, sigma_next = _alpha_and_sigma(ratios[i + 1])
         clean = schedule.clean_latents(denoise(latents, t), latents, alpha**2)

@@ -3,23 +3,38 @@
 This module does not import torch, so that a mistake on the command line is reported at once.
 """
 
-import csv
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from minildm import __version__
-from minildm.config import SAMPLER_NAMES
-from minildm.errors import InputError
-from minildm.files import sha256
+from minildm import __version__, tables
+from minildm.config import SAMPLER_NAMES, SPATIAL_FACTOR
+from minildm.data import reading
+from minildm.errors import InputError, naming
+from minildm.files import input_file, sha256
 from minildm.images import parameters_text, read_parameters
 
 
 class PlannedImage(NamedTuple):
     prompt: str
     seed: int
+    path: Path | None  # None: a row that only fills a batch (record.py)
+
+
+class InitImage(NamedTuple):
+    """The file of --init-image."""
+
     path: Path
+    sha256: str
+    data: bytes
+
+    def tensor(self, height, width):
+        """The image in [-1, 1], (1, 3, height, width), read as training reads images: greys of any depth and DICOM by
+        the range they declare; the largest centred part of this shape, scaled by the same filter."""
+        pixels = reading.decode(self.data, self.path, at_least=max(height, width)).pixels
+        return reading.to_tensor(reading.crop(pixels, height, width)[None])
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -34,44 +49,27 @@ def read_prompts(prompt=None, path=None, column=None):
         if column is not None:
             raise InputError(f"--column {column} is for --prompts FILE.csv")
         return [prompt]
+    with naming("--prompts"):
+        return tables.read_prompts(input_file(path, "--prompts"), column)
+
+
+def read_init_image(path, strength):
+    """The InitImage of --init-image ``path``, checked to be an image; None if ``path`` is.
+
+    Raises: InputError, also for a ``strength`` without an image; FileNotFoundError.
+    """
+    if path is None:
+        if strength is not None:
+            raise InputError(f"--strength {strength:g} is for --init-image FILE, which is not given")
+        return None
+    if path.is_dir():
+        raise InputError(f"--init-image {path} is a folder; give one image, which all prompts start from")
     if not path.is_file():
-        raise FileNotFoundError(f"--prompts {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"--prompts {path} is not UTF-8 text") from None
-    if path.suffix.lower() in (".csv", ".tsv"):
-        prompts = _table_column(text, path, column)
-    elif column is None:
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    else:
-        raise InputError(f"--column is for a .csv or .tsv file, but --prompts is {path}")
-    if not prompts:
-        raise InputError(f"--prompts {path} holds no prompt")
-    return prompts
-
-
-def _table_column(text, path, column):
-    """The values of ``column`` (default: prompt, or text) in a .csv or .tsv file's ``text``; none may be blank."""
-    rows = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    try:
-        columns, rows = rows.fieldnames or [], list(rows)
-    except csv.Error as error:
-        raise InputError(f"--prompts {path} is not readable as CSV ({error})") from None
-    if column is None:
-        column = next((name for name in ("prompt", "text") if name in columns), None)
-    if column not in columns:
-        raise InputError(
-            f"--prompts {path} has no column {column or 'prompt or text'!r}; its columns are "
-            f"{', '.join(map(str, columns)) or 'none'}; name one with --column"
-        )
-    prompts = [row[column] or "" for row in rows]
-    if blank := [i for i, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
-        raise InputError(
-            f"--prompts {path} has no prompt in {len(blank)} of {len(rows)} rows, the first of them row {blank[0]}; "
-            "fill them in or delete them"
-        )
-    return prompts
+        raise FileNotFoundError(f"--init-image {path}: no such file")
+    data = reading.file_bytes(path)
+    decoded = reading.decode(data, path, at_least=SPATIAL_FACTOR)  # a mistake shows before the model is loaded
+    print(f"starting from {path}: {decoded.kind}, {decoded.greys}")
+    return InitImage(path, hashlib.sha256(data).hexdigest(), data)
 
 
 def check_request(prompts, negative, n, seed):
@@ -90,17 +88,18 @@ def check_request(prompts, negative, n, seed):
 def choose_adapters(adapters, base):
     """The adapters to merge into ``base``: those of --adapter; none for "none"; by default the embedded base's own.
 
+    Args: adapters: a tuple of flags.
     Raises: InputError; FileNotFoundError, naming the adapters that do not exist.
     """
     from minildm.loading import EMBEDDED_ADAPTER, is_embedded, parse_adapter
 
-    if adapters == ["none"]:
-        return []
+    if adapters == ("none",):
+        return ()
     if "none" in adapters:
         raise InputError("--adapter none means no adapter; leave it out beside other adapters")
     if not adapters and is_embedded(base) and EMBEDDED_ADAPTER.is_file():
         print("using the embedded base with its adapter for chest radiographs (--adapter none: without it)")
-        return [str(EMBEDDED_ADAPTER)]
+        return (str(EMBEDDED_ADAPTER),)
     paths = [parse_adapter(adapter)[0] for adapter in adapters]
     if absent := [path for path in paths if not path.is_file()]:
         if (absent[0].parent / "model").is_dir():
@@ -118,7 +117,8 @@ def describe_adapters(adapters):
     from minildm.loading import parse_adapter
 
     return " + ".join(
-        f"{path.parent.name}/{path.name} {sha256(path)[:10]}{'' if rank is None else f' rank {rank}'} x {multiplier:g}"
+        f"{Path(os.path.abspath(path)).parent.name}/{path.name} {sha256(path)[:10]}"
+        f"{'' if rank is None else f' rank {rank}'} x {multiplier:g}"
         for path, multiplier, rank in map(parse_adapter, adapters)
     )
 
@@ -144,7 +144,7 @@ def plan_images(prompts, n, seed, folder, continues, parameters):
         if image.path.name not in existing:
             planned.append(image)
         elif (old := read_parameters(image.path)) != (new := parameters(image)):
-            old, new = (old or "no parameters").splitlines(), new.splitlines()
+            old, new = (old or "no parameters").split("\n"), new.split("\n")
             line = -1 if old[-1] != new[-1] else 0  # the settings, or else the prompt
             raise InputError(
                 f"{image.path} exists and was made with other settings ({old[line]}) than this command's "
@@ -154,19 +154,13 @@ def plan_images(prompts, n, seed, folder, continues, parameters):
 
 
 def split_batches(planned, batch_size):
-    """Batches of at most ``batch_size`` images with consecutive seeds."""
-    batches = []
-    for image in planned:
-        if batches and len(batches[-1]) < batch_size and image.seed == batches[-1][-1].seed + 1:
-            batches[-1].append(image)
-        else:
-            batches.append([image])
-    return batches
+    """Batches of at most ``batch_size`` images."""
+    return [planned[i : i + batch_size] for i in range(0, len(planned), batch_size)]
 
 
 # --- the text in a PNG -----------------------------------------------------------------------------------------------
-def describe_image(image, negative, settings, model, adapters=""):
-    """The text of a PNG's ``parameters`` chunk.
+def describe_image(image, negative, settings, model, adapters="", init_image=None):
+    """The text of a PNG's ``parameters`` chunk, under the web UI's names where it has them.
 
     Args: settings: SamplingSettings with guidance, height and width set; adapters: from `describe_adapters`.
     """
@@ -177,12 +171,23 @@ def describe_image(image, negative, settings, model, adapters=""):
         "Seed": image.seed,
         "Model hash": model.base_hash[:10],
         "Size": f"{settings.width}x{settings.height}",
-        "Model": model.files.path.stem,
+        "Model": model_name(model.files.path),
         "Prediction": model.config.schedule.prediction,
         "Precision": str(model.dtype).removeprefix("torch."),
     }
+    if model.vae_hash:  # the web UI's names
+        pairs |= {"VAE hash": model.vae_hash[:10], "VAE": model.files.vae_path.absolute().name}
     if settings.eta:
         pairs["Eta"] = settings.eta
     if adapters:
         pairs["Adapter"] = adapters
+    if init_image is not None:
+        pairs |= {"Denoising strength": settings.strength, "Init image hash": init_image.sha256[:10]}
     return parameters_text(image.prompt, negative, **pairs, Version=f"minildm {__version__}")
+
+
+def model_name(path):
+    """The name of a base: that of its folder, whole, or that of its file without the suffix of a checkpoint."""
+    path = Path(os.path.abspath(path))  # for "." and ".."; a link keeps its own name
+    known = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    return path.stem if known and not path.is_dir() else path.name

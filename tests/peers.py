@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minildm import checkpoint
-from minildm.checkpoint import folder, single_file
+from minildm.checkpoint import folder, writing
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.latent_diffusion import LatentDiffusion
 from minildm.text_encoder import TextEncoder
@@ -306,7 +306,9 @@ def diffusers_scheduler(sampler, prediction="epsilon", karras=False, **changes):
 def single_file_state(model, extras=True):
     """The model's tensors under single-file names; ``extras``: with the unused tensors of published files."""
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
-    state = single_file.single_file_state(model.config, networks)
+    tensors = {name: writing.module_tensors(module, torch.float32) for name, module in networks.items()}
+    named = writing.single_file_tensors(tensors, model.config, networks)
+    state = {name: tensor.read() for name, tensor in named.items()}
     if extras:
         text = model.config.text_encoder
         state |= {

@@ -1,10 +1,12 @@
 """PNG files with their text, and contact sheets."""
 
+import time
+
 import pytest
 from PIL import Image
 
 from minildm.errors import InputError
-from minildm.images import contact_sheet, parameters_text, read_parameters, save_png
+from minildm.images import contact_sheet, parameters_text, read_parameters, save_png, split_parameters
 
 
 def test_parameters_are_prompt_negative_prompt_and_pairs():
@@ -15,16 +17,64 @@ def test_parameters_are_prompt_negative_prompt_and_pairs():
 @pytest.mark.parametrize(
     "value, written",
     [
-        ("a, b", '"a, b"'),
-        ("a: b", '"a: b"'),
-        ("a\nb", '"a\\nb"'),
-        ("é", "é"),
-        ('say "x", y', '"say \\"x\\", y"'),
+        ("a, b", r'"a\u002c b"'),
+        ("a: b", r'"a\u003a b"'),
+        ("a\nb", r'"a\nb"'),
+        ("a\u2028b\x85c", r'"a\u2028b\u0085c"'),
+        ("é 胸部", "é 胸部"),
+        ('say "x", y', r'"say \"x\"\u002c y"'),
+        ('say "x" now', 'say "x" now'),
+        ('"x"', r'"\"x\""'),
+        ("back\\slash", "back\\slash"),
+        (" edges ", '" edges "'),
+        ("v1.5.final", "v1.5.final"),
+        ("\udcff", "?"),  # a file's name that is not UTF-8
         (7.5, "7.5"),
     ],
 )
 def test_values_that_would_break_the_line_are_quoted_as_json(value, written):
     assert parameters_text("p", Model=value).splitlines()[1] == f"Model: {written}"
+
+
+ODD_NAMES = [
+    "v1.5, final: (a)",
+    'say "x"',
+    '"',
+    "back\\slash",
+    "a\nb",
+    "  x ",
+    "Seed: 9, Steps: 5",
+    "胸部.X線 🫁",
+    "a\u2028b",
+    "",
+    "{x}",
+]
+
+
+@pytest.mark.parametrize("prompt", ["a, b", "two\nlines", "Steps: 5, Sampler: Euler a, Seed: 3", "", "a: b"])
+@pytest.mark.parametrize("negative", ["", 'blurry: "x"', "a\nSteps: 3"])
+def test_the_parameters_text_splits_into_what_it_was_made_of(prompt, negative):
+    pairs = {"Steps": "20", **{f"Model {i}": name for i, name in enumerate(ODD_NAMES)}, "Seed": "3"}
+    assert split_parameters(parameters_text(prompt, negative, **pairs)) == (prompt, negative, pairs)
+
+
+@pytest.mark.parametrize(
+    "line", ["a" * 10**6, "a, " * 10**6, 'a: "' * 10**6, 'a: "\\", ' * 10**6, ": " * 10**6, '"' * 10**6]
+)
+def test_splitting_takes_no_longer_than_reading(line):
+    start = time.perf_counter()
+    split_parameters(line)
+    assert time.perf_counter() - start < 5
+
+
+def test_viewers_that_split_at_every_comma_and_colon_still_find_the_settings():
+    """The whole line with the naive rules of popular viewers: quotes mean nothing to them."""
+    for name in ODD_NAMES:
+        line = parameters_text("a", Steps=20, Seed=3, Model=name, Adapter=name, Size="8x8").split("\n")[1]
+        items = [item.partition(":") for item in line.split(",")]
+        assert [key.strip() for key, _, _ in items] == ["Steps", "Seed", "Model", "Adapter", "Size"]
+        assert {key.strip(): value.strip() for key, _, value in items}["Seed"] == "3"
+        assert line.count(":") == 5
 
 
 @pytest.mark.parametrize("text", ["plain", "two\nlines", "naïve — 胸部", "x" * 5000])

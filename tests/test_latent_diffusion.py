@@ -93,6 +93,21 @@ def test_image_i_of_seed_s_is_the_image_of_seed_s_plus_i(kind, model):
     assert relative_error(together[1:], sample(model, PROMPTS[1:], kind, seed=41)) <= 1e-4
 
 
+@pytest.mark.parametrize("seeds", [[7, 3], (7, 3), np.array([7, 3]).tolist(), [np.int64(7), torch.tensor(3)]])
+def test_a_list_of_seeds_gives_each_image_its_own(seeds, model):
+    both = sample(model, PROMPTS[:2], "ddpm", seed=seeds)
+    one = sample(model, PROMPTS[:2], "ddpm", seed=7)
+    assert torch.equal(both[0], one[0])
+    assert relative_error(both[1:], sample(model, PROMPTS[1:2], "ddpm", seed=3)) <= 1e-4
+
+
+def test_what_the_other_rows_of_a_batch_hold_changes_not_a_bit(model):
+    """--like relies on it. The number of rows does matter: matrix products of other shapes round differently."""
+    together = sample(model, [*PROMPTS, "b"], seed=[5, 6, 7, 8])
+    for i, prompt in enumerate(PROMPTS):
+        assert torch.equal(sample(model, [prompt] * 4, seed=[5 + i] * 4)[i], together[i])
+
+
 @KINDS
 def test_the_same_seed_gives_the_same_image_and_another_seed_another_image(kind, model):
     first = sample(model, PROMPTS[:1], kind, seed=7)
@@ -195,6 +210,7 @@ def test_integers_and_floats_of_numpy_are_accepted(model):
 def test_guidance_none_is_the_guidance_that_suits_the_model(model):
     assert usual_guidance(model.config) == 3.0 and usual_guidance(ModelConfig()) == 7.5
     assert torch.equal(sample(model, ["a"], guidance=None), sample(model, ["a"], guidance=3.0))
+    assert torch.equal(sample(model, ["a"]), sample(model, ["a"], guidance=3.0))  # as on the command line
 
 
 # --- prompts and guidance --------------------------------------------------------------------------------------------
@@ -263,6 +279,14 @@ def test_sample_warns_of_a_cut_prompt(model):
         ({"width": -64}, ["width must be a positive multiple of 8, got -64"]),
         ({"seed": -1}, ["seed must be in [0, 2^63), got -1"]),
         ({"seed": 2**63}, ["seed must be in [0, 2^63), got 9223372036854775808"]),
+        ({"seed": 2**63 - 1, "prompts": ["a", "b"]}, ["seed must be in [0, 2^63), got 9223372036854775808"]),
+        ({"seed": [1, 2]}, ["2 seeds for 1 prompts; give one, or one for each"]),
+        ({"seed": []}, ["0 seeds for 1 prompts"]),
+        ({"seed": [-1]}, ["seed must be in [0, 2^63), got -1"]),
+        ({"seed": 1.5}, ["seed must be a whole number, or a list of one per prompt, got 1.5"]),
+        ({"seed": None}, ["seed must be a whole number", "None"]),
+        ({"seed": "3"}, ["seed must be a whole number", "'3'"]),
+        ({"seed": ["3"]}, ["seed must be a whole number", "['3']"]),
         ({"output": "numpy"}, ["output must be pil, tensor or latent, got 'numpy'"]),
         ({"negative_prompt": ["x", "y"]}, ["2 negative prompts for 1 prompts", "give one, or one for each"]),
         ({"latents": torch.zeros(1, 4, 8, 9)}, ["latents must be (1, 4, 8, 8)", "(1, 4, 8, 9)"]),
@@ -285,6 +309,46 @@ def test_the_scaling_factor_is_applied_on_the_way_in_and_out(model):
         z = model.vae.encode(images).sample(torch.Generator().manual_seed(1))
         torch.testing.assert_close(latents, 0.18215 * z)
         torch.testing.assert_close(model.decode_latents(latents), model.vae.decode(z), rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_every_clear_shape_are_encoded(model):
+    image = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    grey = image[:, :1]
+
+    def encode(images):
+        return model.encode_images(images, torch.Generator().manual_seed(1))
+
+    assert encode(image).shape == (1, 4, 2, 3)
+    assert torch.equal(encode(image[0]), encode(image))
+    expected = encode(grey.expand(-1, 3, -1, -1))
+    assert torch.equal(encode(grey), expected) and torch.equal(encode(grey[0]), expected)
+    assert torch.equal(encode(image.double()), encode(image))
+    assert encode(image.expand(5, -1, -1, -1)).shape == (5, 4, 2, 3)
+    beyond = 1.5 * image  # what a decoder or a filter may give
+    assert encode(beyond).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "images, says",
+    [
+        (torch.zeros(16, 16), "got shape (16, 16)"),
+        (torch.zeros(2, 16, 16), "got shape (2, 16, 16)"),
+        (torch.zeros(1, 4, 16, 16), "got shape (1, 4, 16, 16)"),
+        (torch.zeros(1, 16, 16, 3), "got shape (1, 16, 16, 3)"),
+        (torch.zeros(1, 1, 3, 16, 16), "got shape (1, 1, 3, 16, 16)"),
+        (torch.zeros(0, 3, 16, 16), "got shape (0, 3, 16, 16)"),
+        (torch.zeros(1, 3, 16, 20), "multiples of 8, got (16, 20)"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "torch.uint8; divide 8-bit pixels by 127.5 and subtract 1"),
+        (torch.full((1, 3, 16, 16), 200.0), "got values from 200 to 200; scale them first"),
+        (torch.full((1, 3, 16, 16), math.nan), "got values from nan to nan"),
+        (np.zeros((1, 3, 16, 16), np.float32), "got a ndarray"),
+        ([Image.new("L", (16, 16))], "got a list"),
+    ],
+)
+def test_images_of_another_shape_kind_or_range_are_refused(images, says, model):
+    with pytest.raises(InputError) as caught:
+        model.encode_images(images)
+    assert_says(caught, says)
 
 
 def overflowing_model(seed=4):
@@ -363,10 +427,40 @@ def test_the_denoising_loop_is_compiled_once():
     assert len(programs) == 1
 
 
-def test_sample_warns_of_step_counts_that_start_too_late():
-    model = peers.random_model(ModelConfig.tiny(), seed=4)
-    with pytest.warns(UserWarning, match="334 steps of ddim cover only 668 of 1000 timesteps"):
-        model.sample(["a"], steps=334, output="latent", callback=lambda step, latents: None)
+def first_timestep(model, monkeypatch, **options):
+    """(the first timestep the U-Net sees, the warnings)."""
+    seen, forward = [], model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda x, t, c: seen.append(int(t)) or forward(x, t, c))
+
+    class Seen(Exception):
+        pass
+
+    def stop(step, latents):
+        raise Seen
+
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(Seen):
+        warnings.simplefilter("always")
+        model.sample(["a"], guidance=1, callback=stop, **options)
+    monkeypatch.undo()
+    return seen[0], [str(warning.message) for warning in caught]
+
+
+@KINDS
+def test_a_first_timestep_far_from_the_end_is_warned_of_for_every_number_of_steps(kind, model, monkeypatch):
+    """1 to 9 steps start at 1 to 889, 334 at 667, 600 at 600; 10 start at 901. DPM-Solver++ starts at 999."""
+    options = {"sampler": kind.partition(",")[0], **SAMPLERS[kind]}
+    for steps in (*range(1, 13), 20, 50, 91, 100, 300, 334, 400, 500, 501, 600, 999, 1000):
+        t, messages = first_timestep(model, monkeypatch, steps=steps, **options)
+        assert len(messages) == (t < 900), (steps, t, messages)
+        if messages:
+            assert_says(messages[0], f"{options['sampler']} with {steps} steps", f"timestep {t} of 1000", "dpm++")
+        if "dpm++" in kind:
+            assert t == 999
+
+
+def test_an_image_to_start_from_may_start_anywhere(model, monkeypatch):
+    image = torch.zeros(1, 3, 64, 64)
+    assert first_timestep(model, monkeypatch, steps=20, init_images=image, strength=0.3) == (251, [])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -406,6 +500,19 @@ def test_the_base_hash_is_that_of_the_file_with_the_unet(tmp_path):
     folder = peers.write_folder(shared_model(), tmp_path / "folder")
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
     assert minildm.load(folder, device="cpu").base_hash == hashlib.sha256(unet.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_a_dtype_may_be_given_by_its_name(dtype, tmp_path):
+    folder = peers.write_folder(peers.random_model(ModelConfig.tiny()), tmp_path)
+    assert minildm.load(folder, device="cpu", dtype=dtype).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "fp16", "int8", torch.int8, torch.float8_e4m3fn, 16, "nn", ""])
+def test_other_dtypes_are_refused(dtype, tmp_path):
+    with pytest.raises(InputError) as caught:
+        minildm.load(tmp_path, device="cpu", dtype=dtype)
+    assert_says(caught, "dtype must be one of float32, float16, bfloat16, float64, got", repr(dtype))
 
 
 # --- which base ------------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from minildm.checkpoint.single_file import other_input_channels
 from minildm.checkpoint.tensors import Source, TensorFile
+from minildm.checkpoint.writing import module_tensors, write_tensors
 from minildm.config import MAX_TOKENS, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
 from minildm.files import written_beside
@@ -28,11 +28,16 @@ def read_config(path):
     text_encoder = _read_settings(path / "text_encoder" / "config.json", text_encoder_from_json)
     return ModelConfig(
         unet=_read_settings(path / "unet" / "config.json", unet_from_json),
-        vae=_read_settings(path / "vae" / "config.json", vae_from_json),
+        vae=read_vae_config(path / "vae" / "config.json"),
         text_encoder=text_encoder,
         schedule=_read_settings(path / "scheduler" / "scheduler_config.json", schedule_from_json),
         pad_token_id=_pad_token_id(path / "tokenizer", text_encoder),
     )
+
+
+def read_vae_config(path):
+    """The VAEConfig of a config.json. Raises InputError or FileNotFoundError, naming the file."""
+    return _read_settings(path, vae_from_json)
 
 
 def find_tensors(path, networks):
@@ -42,11 +47,11 @@ def find_tensors(path, networks):
     """
     sources, unused, files = {}, [], {}
     for network, module in networks.items():
-        files[network] = file = TensorFile(_weights_file(path / network))
+        files[network] = file = TensorFile(weights_file(path / network))
         expected = module.state_dict()
         sources[network] = {}
         for name in file.shapes:
-            parameter = _current_name(name, network)
+            parameter = current_name(name, network)
             if parameter in expected:
                 sources[network][parameter] = Source(file, name)
             elif not name.endswith("position_ids"):
@@ -54,7 +59,7 @@ def find_tensors(path, networks):
     return sources, unused, files["unet"].path
 
 
-def _weights_file(folder):
+def weights_file(folder):
     stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
     pickle_stem = "pytorch_model" if folder.name == "text_encoder" else stem
     names = [f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{pickle_stem}.bin", f"{pickle_stem}.fp16.bin"]
@@ -64,7 +69,7 @@ def _weights_file(folder):
     raise FileNotFoundError(f"no weights in {folder}; expected one of {', '.join(names)}")
 
 
-def _current_name(name, network):
+def current_name(name, network):
     """The present name of a tensor in a file of any age."""
     if network == "text_encoder" and not name.startswith("text_model."):
         return f"text_model.{name}"
@@ -118,19 +123,22 @@ def save_folder(networks, config, path, dtype=torch.float16):
     """
     if any("lora_" in name for module in networks.values() for name, _ in module.named_parameters()):
         raise InputError("the model has a live adapter; merge_adapter(model) before saving it as a base")
+    write_folder({name: module_tensors(module, dtype) for name, module in networks.items()}, config, path)
+
+
+def write_folder(tensors, config, path):
+    """Write a diffusers-layout folder from {network: {parameter: LazyTensor}} and a ModelConfig."""
     path = Path(path)
     to_json = {"unet": unet_to_json, "vae": vae_to_json, "text_encoder": text_encoder_to_json}
     documents = {
         "scheduler/scheduler_config.json": schedule_to_json(config.schedule),
         "tokenizer/special_tokens_map.json": {"pad_token": "!" if config.pad_token_id == 0 else "<|endoftext|>"},
     }
-    for network, module in networks.items():
+    for network in tensors:
         documents[f"{network}/config.json"] = to_json[network](getattr(config, network))
         name = "model.safetensors" if network == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in module.state_dict().items()}
         (path / network).mkdir(parents=True, exist_ok=True)
-        with written_beside(path / network / name) as beside:
-            save_file(state, beside, metadata={"format": "pt"})
+        write_tensors(tensors[network], path / network / name)
     for name, document in documents.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path / name) as beside:
@@ -161,11 +169,14 @@ UNET_FIXED = {
     "cross_attention_norm": None,
 }
 VAE_FIXED = {
+    "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "in_channels": 3,
     "out_channels": 3,
     "shift_factor": None,
     "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }

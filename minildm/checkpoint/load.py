@@ -33,6 +33,13 @@ class Checkpoint:
     sources: dict[str, dict[str, Source]]  # network -> parameter name -> source
     hashed_file: Path  # the file whose SHA-256 identifies the checkpoint
     unused: list[str] = field(default_factory=list)  # tensors that fit no parameter: an error when loading
+    vae_path: Path | None = None  # where its VAE comes from, if not from ``path`` (autoencoder.py)
+    vae_file: Path | None = None  # the file whose SHA-256 identifies that VAE
+
+    @property
+    def title(self):
+        """Which model this is, for messages."""
+        return f"{self.path}" if self.vae_path is None else f"{self.path} with the autoencoder {self.vae_path}"
 
 
 def inspect(path, prediction=None):
@@ -85,7 +92,7 @@ def load_networks(checkpoint, device, dtype):
     Raises InputError naming every tensor that is missing, unused or of another shape.
     """
     expected = {network: module.state_dict() for network, module in checkpoint.networks.items()}
-    _require_match(checkpoint, expected)
+    require_match(checkpoint, expected)
     for network, module in checkpoint.networks.items():
         sources = checkpoint.sources[network]
         parameters_of = {}  # tensor name -> parameters: three where q, k and v are fused
@@ -111,8 +118,11 @@ def _converted(tensor, third, shape, device, dtype):
     return tensor.reshape(shape).to(device).to(dtype, copy=True, memory_format=layout)
 
 
-def _require_match(checkpoint, expected):
-    """Raise InputError unless every parameter has a tensor of its shape and every tensor has a parameter."""
+def require_match(checkpoint, expected):
+    """Raise InputError unless every parameter has a tensor of its shape and every tensor has a parameter.
+
+    Args: checkpoint: a Checkpoint or Autoencoder; expected: {network: {parameter: tensor}}.
+    """
     missing, misshapen = [], []
     for network, parameters in expected.items():
         for name, parameter in parameters.items():

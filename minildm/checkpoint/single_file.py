@@ -11,13 +11,9 @@ import re
 import warnings
 from dataclasses import replace
 
-import torch
-from safetensors.torch import save_file
-
-from minildm.checkpoint.tensors import Source, TensorFile
+from minildm.checkpoint.tensors import Source
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
-from minildm.files import written_beside
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -28,6 +24,9 @@ def read_config(file, prediction=None):
     """
     _refuse_other_models(file)
     config = ModelConfig(_unet_config(file), _vae_config(file), _text_encoder_config(file))
+    prediction = stated_prediction(file) if prediction is None else prediction
+    if prediction is not None:
+        config = replace(config, schedule=replace(config.schedule, prediction=prediction))
     if not _is_open_clip(file):
         return config
     if prediction is None:
@@ -39,6 +38,15 @@ def read_config(file, prediction=None):
     if prediction == "v":  # the v2.x models that predict v are those for 768 px
         config = replace(config, unet=replace(config.unet, latent_size=96))
     return replace(config, pad_token_id=0)
+
+
+def stated_prediction(file):
+    """What the file's metadata says that the U-Net predicts, "epsilon" or "v"; None if nothing."""
+    stated = file.metadata.get("modelspec.prediction_type")
+    known = {None: None, "epsilon": "epsilon", "v": "v", "v_prediction": "v"}
+    if stated not in known:
+        raise InputError(f"{file.path}: modelspec.prediction_type is {stated!r}, expected epsilon or v")
+    return known[stated]
 
 
 def _unet_config(file):
@@ -188,7 +196,7 @@ def names(config, networks):
     unet_modules = _unet_modules(config.unet)
     return {
         "unet": {name: (_unet_name(name, unet_modules), None) for name in ours["unet"]},
-        "vae": {name: (_vae_name(name, config.vae), None) for name in ours["vae"]},
+        "vae": {name: (vae_name(name, config.vae), None) for name in ours["vae"]},
         "text_encoder": {
             name: _open_clip_name(name) if v2 else (f"cond_stage_model.transformer.{name}", None)
             for name in ours["text_encoder"]
@@ -232,7 +240,7 @@ def _unet_name(name, modules):
     return f"model.diffusion_model.{modules[ours]}.{rest}"
 
 
-def _vae_name(name, config):
+def vae_name(name, config):
     if match := re.match(r"decoder\.up_blocks\.(\d+)", name):  # the single file numbers the decoder's levels backwards
         level = len(config.widths) - 1 - int(match[1])
         name = f"decoder.up_blocks.{level}{name[match.end() :]}"
@@ -262,40 +270,6 @@ def is_known_extra(name, config):
         or name in unused_ends
         or "." not in name  # betas, alphas_cumprod, sqrt_..., posterior_..., lvlb_weights, logvar, scale_factor
     )
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-def single_file_state(config, networks):
-    """The networks' tensors by their single-file names: {name: tensor}, q, k and v of an SD v2 text encoder fused."""
-    state, fused = {}, {}
-    for network, table in names(config, networks).items():
-        tensors = networks[network].state_dict()
-        for ours, (theirs, third) in table.items():
-            tensor = tensors[ours].detach()
-            if network == "vae" and "attentions.0.to_" in ours and tensor.dim() == 2:
-                tensor = tensor[:, :, None, None]  # 1x1 convolutions there
-            if third is None:
-                state[theirs] = tensor
-            else:
-                fused.setdefault(theirs, {})[third] = tensor
-    return state | {theirs: torch.cat([parts[i] for i in range(3)]) for theirs, parts in fused.items()}
-
-
-def save_single_file(networks, config, path, dtype=torch.float16):
-    """Write all three networks as one .safetensors file.
-
-    Raises: InputError for sizes that a single file cannot express: readers take heads and groups from SD v1 or v2.
-    """
-    state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in single_file_state(config, networks).items()}
-    with written_beside(path) as beside:
-        save_file(state, beside, metadata={"format": "pt"})
-        read = read_config(TensorFile(beside), config.schedule.prediction)
-        unet, vae = replace(read.unet, latent_size=config.unet.latent_size), config.vae
-        if (unet, read.text_encoder, read.vae.norm_groups) != (config.unet, config.text_encoder, vae.norm_groups):
-            raise InputError(
-                f"{path}: a single file cannot express the sizes of this model, only those of SD v1.x and v2.x "
-                "(8 heads, or 64 channels per head; 32 groups); keep the folder"
-            )
 
 
 # --- other models ----------------------------------------------------------------------------------------------------

@@ -15,11 +15,29 @@ from safetensors import SafetensorError, safe_open
 
 from minildm.errors import InputError
 
+DTYPES = {  # safetensors' codes
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 CHUNK_BYTES = 16 << 20  # reopen the file this often: pages that were read count as memory until it is closed
 
 
 class TensorFile:
-    """Names, shapes and, when asked for, values of a safetensors file or a torch pickle. ``shapes``: {name: shape}."""
+    """Names, shapes and, when asked for, values of a safetensors file or a torch pickle.
+
+    ``shapes``: {name: shape}; ``dtypes``: {name: torch.dtype, or the format's code for one that torch lacks};
+    ``metadata``: {key: text}, empty for a pickle.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
@@ -30,9 +48,12 @@ class TensorFile:
         is_safetensors = head[8:] == b"{"  # bytes 0 to 7 are the length of the JSON header
         self.pickled = not is_safetensors and (head[:2] == b"PK" or head[:1] == b"\x80")
         if is_safetensors:
-            self.shapes = _read_safetensors_header(self.path)
+            self.shapes, self.dtypes, self.metadata = _read_safetensors_header(self.path)
         elif self.pickled:
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in _read_pickle(self.path).items()}
+            state = _read_pickle(self.path)
+            self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+            self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
+            self.metadata = {}
         else:
             raise InputError(
                 f"{self.path} is neither a safetensors file nor a torch checkpoint (it begins with {head[:8]!r})"
@@ -40,18 +61,27 @@ class TensorFile:
 
     def tensors(self, names):
         """Yield (name, tensor) for each name. A tensor may be a view of the mapped file: convert it, then drop it."""
+        read = self.reader()
+        for name in names:
+            yield name, read(name)
+
+    def reader(self):
+        """A function from a name to its tensor, for tensors that are converted and dropped one by one."""
         limit = CHUNK_BYTES
         if self.pickled:  # each unpickling takes 50 ms; unmapped files are in memory anyway, so are read once
             limit = 4 * CHUNK_BYTES if _is_mappable(self.path) else math.inf
         get_tensor, bytes_read = None, 0
-        for name in names:
+
+        def read(name):
+            nonlocal get_tensor, bytes_read
             if get_tensor is None or bytes_read > limit:
                 get_tensor = None  # closes the file before it is opened again
                 get_tensor, bytes_read = self._open(), 0
             tensor = get_tensor(name)
             bytes_read += tensor.nbytes
-            yield name, tensor
-            del tensor
+            return tensor
+
+        return read
 
     def _open(self):
         """A function from a name to its tensor. The file is closed once the function and its tensors are dropped."""
@@ -67,10 +97,13 @@ class Source(NamedTuple):
 
 
 def _read_safetensors_header(path):
-    """{name: shape}."""
+    """{name: shape}, {name: dtype}, metadata."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(entry.get_shape()) for name, entry in slices.items()}
+            dtypes = {name: DTYPES.get(entry.get_dtype(), entry.get_dtype()) for name, entry in slices.items()}
+            return shapes, dtypes, file.metadata() or {}
     except SafetensorError as error:
         raise InputError(
             f"{path} is not a whole safetensors file ({error}); the download was probably cut short: get it again"

@@ -240,15 +240,22 @@ def fit(pixels, transform):
     size, image = transform.size, Image.fromarray(pixels)
     width, height = image.size
     if transform.fit == "crop":
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    else:
-        scaled = [max(1, round(length * size / max(width, height))) for length in (width, height)]
-        image = image.resize(scaled, Image.Resampling.LANCZOS)
-        left, top = (size - scaled[0]) // 2, (size - scaled[1]) // 2
-        image = image.crop((-left, -top, size - left, size - top))  # a crop beyond the edges is black there
+        return crop(pixels, size, size)
+    scaled = [max(1, round(length * size / max(width, height))) for length in (width, height)]
+    image = image.resize(scaled, Image.Resampling.LANCZOS)
+    left, top = (size - scaled[0]) // 2, (size - scaled[1]) // 2
+    image = image.crop((-left, -top, size - left, size - top))  # a crop beyond the edges is black there
     return np.array(image.convert("RGB"))
+
+
+def crop(pixels, height, width):
+    """uint8 (H, W) or (H, W, 3) -> uint8 (height, width, 3): the largest centred part of that shape, Lanczos filter."""
+    image = Image.fromarray(pixels)
+    box_width = min(image.width, image.height * width / height)
+    box_height = min(image.height, image.width * height / width)
+    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box).convert("RGB"))
 
 
 def to_tensor(pixels):
