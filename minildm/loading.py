@@ -9,6 +9,7 @@ import torch
 
 from minildm import checkpoint
 from minildm.adapters.files import merge_file
+from minildm.adapters.reading import adapter_file
 from minildm.errors import InputError
 from minildm.latent_diffusion import LatentDiffusion
 
@@ -74,7 +75,7 @@ def parse_adapter(adapter):
     """Split "path@2:0.6" into (Path("path"), multiplier 0.6, rank 2).
 
     Without them the multiplier is 1 and the rank None (all rows). What exists as a file or folder is a path, whatever
-    its name ends in. A folder stands for its adapter.safetensors.
+    its name ends in. A folder stands for the adapter in it (`adapter_file`).
     """
     path, multiplier, rank = str(adapter), 1.0, None
     if not Path(path).exists() and ":" in path:
@@ -83,7 +84,7 @@ def parse_adapter(adapter):
             path, multiplier = before, float(number)
     if not Path(path).exists() and (match := re.fullmatch(r"(.+)@(-?[0-9]+)", path)):
         path, rank = match[1], int(match[2])
-    return (Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)), multiplier, rank
+    return adapter_file(path), multiplier, rank
 
 
 def split_multiplier(adapter):

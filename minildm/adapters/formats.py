@@ -1,30 +1,42 @@
-"""Names in adapter files: the one table between our module paths and what other tools call the same layers.
+"""Names in adapter files: the one table between module paths here and what other tools call the same layers.
 
-An adapter gives each layer two factors, dW = alpha / rank * B A. A is (rank, in), B (out, rank); for a convolution A is
-(rank, in, kh, kw) and B (out, rank, 1, 1). The same layer in the dialects that `read_name` understands:
+An adapter gives each layer two factors, dW = alpha / rank * B A: A is (rank, in), B (out, rank); for a convolution A is
+(rank, in, kh, kw) and B (out, rank, 1, 1). The same layer in each dialect:
 
     native       unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q  .lora_A  .lora_B
-    diffusers    unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q  .lora_A.weight  .lora_B.weight  [.alpha]
+    diffusers    unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q  .lora_A.weight  .lora_B.weight
       before     unet. ... .attn1.to_q .lora.down.weight,  text_encoder. ... .q_proj .lora_linear_layer.down.weight
       before     ... .attn1.processor.to_q_lora.down.weight,  ... .self_attn.to_q_lora.down.weight
-    peft         base_model.model.mid_block. ... .attn1.to_q  .lora_A.weight  .lora_B.weight; alpha: adapter_config.json
+    PEFT         base_model.model.mid_block. ... .attn1.to_q  .lora_A.weight  .lora_B.weight
     kohya        lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q  .lora_down.weight  .lora_up.weight
-                 .alpha,  lora_te_text_model_encoder_layers_0_self_attn_q_proj ...
-      or         lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q, the blocks as CompVis numbers them
-    comfyui      diffusion_model.middle_block.1. ... .to_q,  text_encoders.clip_l.transformer.text_model. ...,
-                 ends as kohya's
-    cloneofsimo  unet:126:down  unet:126:up  text_encoder:0:down  ...: the layers are counted (`counted_layers`)
+      or         lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q, with blocks as the single file numbers them
+                 lora_te_text_model_encoder_layers_0_self_attn_q_proj ..., each with .alpha
+    cloneofsimo  unet:135:down  unet:135:up  text_encoder:2:down  ..., layers are counted
 
-Without an alpha, alpha = rank: dW = B A.
+The dotted dialects leave out "unet." or "text_encoder." at times, and "text_model." after the latter. This module needs
+no base model and no tensors.
 """
 
 import functools
 import re
+from typing import NamedTuple
 
 from minildm.checkpoint.single_file import RESNET_PARTS, unet_modules
 from minildm.config import UNetConfig
 
-# --- layers an adapter can change, # = a number ---
+NATIVE, DIFFUSERS, PEFT, KOHYA, CLONEOFSIMO = "native", "diffusers", "PEFT", "kohya", "cloneofsimo"
+TEXT_LAYERS = "text_encoder.text_model.encoder.layers"
+
+
+class Name(NamedTuple):
+    """A tensor's name, taken apart. ``path``: a module path here. ``part``: "A", "B" or "alpha"."""
+
+    dialect: str
+    path: str
+    part: str
+
+
+# --- the layers that an adapter can change, # = a number ---
 _TRANSFORMER = "attentions.#.transformer_blocks.#"
 _BLOCK_LAYERS = (
     *(f"{_TRANSFORMER}.{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v")),
@@ -33,89 +45,170 @@ _BLOCK_LAYERS = (
     *(f"resnets.#.{layer}" for layer in ("conv1", "conv2", "conv_shortcut", "time_emb_proj")),
 )
 LAYERS = {
-    "unet": (
+    "unet": {
         *(f"{block}.{layer}" for block in ("down_blocks.#", "mid_block", "up_blocks.#") for layer in _BLOCK_LAYERS),
         *("down_blocks.#.downsamplers.#.conv", "up_blocks.#.upsamplers.#.conv"),
         *("conv_in", "conv_out", "time_embedding.linear_#"),
-    ),
-    "text_encoder": tuple(
+    },
+    "text_encoder": {
         f"text_model.encoder.layers.#.{layer}"
         for layer in (*(f"self_attn.{projection}_proj" for projection in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
-    ),
+    },
 }
-NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")  # a number that stands alone between dots or underscores
+NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")  # stands alone between dots or underscores
 UNDERSCORED = {network: {layer.replace(".", "_"): layer for layer in layers} for network, layers in LAYERS.items()}
 
-# --- the two ends of a tensor's name ---
-STARTS = (  # (start, dialect, network; None: told by the rest)
-    ("lora_unet_", "kohya", "unet"),
-    ("lora_te_", "kohya", "text_encoder"),
-    ("lora_te1_", "kohya", "text_encoder"),  # with lora_te2_ it is SDXL's, see OTHER_KINDS
-    ("diffusion_model.", "comfyui", "unet"),
-    ("text_encoders.clip_l.transformer.", "comfyui", "text_encoder"),
-    ("text_encoders.clip_h.transformer.", "comfyui", "text_encoder"),  # SD v2.x
-    ("base_model.model.unet.", "peft", "unet"),
-    ("base_model.model.text_encoder.", "peft", "text_encoder"),
-    ("base_model.model.", "peft", None),
-    ("unet.", "diffusers", "unet"),
-    ("text_encoder.", "diffusers", "text_encoder"),
-    ("", "diffusers", None),
+# --- what a name begins and ends with ---
+STARTS = (  # (start, dialect, network; None: the rest tells it). The first that fits
+    ("lora_unet_", KOHYA, "unet"),
+    ("lora_te_", KOHYA, "text_encoder"),
+    ("lora_te1_", KOHYA, "text_encoder"),  # beside lora_te2_ it is SDXL's, see OTHER_MODELS
+    ("base_model.model.unet.", PEFT, "unet"),
+    ("base_model.model.text_encoder.", PEFT, "text_encoder"),
+    ("base_model.model.", PEFT, None),
+    ("unet.", DIFFUSERS, "unet"),
+    ("text_encoder.", DIFFUSERS, "text_encoder"),
+    ("", DIFFUSERS, None),
 )
-ENDS = (  # (end, factor, dialects)
-    (r"\.lora_(?:A|(B))", ("native",)),
-    (r"\.lora_(?:A|(B))(?:\.\w+)?\.weight", ("diffusers", "peft")),  # PEFT may put the adapter's name in between
-    (r"(?:\.|_)lora\.(?:down|(up))\.weight", ("diffusers",)),
-    (r"\.lora_linear_layer\.(?:down|(up))\.weight", ("diffusers",)),
-    (r"\.lora_(?:down|(up))\.weight", ("kohya", "comfyui")),
+END = re.compile(
+    r"(?P<layer>.+?)(?:"
+    r"\.lora_(?P<letter>[AB])(?:\.\w+)?\.weight"  # PEFT may put the adapter's name in between
+    r"|(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<side>down|up)\.weight"
+    r"|(?:[._]lora)?\.alpha)"
 )
+OLD_PROJECTIONS = {  # as attention processors called them
+    "self_attn.to_q": "self_attn.q_proj",
+    "self_attn.to_k": "self_attn.k_proj",
+    "self_attn.to_v": "self_attn.v_proj",
+    "self_attn.to_out": "self_attn.out_proj",
+    "attn1.to_out": "attn1.to_out.0",
+    "attn2.to_out": "attn2.to_out.0",
+}
 
-# --- adapters of other kinds, and for other models: (what a name of theirs contains, what to call them) ---
-OTHER_KINDS = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (
-            r"(double|single|joint)_(transformer_)?blocks|lora_te3_|^(lora_)?transformer[._]|_refiner[._]",
-            "an adapter for a diffusion transformer (SD 3, Flux or the like)",
-        ),
-        (r"lora_te2_|^text_encoder_2\.|text_encoders\.clip_g|label_emb|add_embedding", "an adapter for SDXL"),
-        (r"[._]transformer_blocks[._][1-9]", "an adapter for SDXL"),
-        (r"dora_scale|lora_magnitude_vector", "a DoRA adapter, which also changes the length of weight columns"),
-        (r"hada_w|hada_t", "a LoHa adapter (LyCORIS)"),
-        (r"lokr_", "a LoKr adapter (LyCORIS)"),
-        (r"oft_|\.boft", "an OFT adapter"),
-        (r"lora_mid", "a LoCon adapter in Tucker form (LyCORIS, use_tucker)"),
-        (r"\.diff(_b)?$|\.(w|b)_norm$", "an adapter with whole weight differences (LyCORIS, .diff)"),
-        (r"on_input$|ia3_l", "an IA3 adapter"),
-        (r"\.lora_E(\.\w+)?$|\.ranknum", "PEFT's unfinished form of AdaLoRA"),
-        (r"\.bias$|bias_(indices|values|size)$", "an adapter that also changes biases"),
-        (r"^lora_unet_(unet|text_encoder)_", "a broken conversion: the prefix of its names is doubled"),
-        (r"^(emp_params|string_to_param|clip_l$|clip_g$)", "a textual-inversion embedding, not an adapter"),
-    )
-)
-LOADABLE = "LoRA for SD v1.x and v2.x (its linear layers and convolutions)"
+# --- adapters for other models and of other kinds: what one of their names contains, and what to call them ---
+OTHER_MODELS = (  # of names with "lora"
+    (r"(double|single|joint)_(transformer_)?blocks|lora_te3_|^(lora_)?transformer[._]", "a diffusion transformer (SD 3,"
+     " Flux or the like)"),
+    (r"lora_te2_|^text_encoder_2\.|[._]transformer_blocks[._][1-9]", "SDXL"),
+)  # fmt: skip
+OTHER_KINDS = (
+    (r"dora_scale|lora_magnitude_vector", "a DoRA adapter, which also changes the lengths of weight columns"),
+    (r"\.hada_", "a LoHa adapter (LyCORIS)"),
+    (r"\.lokr_", "a LoKr adapter (LyCORIS)"),
+    (r"\.(oft|boft)_", "an OFT adapter"),
+    (r"\.glora_", "a GLoRA adapter (LyCORIS)"),
+    (r"\.lora_mid\.", "a LoCon adapter in Tucker form (LyCORIS, use_tucker)"),
+    (r"\.diff(_b)?$", "an adapter with whole differences of weights (LyCORIS, .diff)"),
+    (r"\.on_input$|\.ia3_l", "an IA3 adapter"),
+    (r"\.lora_E(\.|$)|\.ranknum", "PEFT's AdaLoRA, which is no plain product of two factors"),
+    (r"lora_(B|up)(\.\w+)?\.bias$", "an adapter that also changes biases"),
+    (r"^lora_unet_(unet|text)_", 'names with a doubled prefix ("lora_unet_unet_..."), left by a broken conversion'),
+    (r"^(emp_params|clip_[lg])$", "a textual-inversion embedding"),
+)  # fmt: skip
 
 
 def other_kind(names):
-    """What to call a file with one of these tensor names, or None: kinds of adapter that cannot be merged here."""
+    """What to call a file with these tensor names if its kind of adapter cannot be merged here, else None."""
+    for pattern, model in OTHER_MODELS:
+        if any("lora" in name and re.search(pattern, name) for name in names):
+            return f"an adapter for {model}"
     for pattern, kind in OTHER_KINDS:
-        if any(pattern.search(name) for name in names):
+        if any(re.search(pattern, name) for name in names):
             return kind
     return None
 
 
 def read_name(name):
-    """Take a tensor's name apart: (dialect, module path, "A" | "B" | "alpha"), or None for a name nobody knows."""
+    """Take a tensor's name apart: a Name, or None if it is of no dialect. Counted layers: see `counted_paths`."""
+    if match := re.fullmatch(r"((?:unet|text_encoder)\..+)\.lora_([AB])", name):
+        return Name(NATIVE, match[1], match[2]) if _is_layer(match[1]) else None
+    if match := re.fullmatch(r"(unet|text_encoder):(\d{1,4}):(up|down)", name):
+        path = _counted_path(match[1], int(match[2]))
+        return path and Name(CLONEOFSIMO, path, "A" if match[3] == "down" else "B")
     start, dialect, network = next(row for row in STARTS if name.startswith(row[0]))
-    part, rest = None, name[len(start) :]
-    if rest.endswith(".alpha") and dialect != "peft":
-        part, rest = "alpha", rest.removesuffix(".alpha")
-    for end, dialects in ENDS:
-        if part is None and (match := re.fullmatch(f"(.+?){end}", rest)):
-            known = dialects if dialect not in ("native", "diffusers") or start == "" else (*dialects,)
-            if dialect in known or (known == ("native",) and start in ("unet.", "text_encoder.")):
-                dialect = dialect if dialect in known else "native"
-                rest, part = match[1], "B" if match[2] else "A"
-    if part is None:
+    if (match := END.fullmatch(name[len(start) :])) is None:
         return None
-    path = _underscored(network, rest) if dialect == "kohya" else _dotted(network, rest, dialect)
-    return None if path is None else (dialect, path, part)
+    part = match["letter"] or {"down": "A", "up": "B", None: "alpha"}[match["side"]]
+    path = _underscored_path(network, match["layer"]) if dialect == KOHYA else _dotted_path(network, match["layer"])
+    return path and Name(dialect, path, part)
+
+
+def kohya_name(path):
+    """What kohya calls the layer at a module path."""
+    network, _, rest = path.partition(".")
+    return f"lora_{'unet' if network == 'unet' else 'te'}_{rest.replace('.', '_')}"
+
+
+def _template(text):
+    """A layer's name with # for each number, and the numbers."""
+    return NUMBER.sub("#", text), NUMBER.findall(text)
+
+
+def _is_layer(path):
+    network, _, layer = path.partition(".")
+    return _template(layer)[0] in LAYERS[network]
+
+
+def _dotted_path(network, layer):
+    layer = layer.replace(".processor.", ".")
+    for old, new in OLD_PROJECTIONS.items():
+        if layer.endswith(old):
+            layer = layer.removesuffix(old) + new
+    if layer.startswith("encoder.layers."):
+        layer = f"text_model.{layer}"
+    if network is None:
+        network = "text_encoder" if layer.startswith("text_model.") else "unet"
+    path = f"{network}.{layer}"
+    return path if _is_layer(path) else None
+
+
+def _underscored_path(network, layer):
+    template, numbers = _template(layer)
+    if (dotted := UNDERSCORED[network].get(template)) is not None:
+        parts = dotted.split("#")
+        return f"{network}." + "".join(part + number for part, number in zip(parts, [*numbers, ""], strict=True))
+    return f"unet.{_compvis_layers()[layer]}" if network == "unet" and layer in _compvis_layers() else None
+
+
+@functools.cache
+def _compvis_layers():
+    """{a layer's name in the single-file layout, underscored: our name without the network}, for the U-Net of SD v1.x
+    and v2.x, which have the same blocks."""
+    inside = [layer.removeprefix(f"{_TRANSFORMER}.") for layer in _BLOCK_LAYERS if layer.startswith(_TRANSFORMER)]
+    inside = [f"transformer_blocks.0.{layer.replace('to_out.#', 'to_out.0')}" for layer in inside if "net" not in layer]
+    inside += ["transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2", "proj_in", "proj_out"]
+    table = {}
+    for ours, theirs in unet_modules(UNetConfig()).items():
+        if ".attentions." in ours:
+            pairs = [(f"{ours}.{layer}", f"{theirs}.{layer}") for layer in inside]
+        elif ".resnets." in ours:
+            pairs = [(f"{ours}.{part}", f"{theirs}.{their_part}") for part, their_part in RESNET_PARTS.items()]
+        else:
+            pairs = [(ours, theirs)]
+        table |= {theirs.replace(".", "_"): ours for ours, theirs in pairs if _is_layer(f"unet.{ours}")}
+    return table
+
+
+# cloneofsimo/lora counts the linear layers in attention (CrossAttention) and GEGLU, in the order in which the diffusers
+# of its time created them: block after block down, then up, then the middle; in a block attn1, GEGLU, attn2.
+COUNTED_UNET = (
+    *(f"attn1.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+    "ff.net.0.proj",
+    *(f"attn2.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+)
+COUNTED_TEXT = ("k_proj", "v_proj", "q_proj", "out_proj")  # of CLIPAttention, as transformers creates them
+COUNTED_BLOCKS = (
+    *(f"down_blocks.{level}.attentions.{i}" for level in range(3) for i in range(2)),
+    *(f"up_blocks.{level}.attentions.{i}" for level in range(1, 4) for i in range(3)),
+    "mid_block.attentions.0",
+)
+COUNTED = len(COUNTED_BLOCKS) * len(COUNTED_UNET)  # 144 layers of the U-Net
+
+
+def _counted_path(network, n):
+    if network == "text_encoder":
+        return f"{TEXT_LAYERS}.{n // len(COUNTED_TEXT)}.self_attn.{COUNTED_TEXT[n % len(COUNTED_TEXT)]}"
+    if n >= COUNTED:
+        return None
+    block, layer = divmod(n, len(COUNTED_UNET))
+    return f"unet.{COUNTED_BLOCKS[block]}.transformer_blocks.0.{COUNTED_UNET[layer]}"

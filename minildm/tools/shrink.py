@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from minildm.adapters.files import Factors, read_adapter, write_native
+from minildm.adapters.files import write_native
+from minildm.adapters.reading import Factors, read_adapter
 from minildm.errors import InputError
 from minildm.files import sha256, writable_folder
 from minildm.loading import split_multiplier

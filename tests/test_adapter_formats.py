@@ -1,0 +1,432 @@
+"""Adapter files of every tool: names, reading, writing."""
+
+import copy
+import functools
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import peers
+import pytest
+import torch
+from peers import assert_says, noise
+from safetensors.torch import save_file
+
+from minildm.adapters import merge_file
+from minildm.adapters.formats import kohya_name, read_name
+from minildm.adapters.reading import read_adapter
+from minildm.checkpoint import build_networks, single_file
+from minildm.config import ModelConfig, UNetConfig
+from minildm.errors import InputError
+from minildm.latent_diffusion import LatentDiffusion
+
+BLOCK = "down_blocks.0.attentions.0"
+TO_Q, TO_OUT = (f"{BLOCK}.transformer_blocks.0.attn1.{layer}" for layer in ("to_q", "to_out.0"))
+TO_K = TO_Q.replace("attn1.to_q", "attn2.to_k")
+Q_PROJ = "text_model.encoder.layers.0.self_attn.q_proj"
+WIDTH, TEXT = 32, 64
+
+
+def full_blocks():
+    """A small model with the blocks of SD v1.x, so that every published name exists."""
+    config = peers.single_file_config()
+    unet = UNetConfig.tiny(
+        widths=(WIDTH,) * 4,
+        attention=(True, True, True, False),
+        n_heads=(8,) * 4,
+        layers_per_block=2,
+        context_dim=TEXT,
+        latent_size=16,
+    )
+    return replace(config, unet=unet, text_encoder=replace(config.text_encoder, n_layers=2))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return peers.random_model(full_blocks(), seed=5)
+
+
+def published(v2=False):
+    """SD v1.5 or v2.1 without memory."""
+    unet = UNetConfig(context_dim=1024, linear_projection=True, n_heads=(5, 10, 20, 20)) if v2 else UNetConfig()
+    text = replace(ModelConfig().text_encoder, width=1024, n_layers=23, n_heads=16, mlp_width=4096)
+    config = replace(ModelConfig(), unet=unet, text_encoder=text) if v2 else ModelConfig()
+    with torch.device("meta"):
+        networks = build_networks(config)
+    return LatentDiffusion(config, **networks)
+
+
+def layers_of(model, kinds=(torch.nn.Linear, torch.nn.Conv2d)):
+    """{module path: layer} of all that an adapter can change."""
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, kinds) and path.startswith(("unet.", "text_encoder."))
+    }
+
+
+def random_factors(model, ranks, layers=None, seed=0):
+    """{module path: (A, B)}, ranks taken by turns."""
+    ranks, factors = itertools.cycle(ranks), {}
+    for i, (path, layer) in enumerate((layers or layers_of(model)).items()):
+        out, inputs, *kernel = layer.weight.shape
+        rank = next(ranks)
+        A = noise(rank, inputs, *kernel, seed=seed + 2 * i) / math.sqrt(inputs * max(math.prod(kernel), 1))
+        B = 0.1 * noise(out, rank, *[1 for _ in kernel], seed=seed + 2 * i + 1)
+        factors[path] = (A, B)
+    return factors
+
+
+def delta(A, B, scale=1.0):
+    return scale * (B.double().flatten(1) @ A.double().flatten(1))
+
+
+def changed(model, path, **options):
+    """{module path: what merging the file adds to the weights}."""
+    merged = copy.deepcopy(model)
+    merge_file(merged, path, **options)
+    before = layers_of(model)
+    return {
+        name: (layer.weight.double() - before[name].weight.double()).flatten(1)
+        for name, layer in layers_of(merged).items()
+        if not torch.equal(layer.weight, before[name].weight)
+    }
+
+
+def assert_changes(changes, factors, scales=None, atol=1e-6):
+    assert set(changes) == set(factors)
+    for name, (A, B) in factors.items():
+        expected = delta(A, B, 1.0 if scales is None else scales[name])
+        torch.testing.assert_close(changes[name], expected, rtol=1e-4, atol=atol)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("v2", [False, True])
+def test_every_layer_of_a_published_model_has_a_name_in_every_dialect(v2):
+    paths = list(layers_of(published(v2)))
+    kohya = {path: f"{kohya_name(path)}.lora_up.weight" for path in paths}
+    assert len(set(kohya.values())) == len(paths) > 300
+    for path in paths:
+        for name, dialect in (
+            (f"{path}.lora_B", "native"),
+            (f"{path}.lora_B.weight", "diffusers"),
+            (f"base_model.model.{path.partition('.')[2]}.lora_B.weight", "PEFT"),
+            (kohya[path], "kohya"),
+        ):
+            assert read_name(name) == (dialect, path, "B"), name
+
+
+def old_names(path):
+    """{dialect and spelling: (name of A, of B)} of a layer, in older spellings."""
+    network, _, inside = path.partition(".")
+    parent, _, last = inside.replace("to_out.0", "to_out").rpartition(".")
+    names = {
+        "lora": (f"{path}.lora.down.weight", f"{path}.lora.up.weight"),
+        "linear layer": (f"{path}.lora_linear_layer.down.weight", f"{path}.lora_linear_layer.up.weight"),
+        "bare": (f"{inside}.lora_A.weight", f"{inside}.lora_B.weight"),
+        "PEFT's adapter name": tuple(f"base_model.model.{inside}.lora_{x}.default.weight" for x in "AB"),
+        "PEFT on both": tuple(f"base_model.model.{path}.lora_{x}.weight" for x in "AB"),
+    }
+    if network == "unet" and "attn" in parent.rpartition(".")[2]:
+        names["processor"] = tuple(f"{parent}.processor.{last}_lora.{x}.weight" for x in ("down", "up"))
+        names["unet processor"] = tuple(f"unet.{name}" for name in names["processor"])
+    if network == "text_encoder":
+        short = inside.removeprefix("text_model.")
+        names["no text_model"] = (f"text_encoder.{short}.lora_A.weight", f"text_encoder.{short}.lora_B.weight")
+        if "self_attn" in inside:
+            last = f"to_{last.removesuffix('_proj')}_lora"
+            names["text attention"] = tuple(f"text_encoder.{parent}.{last}.{x}.weight" for x in ("down", "up"))
+        names["kohya te1"] = tuple(f"lora_te1_{inside.replace('.', '_')}.lora_{x}.weight" for x in ("down", "up"))
+    return names
+
+
+SPELLINGS = sorted({s for path in (f"unet.{TO_Q}", f"text_encoder.{Q_PROJ}") for s in old_names(path)})
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.filterwarnings("ignore:.*alpha = rank")
+def test_older_spellings_change_the_same_weights(spelling, model, tmp_path):
+    layers = {path: layer for path, layer in layers_of(model, torch.nn.Linear).items() if spelling in old_names(path)}
+    factors = random_factors(model, (2, 1, 3), layers)
+    tensors = {n: t for path, pair in factors.items() for n, t in zip(old_names(path)[spelling], pair)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    torch.save(tensors, tmp_path / "a.bin")
+    assert_changes(changed(model, tmp_path / "a.safetensors"), factors)
+    assert_changes(changed(model, tmp_path / "a.bin"), factors)
+
+
+@functools.cache
+def single_file_names():
+    config = full_blocks()
+    with torch.device("meta"):
+        return single_file.names(config, build_networks(config))["unet"]
+
+
+def compvis(path):
+    """kohya's name of a U-Net layer in the numbering of the single file, by that file's own table."""
+    theirs = single_file_names()[f"{path.removeprefix('unet.')}.weight"][0].removesuffix(".weight")
+    return f"lora_unet_{theirs.removeprefix('model.diffusion_model.').replace('.', '_')}"
+
+
+def test_kohyas_convolutions_alphas_and_both_numberings(model, tmp_path):
+    chosen = [path for i, path in enumerate(layers_of(model)) if i % 9 == 0 or "conv" in path]
+    factors = random_factors(model, (4, 1, 2), {path: layers_of(model)[path] for path in chosen})
+    tensors, scales = {}, {}
+    for i, (path, (A, B)) in enumerate(factors.items()):
+        name = compvis(path) if i % 2 and "unet" in path and "time_embedding" not in path else kohya_name(path)
+        tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
+        scales[path] = 1.0
+        if i % 3:  # without alpha: alpha = rank
+            tensors[f"{name}.alpha"] = torch.tensor(i + 0.5)
+            scales[path] = (i + 0.5) / len(A)
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_network_dim": "Dynamic"})
+    assert any(A.shape[2:] == (3, 3) for A, _ in factors.values())
+    assert_changes(changed(model, tmp_path / "a.safetensors"), factors, scales, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_half_precision_files_lose_nothing(dtype, model, tmp_path):
+    factors = {
+        path: tuple(factor.to(dtype) for factor in pair)
+        for path, pair in random_factors(model, (2,), {f"unet.{TO_Q}": layers_of(model)[f"unet.{TO_Q}"]}).items()
+    }
+    ((A, B),) = factors.values()
+    save_file({f"unet.{TO_Q}.lora_A.weight": A, f"unet.{TO_Q}.lora_B.weight": B}, tmp_path / "a.safetensors")
+    assert_changes(changed(model, tmp_path / "a.safetensors"), factors)
+
+
+def test_a_1x1_convolution_and_a_linear_layer_take_each_others_shapes(model, tmp_path):
+    layers = layers_of(model)
+    paths = [f"unet.{BLOCK}.proj_in", f"unet.{TO_Q}"]
+    factors = random_factors(model, (2,), {path: layers[path] for path in paths})
+    flipped = {
+        path: (A.flatten(1), B.flatten(1)) if A.dim() == 4 else (A[..., None, None], B[..., None, None])
+        for path, (A, B) in factors.items()
+    }
+    tensors = {
+        f"{path}.lora_{letter}.weight": factor.contiguous()
+        for path, pair in flipped.items()
+        for letter, factor in zip("AB", pair)
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert_changes(changed(model, tmp_path / "a.safetensors"), factors)
+
+
+def test_cloneofsimos_numbers_and_unused_tokens(model, tmp_path):
+    order = []  # as the classes of its time were created: down, up, middle; attn1, GEGLU, attn2
+    for block in ("down_blocks", "up_blocks", "mid_block"):
+        transformers = [p for p, _ in model.unet.named_modules() if p.startswith(block) and p.endswith("blocks.0")]
+        for path in (p for p in transformers if "transformer" in p):
+            attention = ("to_q", "to_k", "to_v", "to_out.0")
+            order += [f"unet.{path}.attn1.{layer}" for layer in attention]
+            order += [f"unet.{path}.ff.net.0.proj", *(f"unet.{path}.attn2.{layer}" for layer in attention)]
+    assert len(order) == 144
+    text = [f"text_encoder.{Q_PROJ[:-6]}{layer}_proj" for layer in "kvq"] + [f"text_encoder.{Q_PROJ[:-6]}out_proj"]
+    layers = layers_of(model)
+    factors = random_factors(model, (1, 3), {path: layers[path] for path in (*order, *text)})
+    tensors = {"<s1>": torch.ones(TEXT), "<s2>": torch.ones(TEXT)}
+    metadata = {"unet": '["GEGLU", "CrossAttention", "Attention"]', "text_encoder": '["CLIPAttention"]'}
+    for network, paths in (("unet", order), ("text_encoder", text)):
+        for i, path in enumerate(paths):
+            tensors[f"{network}:{i}:down"], tensors[f"{network}:{i}:up"] = factors[path]
+            metadata[f"{network}:{i}:rank"] = str(len(factors[path][0]))
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    with pytest.warns(UserWarning, match="2 textual-inversion vectors.*<s1>, <s2>"):
+        assert_changes(changed(model, tmp_path / "a.safetensors"), factors)
+
+
+# --- what the metadata say -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("where", ["diffusers", "PEFT"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alpha_and_patterns_of_the_metadata_are_used(where, rslora, model, tmp_path):
+    layers = layers_of(model)
+    paths = [f"unet.{TO_Q}", f"unet.{TO_OUT}", f"text_encoder.{Q_PROJ}"]
+    factors = random_factors(model, (4, 2, 4), {path: layers[path] for path in paths})
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {f"^{TO_OUT}": 2},
+        "alpha_pattern": {"attn1.to_out.0": 3, "encoder.layers.0.self_attn.q_proj": 5},
+        "use_rslora": rslora,
+        "peft_type": "LORA",
+    }
+    if where == "PEFT":
+        start, metadata = "base_model.model.", None
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        start = ""
+        flat = {f"{network}.{key}": value for network in ("unet", "text_encoder") for key, value in config.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(flat)}
+    name = "adapter_model.safetensors" if where == "PEFT" else "pytorch_lora_weights.safetensors"
+    tensors = {f"{start}{p}.lora_{x}.weight": t for p, pair in factors.items() for x, t in zip("AB", pair)}
+    save_file(tensors, tmp_path / name, metadata)
+    divisor = {p: math.sqrt(len(A)) if rslora else len(A) for p, (A, _) in factors.items()}
+    scales = {p: alpha / divisor[p] for p, alpha in zip(paths, (8, 3, 5))}
+    assert_changes(changed(model, tmp_path), factors, scales)  # the folder
+
+
+# --- the published files ---------------------------------------------------------------------------------------------
+def test_real_adapters_fit_sd15(shared_data):
+    base = published()
+    counts = {"axe_attnprocs_rank4.bin": 128, "axe_attnprocs_rank4.safetensors": 128,
+              "cloneofsimo_analog_svd_rank4.safetensors": 192, "cloneofsimo_lora_disney.safetensors": 192}  # fmt: skip
+    with pytest.warns(UserWarning, match="<s1>, <s2>"):
+        for name, n in counts.items():
+            path = shared_data / "lora" / name
+            merge_file(base, path)
+            assert len(read_adapter(path).factors) == n
+    with pytest.raises(InputError) as error:
+        merge_file(published(v2=True), shared_data / "lora" / "axe_attnprocs_rank4.bin")
+    assert_says(error, "is for Stable Diffusion v1.x", "the base is Stable Diffusion v2.x")
+
+
+REFUSED = {"diffusers_sd2_bf16_rank4": "Stable Diffusion v2.x", "kohya_like_double_unet_prefix": "doubled prefix"}
+
+
+@pytest.mark.filterwarnings("ignore:.*alpha = rank", "ignore:.*textual-inversion")
+def test_the_nine_key_lists_are_recognized(shared_data, tmp_path):
+    base, dtypes = published(), {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    listed = [p for p in sorted((shared_data / "lora" / "key_dumps").glob("*.json")) if "config" not in p.name]
+    assert len(listed) == 9
+    for path in listed:
+        document = json.loads(path.read_text())
+        tensors = {
+            name: torch.ones(entry["shape"], dtype=dtypes[entry["dtype"]])
+            if isinstance(entry, dict)
+            else torch.ones(entry)
+            for name, entry in document["tensors"].items()
+        }
+        save_file(tensors, tmp_path / path.stem, document.get("metadata"))
+        if path.stem in REFUSED:
+            with pytest.raises(InputError, match=REFUSED[path.stem]):
+                merge_file(base, tmp_path / path.stem)
+        else:
+            merge_file(base, tmp_path / path.stem)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+A, B = torch.ones(2, WIDTH), torch.ones(WIDTH, 2)
+GOOD = {f"unet.{TO_Q}.lora_A.weight": A, f"unet.{TO_Q}.lora_B.weight": B}
+K = f"lora_unet_{TO_Q.replace('.', '_')}"
+KOHYA = {f"{K}.lora_down.weight": A, f"{K}.lora_up.weight": B}
+SIMO = {"unet:0:down": A, "unet:0:up": B}
+
+
+def kohya(name, last="lora_up.weight"):
+    return KOHYA | {f"{name}.{last}": B}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "says"),
+    [
+        ({}, None, ["not an adapter", "none"]),
+        ({"x": A}, None, ["not an adapter", "x"]),
+        (GOOD | {"unet.nonsense.lora_A.weight": A}, None, ["unet.nonsense.lora_A.weight", "no layer"]),
+        (GOOD | {f"unet.{TO_OUT}.lora_A.weight": A}, None, [f"unet.{TO_OUT}.lora_A.weight", "no partner"]),
+        (KOHYA | {f"{kohya_name(f'unet.{TO_OUT}')}.alpha": torch.tensor(1.0)}, None, ["alpha has no partner"]),
+        (GOOD | KOHYA, None, ["mixes the names of diffusers and kohya"]),
+        (GOOD | {f"{TO_Q}.lora_A.weight": A}, None, ["same layer"]),
+        (GOOD | {f"unet.{TO_Q}.lora_B.weight": torch.ones(WIDTH, 3)}, None, ["(32, 3)", "expected (rank, in)"]),
+        (GOOD | {f"unet.{TO_Q}.lora_B.weight": torch.tensor(1.0)}, None, ["has shape", "()"]),
+        (GOOD | {f"unet.{TO_Q}.lora_A.weight": torch.ones(2, 7)}, None, ["another base", "(2, 7)", "(2, 32)"]),
+        (GOOD | {f"unet.{TO_Q}.lora_A.weight": A * math.nan}, None, ["NaN"]),
+        (GOOD | {f"unet.{TO_Q}.lora_A.weight": A.to(torch.float8_e4m3fn)}, None, ["float8_e4m3fn", "float16"]),
+        (GOOD | {f"unet.{TO_Q}.lora_A.weight": A.to(torch.int8)}, None, ["int8"]),
+        (KOHYA | {f"{K}.alpha": torch.tensor(-1.0)}, None, ["alpha", "positive", "-1"]),
+        (KOHYA | {f"{K}.alpha": torch.tensor(0.0)}, None, ["alpha", "positive"]),
+        (KOHYA | {f"{K}.alpha": torch.tensor(math.inf)}, None, ["alpha", "infinite"]),
+        (KOHYA | {f"{K}.alpha": torch.tensor(math.nan)}, None, ["alpha", "NaN"]),
+        (KOHYA | {f"{K}.alpha": torch.ones(3)}, None, ["alpha", "(3,)"]),
+        ({f"unet.{TO_Q}.lora_A": A, f"unet.{TO_Q}.lora_B": B}, None, ["its scale is unknown"]),
+        # other models and kinds
+        (kohya("lora_te2_text_model_encoder_layers_0_mlp_fc1"), None, ["an adapter for SDXL"]),
+        (kohya("lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"), None, ["an adapter for SDXL"]),
+        ({f"unet.{TO_K}.lora_A.weight": torch.ones(2, 2048), f"unet.{TO_K}.lora_B.weight": B}, None,
+         ["an adapter for SDXL"]),
+        ({"text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": A}, None, ["an adapter for SDXL"]),
+        (kohya("lora_unet_double_blocks_0_img_attn_proj"), None, ["Flux"]),
+        ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": A}, None, ["SD 3"]),
+        (kohya(K, "dora_scale"), None, ["DoRA"]),
+        (GOOD | {f"unet.{TO_Q}.lora_magnitude_vector": B}, None, ["DoRA"]),
+        ({f"{K}.hada_w1_a": A}, None, ["LoHa"]),
+        ({f"{K}.lokr_w1": A}, None, ["LoKr"]),
+        ({f"{K}.oft_blocks": A}, None, ["OFT"]),
+        ({f"{K}.diff": A}, None, ["whole differences"]),
+        (kohya(K, "lora_mid.weight"), None, ["Tucker"]),
+        (GOOD | {f"unet.{TO_Q}.lora_B.bias": torch.ones(2)}, None, ["biases"]),
+        ({"emp_params": A}, None, ["textual-inversion embedding"]),
+        ({"lora_unet_unet_x_lora_up.weight": A}, None, ["doubled prefix"]),
+        # cloneofsimo's counting
+        (SIMO, {"unet": '["ResnetBlock2D"]'}, ["numbers the layers", "ResnetBlock2D"]),
+        (SIMO, {"unet": "{"}, ["metadata unet", "no JSON"]),
+        (SIMO, {"unet:0:rank": "3"}, ["unet:0:down", "rank 3"]),
+        ({"unet:144:down": A, "unet:144:up": B}, None, ["unet:144:down"]),
+        # metadata
+        (GOOD, {"lora_adapter_metadata": '{"unet.r": 3}'}, ["has rank 2", "says 3"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.lora_alpha": -4}'}, ["lora_alpha", "positive", "-4"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.lora_alpha": NaN}'}, ["lora_alpha", "positive"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.lora_alpha": "a"}'}, ["lora_alpha", "positive"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(a+)+": 1}}'}, ["regular expression"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.use_dora": true}'}, ["DoRA"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.peft_type": "IA3"}'}, ["IA3"]),
+        (GOOD | {f"unet.{TO_Q}.alpha": torch.tensor(1.0)}, {"lora_adapter_metadata": '{"unet.lora_alpha": 4}'},
+         ["alpha of 1", "say 4"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_one_line_that_names_it(tensors, metadata, says, model, tmp_path):
+    path, before = tmp_path / "a.safetensors", model.unet.get_submodule(TO_Q).weight.clone()
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata)
+    with pytest.raises(InputError) as error:
+        merge_file(model, path)
+    assert_says(error, path, *says)
+    assert model.merged == [] and torch.equal(model.unet.get_submodule(TO_Q).weight, before)
+
+
+@pytest.mark.parametrize("key", ["minildm", "minildm_origin", "lora_adapter_metadata"])
+@pytest.mark.parametrize("value", ["", "{", "[]", "3", "null", '"x"', "NaN", "[" * 100_000, '{"unet.r": []}', "{}"])
+def test_damaged_metadata_never_give_a_traceback(key, value, tmp_path):
+    save_file(GOOD, tmp_path / "a.safetensors", {key: value})
+    try:
+        read_adapter(tmp_path / "a.safetensors")
+    except InputError as error:
+        assert_says(error, tmp_path)
+    else:
+        assert value == "{}" or (key == "minildm_origin" and value.startswith('{"unet'))
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "peft_type"])
+@pytest.mark.parametrize("value", [[], {}, "x", True, -1, 0, {"": 1}, {TO_Q: None}, {TO_Q: []}, 1e400])
+def test_a_damaged_configuration_is_one_line(field, value, tmp_path):
+    save_file(GOOD, tmp_path / "a", {"lora_adapter_metadata": json.dumps({f"unet.{field}": value})})
+    try:
+        adapter = read_adapter(tmp_path / "a")
+    except InputError as error:
+        assert_says(error, tmp_path)
+    else:  # what says nothing about this layer
+        assert value == {} or {None} == set(getattr(value, "values", list)()), adapter
+
+
+def test_a_pickle_that_would_run_code_is_refused(model, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"unet.a.lora_A.weight": A, "x": Hostile()}, tmp_path / "a.bin")
+    with pytest.raises(InputError) as error:
+        merge_file(model, tmp_path / "a.bin")
+    assert_says(error, "a.bin", "run code")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_adapters_of_two_bases_do_not_mix(tmp_path):
+    base, name = published(), TO_K
+    for width in (768, 1024):
+        tensors = {f"unet.{name}.lora_A.weight": torch.ones(2, width), f"unet.{name}.lora_B.weight": torch.ones(320, 2)}
+        save_file(tensors, tmp_path / f"{width}.safetensors")
+    merge_file(base, tmp_path / "768.safetensors")
+    with pytest.raises(InputError) as error:
+        merge_file(base, tmp_path / "1024.safetensors")
+    assert_says(error, "1024.safetensors is for Stable Diffusion v2.x", "the base is Stable Diffusion v1.x (768)")
+    assert len(base.merged) == 1
