@@ -12,11 +12,14 @@ import peers
 import pytest
 import torch
 from peers import assert_says, noise
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from minildm.adapters import merge_file
+from minildm.__main__ import main
+from minildm.adapters import adapter_layers, add_adapter, merge_adapter, merge_file, save_adapter
 from minildm.adapters.formats import kohya_name, read_name
-from minildm.adapters.reading import read_adapter
+from minildm.adapters.reading import Factors, read_adapter
+from minildm.adapters.writing import FORMATS, write_adapter
 from minildm.checkpoint import build_networks, single_file
 from minildm.config import ModelConfig, UNetConfig
 from minildm.errors import InputError
@@ -430,3 +433,225 @@ def test_adapters_of_two_bases_do_not_mix(tmp_path):
         merge_file(base, tmp_path / "1024.safetensors")
     assert_says(error, "1024.safetensors is for Stable Diffusion v2.x", "the base is Stable Diffusion v1.x (768)")
     assert len(base.merged) == 1
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+def deltas(path):
+    return {name: delta(*entry) for name, entry in read_adapter(path).factors.items()}
+
+
+def mixed(model, scales, ranks=(3, 1, 4), kinds=(torch.nn.Linear,)):
+    pairs, scales = random_factors(model, ranks, layers_of(model, kinds)), itertools.cycle(scales)
+    return {path: Factors(A, B, next(scales)) for path, (A, B) in pairs.items()}
+
+
+CHAINS = [["native", *chain, "native"] for chain in itertools.permutations(FORMATS[1:])]
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (8 / 6,), (0.3, 2.0, 1.0, 5e-3)])
+@pytest.mark.parametrize("chain", CHAINS, ids="-".join)
+def test_every_chain_of_conversions_keeps_the_changes(chain, scales, model, tmp_path):
+    factors = mixed(model, scales, kinds=(torch.nn.Linear, torch.nn.Conv2d))
+    write_adapter(factors, tmp_path / "0.safetensors", "selora", {"base": "b" * 64, "on_top_of": [], "settings": None})
+    for i, format in enumerate(chain):
+        arguments = [
+            str(tmp_path / f"{i}.safetensors"),
+            "--to",
+            format,
+            "--out",
+            str(tmp_path / f"{i + 1}.safetensors"),
+        ]
+        assert main(["convert", *arguments]) == 0
+        adapter = read_adapter(tmp_path / f"{i + 1}.safetensors")
+        assert (adapter.dialect, adapter.kind, adapter.about["base"]) == (format, "selora", "b" * 64)
+    expected = {name: delta(*entry) for name, entry in factors.items()}
+    result = deltas(tmp_path / f"{len(chain)}.safetensors")
+    assert set(result) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_kohya_round_trip_keeps_every_bit_where_alphas_are_equal(model, tmp_path):
+    factors = {path: entry._replace(scale=2.7 / len(entry.A)) for path, entry in mixed(model, (1.0,)).items()}
+    write_adapter(factors, tmp_path / "a.safetensors", "lora", {}, "kohya")
+    read = read_adapter(tmp_path / "a.safetensors").factors
+    for path, (A, B, scale) in factors.items():
+        assert torch.equal(read[path].A, A) and torch.equal(read[path].B, B)
+        assert read[path].scale == pytest.approx(scale, rel=1e-7)
+    write_adapter(read, tmp_path / "b.safetensors", "lora", {}, "kohya")
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_kohyas_file_has_one_alpha_and_technical_metadata_only(model, tmp_path):
+    about = {"settings": {"instance_prompt": "secret patient"}, "base": None, "on_top_of": []}
+    write_adapter(mixed(model, (1.0,)), tmp_path / "a.safetensors", "selora", about, "kohya")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        names, metadata = list(file.keys()), file.metadata()
+        alphas = {file.get_tensor(name).item() for name in names if name.endswith(".alpha")}
+    assert len(alphas) == 1 and len(names) == 3 * len(mixed(model, (1.0,)))
+    assert metadata["ss_network_dim"] == "Dynamic" and metadata["ss_network_module"] == "networks.lora"
+    assert "secret" not in str(metadata) and str(tmp_path) not in str(metadata)
+
+
+@pytest.mark.parametrize("kind", ["lora", "selora", "adalora", "dylora"])
+def test_the_live_adapter_of_every_method_is_saved_in_every_format(kind, tmp_path):
+    model = peers.random_model(ModelConfig.tiny())
+    trained = copy.deepcopy(model)
+    for i, layer in enumerate(add_adapter(trained, kind, rank=3, alpha=2.0).values()):
+        for name, parameter in layer.named_parameters():
+            if name.startswith("lora_"):
+                parameter.data = 0.1 * noise(*parameter.shape, seed=i)
+        if kind == "adalora":
+            layer.freeze(torch.tensor([[True, False, True], [False] * 3][i % 2]))  # ranks 2 and 0
+    for format in FORMATS:
+        save_adapter(trained, tmp_path / f"{format}.safetensors", format)
+    merge_adapter(trained)
+    for format in FORMATS:
+        plain = copy.deepcopy(model)
+        assert merge_file(plain, tmp_path / f"{format}.safetensors")["kind"] == kind
+        for name, tensor in plain.state_dict().items():
+            torch.testing.assert_close(tensor, trained.state_dict()[name], rtol=1e-6, atol=1e-6)
+        assert not adapter_layers(plain)
+
+
+def test_convert_takes_a_rank_of_dylora(model, tmp_path, capsys):
+    trained = copy.deepcopy(model)
+    for i, layer in enumerate(add_adapter(trained, "dylora", rank=3, alpha=2.0).values()):
+        layer.lora_B.data = 0.1 * noise(*layer.lora_B.shape, seed=i)
+    save_adapter(trained, tmp_path / "adapter.safetensors")
+    assert main(["convert", str(tmp_path), "--to", "kohya", "--rank", "2"]) == 0
+    assert "adapter-rank2.kohya.safetensors" in capsys.readouterr().out
+    expected = changed(model, tmp_path / "adapter.safetensors", rank=2)
+    result = changed(model, tmp_path / "adapter-rank2.kohya.safetensors")
+    for name in expected:
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{a}", "--to", "kohya", "--rank", "1"], ["one rank only", "--rank"]),
+        (["{a}", "--to", "kohya", "--out", "{tmp}/a.bin"], ["suffix"]),
+        (["{a}", "--to", "kohya", "--out", "{a}"], ["exists already"]),
+        (["{tmp}/none", "--to", "kohya"], ["no such adapter"]),
+        (["{tmp}", "--to", "kohya"], ["no such adapter"]),
+    ],
+)
+def test_convert_says_what_is_wrong(arguments, says, model, tmp_path):
+    write_adapter(mixed(model, (1.0,)), tmp_path / "a.safetensors", "lora", {})
+    with pytest.raises((InputError, FileNotFoundError)) as error:
+        main(["convert", *(word.format(a=tmp_path / "a.safetensors", tmp=tmp_path) for word in arguments)])
+    assert_says(error, *says)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_nothing_to_write_is_said(model, tmp_path):
+    empty = {f"unet.{TO_Q}": Factors(torch.ones(0, WIDTH), torch.ones(WIDTH, 0), 1.0)}
+    with pytest.raises(InputError, match="no layer of rank 1 or more"):
+        write_adapter(empty, tmp_path / "a.safetensors", "adalora", {}, "kohya")
+    with pytest.raises(InputError, match="format must be one of native, kohya, diffusers"):
+        save_adapter(model, tmp_path / "a.safetensors", "ckpt")
+
+
+# --- other tools' own loaders ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pipeline_folder(model, tmp_path_factory):
+    folder = peers.write_folder(model, tmp_path_factory.mktemp("pipeline") / "base")
+    peers.write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def assert_same_outputs(ours, pipe):
+    """Text encoder and U-Net <= 1e-5, a sampled latent <= 1e-4."""
+    token_ids = ours.tokenize(["chest x-ray", ""])
+    latents, timesteps = noise(2, 4, 16, 16, seed=9), torch.tensor([10, 700])
+    with torch.no_grad():
+        context = ours.text_encoder(token_ids)
+        their_context = pipe.text_encoder(token_ids).last_hidden_state
+        assert peers.relative_error(context, their_context) <= peers.PARITY
+        theirs = pipe.unet(latents, timesteps, context).sample
+        assert peers.relative_error(ours.unet(latents, timesteps, context), theirs) <= peers.PARITY
+    options = {"output": "latent", "latents": latents[:1], "guidance": 3.0, "steps": 4}
+    sampled = ours.sample(["chest x-ray"], **options)
+    their_sampled = pipe(
+        "chest x-ray", latents=latents[:1].clone(), guidance_scale=3.0, num_inference_steps=4, output_type="latent"
+    ).images
+    assert peers.relative_error(sampled, their_sampled) <= 1e-4
+
+
+def merged(model, path):
+    ours = copy.deepcopy(model)
+    merge_file(ours, path)
+    return ours
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+@pytest.mark.filterwarnings("ignore:ddim with")
+def test_diffusers_loads_what_is_written_here(format, convolutions, model, pipeline_folder, tmp_path):
+    kinds = (torch.nn.Linear, torch.nn.Conv2d) if convolutions else (torch.nn.Linear,)
+    factors = mixed(model, (0.5, 2.0, 1.0), kinds=kinds)
+    write_adapter(factors, tmp_path / "a.safetensors", "selora", {}, format)
+    pipe, ours = peers.diffusers_pipeline(pipeline_folder), merged(model, tmp_path / "a.safetensors")
+    with torch.no_grad():
+        token_ids = ours.tokenize(["chest x-ray"])
+        plain = pipe.text_encoder(token_ids).last_hidden_state
+        assert peers.relative_error(ours.text_encoder(token_ids), plain) > 1e-2  # the adapter shows
+    pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    assert_same_outputs(ours, pipe)
+
+
+def test_peft_loads_what_is_written_here(model, pipeline_folder, tmp_path):
+    import peft
+
+    write_adapter(mixed(model, (0.5, 2.0, 1.0)), tmp_path / "a.safetensors", "selora", {}, "diffusers")
+    pipe = peers.diffusers_pipeline(pipeline_folder)
+    tensors = load_file(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    for network in ("unet", "text_encoder"):
+        module = getattr(pipe, network)
+        settings = {k.removeprefix(f"{network}."): v for k, v in config.items() if k.startswith(f"{network}.")}
+        state = {k.removeprefix(f"{network}."): v for k, v in tensors.items() if k.startswith(f"{network}.")}
+        if not hasattr(module, "text_model"):
+            state = {k.removeprefix("text_model."): v for k, v in state.items()}
+        peft.inject_adapter_in_model(peft.LoraConfig(**settings), module)
+        result = peft.set_peft_model_state_dict(module, state)
+        assert not result.unexpected_keys
+    assert_same_outputs(merged(model, tmp_path / "a.safetensors"), pipe)
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "PEFT"])
+@pytest.mark.filterwarnings("ignore:ddim with")
+def test_what_diffusers_and_peft_write_loads_here(dialect, model, pipeline_folder, tmp_path):
+    import diffusers
+    import peft
+
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["to_q", "to_v", "to_out.0", "proj_in", "conv1", "q_proj", "fc1"],
+        rank_pattern={"to_v": 2, "attn1.to_q": 4},
+        alpha_pattern={"attn2.to_q": 7, "fc1": 1},
+        init_lora_weights=False,
+    )
+    pipe = peers.diffusers_pipeline(pipeline_folder)
+    torch.manual_seed(0)
+    if dialect == "PEFT":
+        wrapped = {network: peft.get_peft_model(getattr(pipe, network), config) for network in ("unet", "text_encoder")}
+        ours = model
+        for network, module in wrapped.items():
+            module.save_pretrained(tmp_path / network)
+            ours = merged(ours, tmp_path / network)
+    else:
+        pipe.unet.add_adapter(config)
+        pipe.text_encoder.add_adapter(config)
+        networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+        states = {f"{n}_lora_layers": peft.get_peft_model_state_dict(module) for n, module in networks.items()}
+        metadata = {f"{n}_lora_adapter_metadata": m.peft_config["default"].to_dict() for n, m in networks.items()}
+        for value in metadata.values():
+            value["target_modules"] = sorted(value["target_modules"])
+        diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, **states, **metadata)
+        ours = merged(model, tmp_path)
+    assert_same_outputs(ours, pipe)

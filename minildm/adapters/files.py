@@ -1,53 +1,35 @@
-"""Adapter files: our own format, and merging one into a model.
+"""The live adapter to a file, and a file into a model: what reading.py and writing.py are for."""
 
-A safetensors file with ``<module path>.lora_A`` (rank, in) and ``.lora_B`` (out, rank), float32, and one metadata
-entry ``minildm``: a JSON object with the kind, the scale, ranks by path, the base's hash and what else the caller
-gives. Never captions or tags: they may be patient text.
-"""
-
-import json
 import math
 import warnings
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from minildm.adapters.inject import adapter_layers
-from minildm.adapters.reading import FAMILIES, FORMAT, Factors, context_width, read_adapter
+from minildm.adapters.reading import FAMILIES, Factors, context_width, read_adapter
+from minildm.adapters.writing import check_format, write_adapter
 from minildm.errors import InputError
-from minildm.files import sha256, written_beside
+from minildm.files import sha256
 
 NESTED = ("dylora",)  # kinds of which the first rows are an adapter, too
 
 
 def save_adapter(model, path, format="native", settings=None):
-    """Write the live adapter. ``settings``: a dict to record beside it (steps, learning rate, seed, ...).
+    """Write the live adapter.
 
+    Args: format: "native", "kohya" (ComfyUI, A1111 and others) or "diffusers", see writing.py. settings: a dict to
+        record beside it in native files (steps, learning rate, seed, ...).
     Raises: InputError if the model has no live adapter, or for another format.
     """
-    if format != "native":
-        raise InputError(f"adapter format must be 'native', got {format!r}")
+    check_format(format)
     layers = adapter_layers(model)
     if not layers:
         raise InputError("the model has no live adapter to save; add_adapter(model) first")
     ((kind, scale),) = {(layer.kind, layer.scale) for layer in layers.values()}
     about = {"base": model.base_hash if model.files else None, "on_top_of": model.merged, "settings": settings or {}}
-    write_native({name: Factors(*layer.factors(), scale) for name, layer in layers.items()}, path, kind, about)
-
-
-def write_native(factors, path, kind, about):
-    """Write {module path: Factors}, all of one scale. ``about``: {"base": ..., "on_top_of": ..., "settings": ...}."""
-    (scale,) = {entry.scale for entry in factors.values()}
-    tensors = {
-        f"{name}.lora_{letter}": factor.cpu().contiguous()
-        for name, entry in factors.items()
-        for letter, factor in zip("AB", entry)
-    }
-    ranks = {name: len(entry.A) for name, entry in factors.items()}
-    metadata = {"format": FORMAT, "kind": kind, "scale": scale, "ranks": ranks} | about
-    with written_beside(path) as beside:
-        save_file(tensors, beside, metadata={"minildm": json.dumps(metadata)})
+    factors = {name: Factors(*layer.factors(), scale) for name, layer in layers.items()}
+    write_adapter(factors, path, kind, about, format)
 
 
 def merge_file(model, path, multiplier=1.0, rank=None):
@@ -67,7 +49,7 @@ def merge_file(model, path, multiplier=1.0, rank=None):
     for name, factors in adapter.factors.items():
         _check_fit(name, factors, layers[name], path)
     if rank is not None:
-        _check_rank(rank, path, adapter.kind, max(len(A) for A, _, _ in adapter.factors.values()))
+        check_rank(rank, adapter, f"@{rank}")
     if about.get("base") and model.files and about["base"] != model.base_hash:
         warnings.warn(
             f"{path} was trained on another base ({about['base'][:10]}) than this one ({model.base_hash[:10]})",
@@ -87,14 +69,16 @@ def merge_file(model, path, multiplier=1.0, rank=None):
     return about
 
 
-def _check_rank(rank, path, kind, max_rank):
-    if kind not in NESTED:
+def check_rank(rank, adapter, flag):
+    """Refuse a rank that cannot be taken from an Adapter; ``flag``: what gave it."""
+    if adapter.kind not in NESTED:
         raise InputError(
-            f"{path} is a {kind} adapter, which has one rank only: leave @{rank} out (only dylora files can be loaded "
-            "at any rank)"
+            f"{adapter.path} is a {adapter.kind} adapter, which has one rank only: leave {flag} out (only dylora files "
+            "can be loaded at any rank)"
         )
+    max_rank = max(len(A) for A, _, _ in adapter.factors.values())
     if not isinstance(rank, int) or not 1 <= rank <= max_rank:
-        raise InputError(f"the rank of {path} must be in [1, {max_rank}], got {rank}; change @{rank}")
+        raise InputError(f"the rank of {adapter.path} must be in [1, {max_rank}], got {rank}; change {flag}")
 
 
 def _layer(model, name, adapter):

@@ -86,7 +86,7 @@ def read_adapter(path):
     if (width := context_width(factors)) == 2048:
         raise InputError(f"{path} holds an adapter for {FAMILIES[width]}; minildm loads {LOADABLE}")
     about = _json_object(file.metadata.get(ORIGIN), f"{path}: metadata {ORIGIN}") or {}
-    return Adapter(path, dialect, "lora", factors, _checked_about(about, path))
+    return Adapter(path, dialect, str(about.get("kind", "lora")), factors, _checked_about(about, path))
 
 
 def context_width(factors):
