@@ -11,6 +11,7 @@ from pathlib import Path
 import peers
 import pytest
 import torch
+from made_runs import short_run
 from peers import assert_says, noise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from minildm.checkpoint import build_networks, single_file
 from minildm.config import ModelConfig, UNetConfig
 from minildm.errors import InputError
 from minildm.latent_diffusion import LatentDiffusion
+from minildm.training.command_line import parse
 
 BLOCK = "down_blocks.0.attentions.0"
 TO_Q, TO_OUT = (f"{BLOCK}.transformer_blocks.0.attn1.{layer}" for layer in ("to_q", "to_out.0"))
@@ -655,3 +657,21 @@ def test_what_diffusers_and_peft_write_loads_here(dialect, model, pipeline_folde
         diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, **states, **metadata)
         ours = merged(model, tmp_path)
     assert_same_outputs(ours, pipe)
+
+
+# --- train.py --save-format ------------------------------------------------------------------------------------------
+def test_a_run_also_writes_the_file_for_another_tool(tmp_path):
+    short = {"steps": 4, "expand_interval": 2, "validation_interval": 2}
+    model, *_ = short_run(tmp_path / "run", save_format="kohya", **short)
+    native, kohya = (read_adapter(tmp_path / "run" / f"adapter{x}.safetensors") for x in ("", ".kohya"))
+    assert (native.dialect, kohya.dialect) == ("native", "kohya")
+    assert read_adapter(tmp_path / "run").path == native.path  # what --adapter RUN means
+    for name, entry in native.factors.items():
+        torch.testing.assert_close(delta(*kohya.factors[name]), delta(*entry), rtol=1e-6, atol=1e-8)
+    assert set(kohya.factors) == set(native.factors) == set(adapter_layers(model))
+
+
+def test_full_fine_tuning_has_no_adapter_to_save():
+    with pytest.raises(InputError) as error:
+        parse(["--adapter", "full", "--save-format", "kohya"])
+    assert_says(error, "--save-format kohya", "--adapter full")
