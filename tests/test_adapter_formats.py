@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -554,6 +555,25 @@ def test_nothing_to_write_is_said(model, tmp_path):
         write_adapter(empty, tmp_path / "a.safetensors", "adalora", {}, "kohya")
     with pytest.raises(InputError, match="format must be one of native, kohya, diffusers"):
         save_adapter(model, tmp_path / "a.safetensors", "ckpt")
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_no_pattern_of_diffusers_metadata_fits_two_layers(v2, tmp_path):
+    layers = layers_of(published(v2))
+    factors = {
+        path: Factors(torch.ones(1 + (i % 7 > 0), 1), torch.ones(1, 1 + (i % 7 > 0)), 1.0)
+        for i, path in enumerate(layers)
+    }
+    write_adapter(factors, tmp_path / "a.safetensors", "lora", {}, "diffusers")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    for network in ("unet", "text_encoder"):
+        names = [path.removeprefix(f"{network}.") for path in layers if path.startswith(f"{network}.")]
+        patterns = config[f"{network}.rank_pattern"]
+        assert len(patterns) > 5
+        text = "\n".join(names)
+        for pattern in patterns:  # PEFT's expression
+            assert len(re.findall(rf"^(?:.*\.)?(?:{pattern})$", text, re.M)) == 1, pattern
 
 
 # --- other tools' own loaders ----------------------------------------------------------------------------------------
