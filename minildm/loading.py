@@ -1,6 +1,6 @@
 """Find the base model, load it on a device in a precision, and merge adapters into it."""
 
-import contextlib
+import math
 import os
 import re
 from pathlib import Path
@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent  # an installed package carries the em
 WEIGHTS = PACKAGE.parent / "weights"  # a checkout keeps it in weights/tiny, beside the user's own base models
 EMBEDDED = (WEIGHTS if (WEIGHTS / "tiny").is_dir() else PACKAGE) / "tiny"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST = 1000  # of an adapter's multiplier; beyond 2 or so, images only break
 EMBEDDED_ADAPTER = EMBEDDED / "adapter.safetensors"  # SeLoRA for chest radiographs
 
 
@@ -76,14 +77,26 @@ def parse_adapter(adapter):
 
     Without them the multiplier is 1 and the rank None (all rows). What exists as a file or folder is a path, whatever
     its name ends in. A folder stands for the adapter in it (`adapter_file`).
+
+    Raises: InputError if what follows the path of a file that exists is no number.
     """
     path, multiplier, rank = str(adapter), 1.0, None
-    if not Path(path).exists() and ":" in path:
+    if not os.path.exists(path) and ":" in path:
         before, _, number = path.rpartition(":")
-        with contextlib.suppress(ValueError):  # the colon is part of the path
+        try:
             path, multiplier = before, float(number)
-    if not Path(path).exists() and (match := re.fullmatch(r"(.+)@(-?[0-9]+)", path)):
-        path, rank = match[1], int(match[2])
+        except ValueError:  # the colon is part of the path, or a mistake
+            if os.path.exists(before) or os.path.exists(before.rpartition("@")[0]):
+                problem = f"expected a number after the colon, got {number!r:.40}"
+                raise InputError(f"{adapter}: {problem}; write PATH:0.6") from None
+        if not math.isfinite(multiplier) or abs(multiplier) > MOST:
+            raise InputError(f"{adapter}: the multiplier must be within {MOST} of 0, got {number:.40}; write PATH:0.6")
+    if not os.path.exists(path) and "@" in path:
+        before, _, number = path.rpartition("@")
+        if re.fullmatch(r"-?[0-9]{1,9}", number):
+            path, rank = before, int(number)
+        elif os.path.exists(before):
+            raise InputError(f"{adapter}: expected a rank after the @, got {number!r:.40}; write PATH@2")
     return adapter_file(path), multiplier, rank
 
 

@@ -101,7 +101,7 @@ def choose_adapters(adapters, base):
         print("using the embedded base with its adapter for chest radiographs (--adapter none: without it)")
         return (str(EMBEDDED_ADAPTER),)
     paths = [parse_adapter(adapter)[0] for adapter in adapters]
-    if absent := [path for path in paths if not path.is_file()]:
+    if absent := [path for path in paths if not os.path.isfile(path)]:
         if (absent[0].parent / "model").is_dir():
             raise FileNotFoundError(
                 f"{absent[0].parent} is a run of full fine-tuning, which has no adapter; give --base "

@@ -342,8 +342,8 @@ def kohya(name, last="lora_up.weight"):
         (GOOD | {f"unet.{TO_Q}.lora_A.weight": A.to(torch.int8)}, None, ["int8"]),
         (KOHYA | {f"{K}.alpha": torch.tensor(-1.0)}, None, ["alpha", "positive", "-1"]),
         (KOHYA | {f"{K}.alpha": torch.tensor(0.0)}, None, ["alpha", "positive"]),
-        (KOHYA | {f"{K}.alpha": torch.tensor(math.inf)}, None, ["alpha", "infinite"]),
-        (KOHYA | {f"{K}.alpha": torch.tensor(math.nan)}, None, ["alpha", "NaN"]),
+        (KOHYA | {f"{K}.alpha": torch.tensor(math.inf)}, None, ["alpha", "positive", "inf"]),
+        (KOHYA | {f"{K}.alpha": torch.tensor(math.nan)}, None, ["alpha", "positive", "nan"]),
         (KOHYA | {f"{K}.alpha": torch.ones(3)}, None, ["alpha", "(3,)"]),
         ({f"unet.{TO_Q}.lora_A": A, f"unet.{TO_Q}.lora_B": B}, None, ["its scale is unknown"]),
         # other models and kinds

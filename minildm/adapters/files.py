@@ -1,6 +1,5 @@
 """The live adapter to a file, and a file into a model: what reading.py and writing.py are for."""
 
-import math
 import warnings
 
 import torch
@@ -11,6 +10,7 @@ from minildm.adapters.reading import FAMILIES, Factors, context_width, read_adap
 from minildm.adapters.writing import check_format, write_adapter
 from minildm.errors import InputError
 from minildm.files import sha256
+from minildm.settings import is_finite_number
 
 NESTED = ("dylora",)  # kinds of which the first rows are an adapter, too
 
@@ -40,14 +40,15 @@ def merge_file(model, path, multiplier=1.0, rank=None):
     Raises: InputError for a file that is not an adapter, or one that does not fit, naming the tensor; for a rank that
         the file does not have. Then nothing has changed.
     """
-    if not math.isfinite(multiplier):
-        raise InputError(f"the multiplier of {path} must be a finite number, got {multiplier}")
+    if not is_finite_number(multiplier):
+        raise InputError(f"the multiplier of {path} must be a finite number, got {multiplier!r:.40}")
     adapter = read_adapter(path)
     path, about = adapter.path, adapter.about
     _check_family(model, adapter)
     layers = {name: _layer(model, name, adapter) for name in adapter.factors}
     for name, factors in adapter.factors.items():
         _check_fit(name, factors, layers[name], path)
+        _check_size(name, factors, multiplier, layers[name], path)
     if rank is not None:
         check_rank(rank, adapter, f"@{rank}")
     if about.get("base") and model.files and about["base"] != model.base_hash:
@@ -59,13 +60,13 @@ def merge_file(model, path, multiplier=1.0, rank=None):
         warnings.warn(
             f"{path} was trained on top of other adapters, not merged here: {', '.join(missing)}", stacklevel=2
         )
-    at_rank = {} if rank is None else {"rank": rank}
-    model.merged.append({"adapter": sha256(path), "multiplier": multiplier, **at_rank})
+    digest, at_rank = sha256(path), {} if rank is None else {"rank": rank}
     for name, (A, B, scale) in adapter.factors.items():  # only now that all of it fits
         layer = layers[name]
         A, B = (factor.to(layer.weight.device, torch.float32).flatten(1) for factor in (A[:rank], B[:, :rank]))
         change = (multiplier * scale * B @ A).reshape(layer.weight.shape)
         layer.weight.data = (layer.weight.float() + change).to(layer.weight.dtype)
+    model.merged.append({"adapter": digest, "multiplier": multiplier, **at_rank})
     return about
 
 
@@ -94,7 +95,8 @@ def _layer(model, name, adapter):
 
 def _check_family(model, adapter):
     """Name the two families of models where the text features of adapter and base differ in width."""
-    width, expected = context_width(adapter.factors), model.config.unet.context_dim
+    width = context_width({name: entry.A.shape for name, entry in adapter.factors.items()})
+    expected = model.config.unet.context_dim
     if width != expected and None not in (FAMILIES.get(width), FAMILIES.get(expected)):
         raise InputError(
             f"{adapter.path} is for {FAMILIES[width]} (text features of width {width}), but the base is "
@@ -111,4 +113,19 @@ def _check_fit(name, factors, layer, path):
         raise InputError(
             f"{path} is for another base: {name} has factors A {tuple(A.shape)} and B {tuple(B.shape)}, expected "
             f"{(rows, size[1], *kernel)} and {(size[0], rows, *[1 for _ in kernel])}"
+        )
+
+
+def _check_size(name, factors, multiplier, layer, path):
+    """Refuse a change of the weights that their precision cannot hold, by the bound |dW| <= |scale| sum_r |A_r| |B_r|
+    of the largest values; half of the range is left to the weights themselves."""
+    A, B, scale = factors
+    if not len(A):
+        return
+    largest = A.double().flatten(1).abs().amax(1) @ B.double().flatten(1).abs().amax(0)
+    bound, dtype = abs(float(multiplier) * scale) * largest.item(), layer.weight.dtype
+    if not bound < torch.finfo(dtype).max / 2:
+        raise InputError(
+            f"{path} with multiplier {float(multiplier):g} and scale {scale:g} changes {name} by up to {bound:.1e}, "
+            f"more than {str(dtype).removeprefix('torch.')} can hold; lower the multiplier"
         )

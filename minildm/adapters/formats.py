@@ -36,6 +36,15 @@ class Name(NamedTuple):
     part: str
 
 
+class Pieces(NamedTuple):
+    """A tensor's name in pieces, of any adapter, also for other models and of other kinds than LoRA."""
+
+    dialect: str
+    network: str | None  # None: the name does not say
+    layer: str  # as the file calls it
+    part: str  # "A", "B" and "alpha", or the end of the name for factors of other kinds
+
+
 # --- the layers that an adapter can change, # = a number ---
 _TRANSFORMER = "attentions.#.transformer_blocks.#"
 _BLOCK_LAYERS = (
@@ -63,17 +72,23 @@ STARTS = (  # (start, dialect, network; None: the rest tells it). The first that
     ("lora_unet_", KOHYA, "unet"),
     ("lora_te_", KOHYA, "text_encoder"),
     ("lora_te1_", KOHYA, "text_encoder"),  # beside lora_te2_ it is SDXL's, see OTHER_MODELS
+    ("lora_te2_", KOHYA, "text_encoder_2"),  # the networks that SD v1.x and v2.x do not have are named, not loaded
+    ("lora_te3_", KOHYA, "text_encoder_3"),
+    ("lora_transformer_", KOHYA, "transformer"),
     ("base_model.model.unet.", PEFT, "unet"),
     ("base_model.model.text_encoder.", PEFT, "text_encoder"),
     ("base_model.model.", PEFT, None),
     ("unet.", DIFFUSERS, "unet"),
     ("text_encoder.", DIFFUSERS, "text_encoder"),
+    ("text_encoder_2.", DIFFUSERS, "text_encoder_2"),
+    ("text_encoder_3.", DIFFUSERS, "text_encoder_3"),
+    ("transformer.", DIFFUSERS, "transformer"),
     ("", DIFFUSERS, None),
 )
 END = re.compile(
     r"(?P<layer>.+?)(?:"
     r"\.lora_(?P<letter>[AB])(?:\.\w+)?\.weight"  # PEFT may put the adapter's name in between
-    r"|(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<side>down|up)\.weight"
+    r"|(?:[._]lora_|[._]lora\.|\.lora_linear_layer\.)(?P<side>down|up)\.weight"
     r"|(?:[._]lora)?\.alpha)"
 )
 OLD_PROJECTIONS = {  # as attention processors called them
@@ -91,46 +106,74 @@ OTHER_MODELS = (  # of names with "lora"
      " Flux or the like)"),
     (r"lora_te2_|^text_encoder_2\.|[._]transformer_blocks[._][1-9]", "SDXL"),
 )  # fmt: skip
-OTHER_KINDS = (
-    (r"dora_scale|lora_magnitude_vector", "a DoRA adapter, which also changes the lengths of weight columns"),
+OTHER_PARTS = (  # what their factors are called
+    (r"\.(dora_scale|lora_magnitude_vector)", "a DoRA adapter, which also changes the lengths of weight columns"),
     (r"\.hada_", "a LoHa adapter (LyCORIS)"),
     (r"\.lokr_", "a LoKr adapter (LyCORIS)"),
     (r"\.(oft|boft)_", "an OFT adapter"),
     (r"\.glora_", "a GLoRA adapter (LyCORIS)"),
     (r"\.lora_mid\.", "a LoCon adapter in Tucker form (LyCORIS, use_tucker)"),
     (r"\.diff(_b)?$", "an adapter with whole differences of weights (LyCORIS, .diff)"),
-    (r"\.on_input$|\.ia3_l", "an IA3 adapter"),
-    (r"\.lora_E(\.|$)|\.ranknum", "PEFT's AdaLoRA, which is no plain product of two factors"),
-    (r"lora_(B|up)(\.\w+)?\.bias$", "an adapter that also changes biases"),
+    (r"\.(on_input$|ia3_l)", "an IA3 adapter"),
+    (r"\.(lora_E(\.|$)|ranknum)", "PEFT's AdaLoRA, which is no plain product of two factors"),
+    (r"\.lora_(B|up)(\.\w+)?\.bias$", "an adapter that also changes biases"),
+)
+OTHER_FILES = (
     (r"^lora_unet_(unet|text)_", 'names with a doubled prefix ("lora_unet_unet_..."), left by a broken conversion'),
     (r"^(emp_params|clip_[lg])$", "a textual-inversion embedding"),
-)  # fmt: skip
+)
+
+
+def other_model(names):
+    """What to call the models of an adapter with these tensor names if they are not SD v1.x or v2.x, else None."""
+    return _first(OTHER_MODELS, [name for name in names if "lora" in name])
 
 
 def other_kind(names):
-    """What to call a file with these tensor names if its kind of adapter cannot be merged here, else None."""
-    for pattern, model in OTHER_MODELS:
-        if any("lora" in name and re.search(pattern, name) for name in names):
-            return f"an adapter for {model}"
-    for pattern, kind in OTHER_KINDS:
-        if any(re.search(pattern, name) for name in names):
-            return kind
+    """What to call an adapter with these tensor names if it is no plain LoRA, else None."""
+    return _first((*OTHER_PARTS, *OTHER_FILES), names)
+
+
+def _first(table, names):
+    """The description in the first row of a table whose pattern is found in a name; None if there is none."""
+    return next((what for pattern, what in table if any(re.search(pattern, name) for name in names)), None)
+
+
+def split_name(name):
+    """The Pieces of a tensor's name; None if it is not of an adapter."""
+    if match := re.fullmatch(r"(unet|text_encoder)\.(.+)\.lora_([AB])", name):
+        return Pieces(NATIVE, *match.groups())
+    if match := re.fullmatch(r"(unet|text_encoder):(\d{1,4}):(up|down)", name):
+        return Pieces(CLONEOFSIMO, match[1], match[2], "A" if match[3] == "down" else "B")
+    start, dialect, network = next(row for row in STARTS if name.startswith(row[0]))
+    rest = name[len(start) :]
+    if match := END.fullmatch(rest):
+        part = match["letter"] or {"down": "A", "up": "B", None: "alpha"}[match["side"]]
+        return Pieces(dialect, network, match["layer"], part)
+    found = (re.search(pattern, rest) for pattern, _ in OTHER_PARTS)
+    if match := next((match for match in found if match), None):
+        return Pieces(dialect, network, rest[: match.start()], rest[match.start() + 1 :])
     return None
 
 
-def read_name(name):
-    """Take a tensor's name apart: a Name, or None if it is of no dialect. Counted layers: see `counted_paths`."""
-    if match := re.fullmatch(r"((?:unet|text_encoder)\..+)\.lora_([AB])", name):
-        return Name(NATIVE, match[1], match[2]) if _is_layer(match[1]) else None
-    if match := re.fullmatch(r"(unet|text_encoder):(\d{1,4}):(up|down)", name):
-        path = _counted_path(match[1], int(match[2]))
-        return path and Name(CLONEOFSIMO, path, "A" if match[3] == "down" else "B")
-    start, dialect, network = next(row for row in STARTS if name.startswith(row[0]))
-    if (match := END.fullmatch(name[len(start) :])) is None:
+def module_path(pieces):
+    """The module path of a name's Pieces; None if it is of no layer that an adapter can change here."""
+    dialect, network, layer, _ = pieces
+    if network not in (*LAYERS, None):
         return None
-    part = match["letter"] or {"down": "A", "up": "B", None: "alpha"}[match["side"]]
-    path = _underscored_path(network, match["layer"]) if dialect == KOHYA else _dotted_path(network, match["layer"])
-    return path and Name(dialect, path, part)
+    if dialect == NATIVE:
+        return f"{network}.{layer}" if _is_layer(f"{network}.{layer}") else None
+    if dialect == CLONEOFSIMO:
+        return _counted_path(network, int(layer))
+    return _underscored_path(network, layer) if dialect == KOHYA else _dotted_path(network, layer)
+
+
+def read_name(name):
+    """Take a tensor's name apart: a Name, or None if it is of no layer that an adapter can change here."""
+    pieces = split_name(name)
+    if pieces is None or pieces.part not in ("A", "B", "alpha") or (path := module_path(pieces)) is None:
+        return None
+    return Name(pieces.dialect, path, pieces.part)
 
 
 def kohya_name(path):

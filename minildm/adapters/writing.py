@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from minildm.adapters.formats import DIFFUSERS, KOHYA, NATIVE, kohya_name
-from minildm.adapters.reading import FORMAT, ORIGIN, Factors, context_width
+from minildm.adapters.metadata import FORMAT, ORIGIN
+from minildm.adapters.reading import Factors, context_width
 from minildm.errors import InputError
 from minildm.files import written_beside
 
@@ -34,7 +35,7 @@ def write_adapter(factors, path, kind, about, format=NATIVE):
     """Write {module path: Factors}. ``kind``: the method that trained them. ``about``: {"base": ..., "on_top_of": ...,
     "settings": ...}; settings are for native files only.
 
-    Raises: InputError for another format, or if there is nothing to write.
+    Raises: InputError for another format, if there is nothing to write, or if a number overflows; nothing is written.
     """
     check_format(format)
     if format != NATIVE:
@@ -42,6 +43,9 @@ def write_adapter(factors, path, kind, about, format=NATIVE):
     if not factors:
         raise InputError(f"the adapter has no layer of rank 1 or more, so there is nothing to write to {path}")
     tensors, metadata = {NATIVE: _native, KOHYA: _kohya, DIFFUSERS: _diffusers}[format](factors, kind, about)
+    if infinite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise InputError(f"{infinite[0]} would hold NaN or infinite numbers, so nothing was written to {path}; the "
+                         "training that made it had failed, or its scale is too large")  # fmt: skip
     with written_beside(path) as beside:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
 
@@ -74,7 +78,7 @@ def _kohya(factors, kind, about):
         tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     ranks = {len(entry.A) for entry in factors.values()}
-    v2 = context_width(factors) == 1024
+    v2 = context_width({path: entry.A.shape for path, entry in factors.items()}) == 1024
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
@@ -91,12 +95,11 @@ def _diffusers(factors, kind, about):
         A, B, _ = rescaled(entry, 1.0)
         tensors |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
     for network in dict.fromkeys(path.partition(".")[0] for path in factors):
-        inside = {
-            path.removeprefix(f"{network}.").removeprefix("text_model."): len(
-                entry.A
-            )  # transformers 5 has no such prefix
+        start = f"{network}."
+        inside = {  # transformers 5 has no "text_model."
+            path.removeprefix(start).removeprefix("text_model."): len(entry.A)
             for path, entry in factors.items()
-            if path.startswith(f"{network}.")
+            if path.startswith(start)
         }
         r = Counter(inside.values()).most_common(1)[0][0]
         pattern = {name: rank for name, rank in inside.items() if rank != r}  # whole names: each fits one layer only
