@@ -1,5 +1,6 @@
 """Adapter files of every tool: names, reading, writing."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -49,13 +50,21 @@ def full_blocks():
     return replace(config, unet=unet, text_encoder=replace(config.text_encoder, n_layers=2))
 
 
+def few_blocks():
+    """Every kind of layer once or twice."""
+    config = full_blocks()
+    levels = {"widths": (WIDTH,) * 2, "attention": (True, False), "n_heads": (8, 8), "layers_per_block": 1}
+    return replace(config, unet=replace(config.unet, **levels))
+
+
 @pytest.fixture(scope="module")
 def model():
     return peers.random_model(full_blocks(), seed=5)
 
 
+@functools.cache
 def published(v2=False):
-    """SD v1.5 or v2.1 without memory."""
+    """SD v1.5 or v2.1 without memory; a test that merges into it restores it."""
     unet = UNetConfig(context_dim=1024, linear_projection=True, n_heads=(5, 10, 20, 20)) if v2 else UNetConfig()
     text = replace(ModelConfig().text_encoder, width=1024, n_layers=23, n_heads=16, mlp_width=4096)
     config = replace(ModelConfig(), unet=unet, text_encoder=text) if v2 else ModelConfig()
@@ -71,6 +80,12 @@ def layers_of(model, kinds=(torch.nn.Linear, torch.nn.Conv2d)):
         for path, layer in model.named_modules()
         if isinstance(layer, kinds) and path.startswith(("unet.", "text_encoder."))
     }
+
+
+def few_layers(model, kinds=(torch.nn.Linear, torch.nn.Conv2d)):
+    """`layers_of` with every kind of layer at least once."""
+    some = re.compile(r"down_blocks\.[03]|mid_block|up_blocks\.1|layers\.1|time_embedding|unet\.conv")
+    return {path: layer for path, layer in layers_of(model, kinds).items() if some.search(path)}
 
 
 def random_factors(model, ranks, layers=None, seed=0):
@@ -89,23 +104,41 @@ def delta(A, B, scale=1.0):
     return scale * (B.double().flatten(1) @ A.double().flatten(1))
 
 
+@contextlib.contextmanager
+def restored(model):
+    """Give a model its weights back after the block (merging replaces weights, it changes none in place)."""
+    weights = {layer: layer.weight.data for layer in layers_of(model).values()}
+    try:
+        yield model
+    finally:
+        model.merged.clear()
+        for layer, weight in weights.items():
+            layer.weight.data = weight
+
+
 def changed(model, path, **options):
     """{module path: what merging the file adds to the weights}."""
-    merged = copy.deepcopy(model)
-    merge_file(merged, path, **options)
-    before = layers_of(model)
-    return {
-        name: (layer.weight.double() - before[name].weight.double()).flatten(1)
-        for name, layer in layers_of(merged).items()
-        if not torch.equal(layer.weight, before[name].weight)
-    }
+    layers = layers_of(model)
+    before = {name: layer.weight.data for name, layer in layers.items()}
+    with restored(model):
+        merge_file(model, path, **options)
+        return {
+            name: (layer.weight.double() - before[name].double()).flatten(1)
+            for name, layer in layers.items()
+            if not torch.equal(layer.weight, before[name])
+        }
+
+
+def assert_near(values, expected, rtol, atol):
+    """Two dicts have the same keys and, within the tolerances, the same tensors."""
+    assert set(values) == set(expected)
+    for name, tensor in expected.items():
+        assert values[name].shape == tensor.shape and torch.allclose(values[name], tensor, rtol, atol), name
 
 
 def assert_changes(changes, factors, scales=None, atol=1e-6):
-    assert set(changes) == set(factors)
-    for name, (A, B) in factors.items():
-        expected = delta(A, B, 1.0 if scales is None else scales[name])
-        torch.testing.assert_close(changes[name], expected, rtol=1e-4, atol=atol)
+    expected = {name: delta(A, B, 1.0 if scales is None else scales[name]) for name, (A, B) in factors.items()}
+    assert_near(changes, expected, 1e-4, atol)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -154,7 +187,7 @@ SPELLINGS = sorted({s for path in (f"unet.{TO_Q}", f"text_encoder.{Q_PROJ}") for
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.filterwarnings("ignore:.*alpha = rank")
 def test_older_spellings_change_the_same_weights(spelling, model, tmp_path):
-    layers = {path: layer for path, layer in layers_of(model, torch.nn.Linear).items() if spelling in old_names(path)}
+    layers = {path: layer for path, layer in few_layers(model, torch.nn.Linear).items() if spelling in old_names(path)}
     factors = random_factors(model, (2, 1, 3), layers)
     tensors = {n: t for path, pair in factors.items() for n, t in zip(old_names(path)[spelling], pair)}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -275,10 +308,9 @@ def test_alpha_and_patterns_of_the_metadata_are_used(where, rslora, model, tmp_p
 
 # --- the published files ---------------------------------------------------------------------------------------------
 def test_real_adapters_fit_sd15(shared_data):
-    base = published()
     counts = {"axe_attnprocs_rank4.bin": 128, "axe_attnprocs_rank4.safetensors": 128,
               "cloneofsimo_analog_svd_rank4.safetensors": 192, "cloneofsimo_lora_disney.safetensors": 192}  # fmt: skip
-    with pytest.warns(UserWarning, match="<s1>, <s2>"):
+    with pytest.warns(UserWarning, match="<s1>, <s2>"), restored(published()) as base:
         for name, n in counts.items():
             path = shared_data / "lora" / name
             merge_file(base, path)
@@ -293,7 +325,7 @@ REFUSED = {"diffusers_sd2_bf16_rank4": "Stable Diffusion v2.x", "kohya_like_doub
 
 @pytest.mark.filterwarnings("ignore:.*alpha = rank", "ignore:.*textual-inversion")
 def test_the_nine_key_lists_are_recognized(shared_data, tmp_path):
-    base, dtypes = published(), {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     listed = [p for p in sorted((shared_data / "lora" / "key_dumps").glob("*.json")) if "config" not in p.name]
     assert len(listed) == 9
     for path in listed:
@@ -307,9 +339,10 @@ def test_the_nine_key_lists_are_recognized(shared_data, tmp_path):
         save_file(tensors, tmp_path / path.stem, document.get("metadata"))
         if path.stem in REFUSED:
             with pytest.raises(InputError, match=REFUSED[path.stem]):
-                merge_file(base, tmp_path / path.stem)
+                merge_file(published(), tmp_path / path.stem)
         else:
-            merge_file(base, tmp_path / path.stem)
+            with restored(published()) as base:
+                merge_file(base, tmp_path / path.stem)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -427,15 +460,15 @@ def test_a_pickle_that_would_run_code_is_refused(model, tmp_path):
 
 
 def test_adapters_of_two_bases_do_not_mix(tmp_path):
-    base, name = published(), TO_K
     for width in (768, 1024):
-        tensors = {f"unet.{name}.lora_A.weight": torch.ones(2, width), f"unet.{name}.lora_B.weight": torch.ones(320, 2)}
+        tensors = {f"unet.{TO_K}.lora_A.weight": torch.ones(2, width), f"unet.{TO_K}.lora_B.weight": torch.ones(320, 2)}
         save_file(tensors, tmp_path / f"{width}.safetensors")
-    merge_file(base, tmp_path / "768.safetensors")
-    with pytest.raises(InputError) as error:
-        merge_file(base, tmp_path / "1024.safetensors")
-    assert_says(error, "1024.safetensors is for Stable Diffusion v2.x", "the base is Stable Diffusion v1.x (768)")
-    assert len(base.merged) == 1
+    with restored(published()) as base:
+        merge_file(base, tmp_path / "768.safetensors")
+        with pytest.raises(InputError) as error:
+            merge_file(base, tmp_path / "1024.safetensors")
+        assert_says(error, "1024.safetensors is for Stable Diffusion v2.x", "the base is Stable Diffusion v1.x (768)")
+        assert len(base.merged) == 1
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -443,8 +476,8 @@ def deltas(path):
     return {name: delta(*entry) for name, entry in read_adapter(path).factors.items()}
 
 
-def mixed(model, scales, ranks=(3, 1, 4), kinds=(torch.nn.Linear,)):
-    pairs, scales = random_factors(model, ranks, layers_of(model, kinds)), itertools.cycle(scales)
+def mixed(model, scales, ranks=(3, 1, 4), kinds=(torch.nn.Linear,), choose=few_layers):
+    pairs, scales = random_factors(model, ranks, choose(model, kinds)), itertools.cycle(scales)
     return {path: Factors(A, B, next(scales)) for path, (A, B) in pairs.items()}
 
 
@@ -468,10 +501,7 @@ def test_every_chain_of_conversions_keeps_the_changes(chain, scales, model, tmp_
         adapter = read_adapter(tmp_path / f"{i + 1}.safetensors")
         assert (adapter.dialect, adapter.kind, adapter.about["base"]) == (format, "selora", "b" * 64)
     expected = {name: delta(*entry) for name, entry in factors.items()}
-    result = deltas(tmp_path / f"{len(chain)}.safetensors")
-    assert set(result) == set(expected)
-    for name in expected:
-        torch.testing.assert_close(result[name], expected[name], rtol=1e-6, atol=1e-6)
+    assert_near(deltas(tmp_path / f"{len(chain)}.safetensors"), expected, 1e-6, 1e-6)
 
 
 def test_a_kohya_round_trip_keeps_every_bit_where_alphas_are_equal(model, tmp_path):
@@ -511,11 +541,10 @@ def test_the_live_adapter_of_every_method_is_saved_in_every_format(kind, tmp_pat
         save_adapter(trained, tmp_path / f"{format}.safetensors", format)
     merge_adapter(trained)
     for format in FORMATS:
-        plain = copy.deepcopy(model)
-        assert merge_file(plain, tmp_path / f"{format}.safetensors")["kind"] == kind
-        for name, tensor in plain.state_dict().items():
-            torch.testing.assert_close(tensor, trained.state_dict()[name], rtol=1e-6, atol=1e-6)
-        assert not adapter_layers(plain)
+        with restored(model):
+            assert merge_file(model, tmp_path / f"{format}.safetensors")["kind"] == kind
+            assert_near(model.state_dict(), trained.state_dict(), 1e-6, 1e-6)
+            assert not adapter_layers(model)
 
 
 def test_convert_takes_a_rank_of_dylora(model, tmp_path, capsys):
@@ -526,9 +555,7 @@ def test_convert_takes_a_rank_of_dylora(model, tmp_path, capsys):
     assert main(["convert", str(tmp_path), "--to", "kohya", "--rank", "2"]) == 0
     assert "adapter-rank2.kohya.safetensors" in capsys.readouterr().out
     expected = changed(model, tmp_path / "adapter.safetensors", rank=2)
-    result = changed(model, tmp_path / "adapter-rank2.kohya.safetensors")
-    for name in expected:
-        torch.testing.assert_close(result[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert_near(changed(model, tmp_path / "adapter-rank2.kohya.safetensors"), expected, 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -577,11 +604,13 @@ def test_no_pattern_of_diffusers_metadata_fits_two_layers(v2, tmp_path):
 
 
 # --- other tools' own loaders ----------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def pipeline_folder(model, tmp_path_factory):
+@pytest.fixture(scope="module", params=["few blocks", pytest.param("all blocks", marks=pytest.mark.slow)])
+def base(request, tmp_path_factory):
+    """A model and its folder for diffusers."""
+    model = peers.random_model(full_blocks() if request.param == "all blocks" else few_blocks(), seed=5)
     folder = peers.write_folder(model, tmp_path_factory.mktemp("pipeline") / "base")
     peers.write_tokenizer(folder / "tokenizer")
-    return folder
+    return model, folder
 
 
 def assert_same_outputs(ours, pipe):
@@ -608,14 +637,15 @@ def merged(model, path):
     return ours
 
 
-@pytest.mark.parametrize("convolutions", [False, True])
+@pytest.mark.parametrize("convolutions", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 @pytest.mark.filterwarnings("ignore:ddim with")
-def test_diffusers_loads_what_is_written_here(format, convolutions, model, pipeline_folder, tmp_path):
+def test_diffusers_loads_what_is_written_here(format, convolutions, base, tmp_path):
+    model, folder = base
     kinds = (torch.nn.Linear, torch.nn.Conv2d) if convolutions else (torch.nn.Linear,)
-    factors = mixed(model, (0.5, 2.0, 1.0), kinds=kinds)
+    factors = mixed(model, (0.5, 2.0, 1.0), kinds=kinds, choose=layers_of)
     write_adapter(factors, tmp_path / "a.safetensors", "selora", {}, format)
-    pipe, ours = peers.diffusers_pipeline(pipeline_folder), merged(model, tmp_path / "a.safetensors")
+    pipe, ours = peers.diffusers_pipeline(folder), merged(model, tmp_path / "a.safetensors")
     with torch.no_grad():
         token_ids = ours.tokenize(["chest x-ray"])
         plain = pipe.text_encoder(token_ids).last_hidden_state
@@ -624,11 +654,13 @@ def test_diffusers_loads_what_is_written_here(format, convolutions, model, pipel
     assert_same_outputs(ours, pipe)
 
 
-def test_peft_loads_what_is_written_here(model, pipeline_folder, tmp_path):
+def test_peft_loads_what_is_written_here(base, tmp_path):
     import peft
 
-    write_adapter(mixed(model, (0.5, 2.0, 1.0)), tmp_path / "a.safetensors", "selora", {}, "diffusers")
-    pipe = peers.diffusers_pipeline(pipeline_folder)
+    model, folder = base
+    factors = mixed(model, (0.5, 2.0, 1.0), choose=layers_of)
+    write_adapter(factors, tmp_path / "a.safetensors", "selora", {}, "diffusers")
+    pipe = peers.diffusers_pipeline(folder)
     tensors = load_file(tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
@@ -646,10 +678,11 @@ def test_peft_loads_what_is_written_here(model, pipeline_folder, tmp_path):
 
 @pytest.mark.parametrize("dialect", ["diffusers", "PEFT"])
 @pytest.mark.filterwarnings("ignore:ddim with")
-def test_what_diffusers_and_peft_write_loads_here(dialect, model, pipeline_folder, tmp_path):
+def test_what_diffusers_and_peft_write_loads_here(dialect, base, tmp_path):
     import diffusers
     import peft
 
+    model, folder = base
     config = peft.LoraConfig(
         r=3,
         lora_alpha=5,
@@ -658,7 +691,7 @@ def test_what_diffusers_and_peft_write_loads_here(dialect, model, pipeline_folde
         alpha_pattern={"attn2.to_q": 7, "fc1": 1},
         init_lora_weights=False,
     )
-    pipe = peers.diffusers_pipeline(pipeline_folder)
+    pipe = peers.diffusers_pipeline(folder)
     torch.manual_seed(0)
     if dialect == "PEFT":
         wrapped = {network: peft.get_peft_model(getattr(pipe, network), config) for network in ("unet", "text_encoder")}
@@ -686,9 +719,9 @@ def test_a_run_also_writes_the_file_for_another_tool(tmp_path):
     native, kohya = (read_adapter(tmp_path / "run" / f"adapter{x}.safetensors") for x in ("", ".kohya"))
     assert (native.dialect, kohya.dialect) == ("native", "kohya")
     assert read_adapter(tmp_path / "run").path == native.path  # what --adapter RUN means
-    for name, entry in native.factors.items():
-        torch.testing.assert_close(delta(*kohya.factors[name]), delta(*entry), rtol=1e-6, atol=1e-8)
-    assert set(kohya.factors) == set(native.factors) == set(adapter_layers(model))
+    expected = {name: delta(*entry) for name, entry in native.factors.items()}
+    assert_near({name: delta(*entry) for name, entry in kohya.factors.items()}, expected, 1e-6, 1e-8)
+    assert set(native.factors) == set(adapter_layers(model))
 
 
 def test_full_fine_tuning_has_no_adapter_to_save():

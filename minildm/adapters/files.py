@@ -122,7 +122,7 @@ def _check_size(name, factors, multiplier, layer, path):
     A, B, scale = factors
     if not len(A):
         return
-    largest = A.double().flatten(1).abs().amax(1) @ B.double().flatten(1).abs().amax(0)
+    largest = A.flatten(1).abs().amax(1).double() @ B.flatten(1).abs().amax(0).double()
     bound, dtype = abs(float(multiplier) * scale) * largest.item(), layer.weight.dtype
     if not bound < torch.finfo(dtype).max / 2:
         raise InputError(

@@ -49,11 +49,10 @@ def _stated_alpha(layer, rank, config, path):
     """alpha of a layer by its network's LoraConfig, as a share of rank as everywhere else (rsLoRA divides by the
     square root); None if nothing is stated."""
     network, _, inside = layer.partition(".")
-    config = config.get(network)
-    if not config:
+    if (config := config.get(network)) is None:
         return None
-    stated_rank = _pattern(config.get("rank_pattern"), inside, "rank_pattern", path, config.get("r"))
-    alpha = _pattern(config.get("alpha_pattern"), inside, "alpha_pattern", path, config.get("lora_alpha"))
+    stated_rank = _by_pattern(config["rank_pattern"], inside, config.get("r"))
+    alpha = _by_pattern(config["alpha_pattern"], inside, config.get("lora_alpha"))
     if stated_rank is not None and stated_rank != rank:
         raise InputError(f"{path}: {layer} has rank {rank}, but its configuration says {stated_rank!r:.40}")
     if alpha is None:
@@ -63,20 +62,28 @@ def _stated_alpha(layer, rank, config, path):
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
-def _pattern(patterns, layer, key, path, default):
-    """The value of the first pattern that fits a layer, as PEFT matches them: the layer's whole name, or its end."""
-    if patterns is None:
-        return default
-    if not isinstance(patterns, dict):
-        raise InputError(f"{path}: {key} must be an object of layers, got {patterns!r:.40}")
-    names = (layer, layer.removeprefix("text_model."))  # transformers 5 has no such prefix
-    for pattern, value in patterns.items():
+def _read_patterns(patterns, what):
+    """{(layer's name or its end, only whole names): (place in the order, value)} of a LoraConfig's pattern; the first
+    that fits counts."""
+    if not isinstance(patterns, (dict, type(None))):
+        raise InputError(f"{what} must be an object of layers, got {patterns!r:.40}")
+    read = {}
+    for i, (pattern, value) in enumerate((patterns or {}).items()):
         plain = pattern.replace("\\.", ".").removeprefix("^").removesuffix("$")
         if not re.fullmatch(r"[\w.-]+", plain):
-            raise InputError(f"{path}: {key} has the regular expression {pattern!r:.60}; minildm reads layers' names")
-        if any(name == plain or (pattern[0] != "^" and name.endswith(f".{plain}")) for name in names):
-            return value
-    return default
+            raise InputError(f"{what} has the regular expression {pattern!r:.60}; minildm reads layers' names")
+        read.setdefault((plain, pattern.startswith("^")), (i, value))
+    return read
+
+
+def _by_pattern(patterns, layer, default):
+    """The value of the first pattern that fits a layer, as PEFT matches them: the layer's whole name, or its end."""
+    keys = []
+    for name in (layer, layer.removeprefix("text_model.")):  # transformers 5 has no such prefix
+        parts = name.split(".")
+        keys += [(name, True), *((".".join(parts[i:]), False) for i in range(len(parts)))]
+    found = [patterns[key] for key in keys if key in patterns]
+    return min(found, key=lambda entry: entry[0])[1] if found else default
 
 
 def _stated_config(file, dialect):
@@ -101,8 +108,10 @@ def _stated_config(file, dialect):
         }
         for network in ("unet", "text_encoder")
     }
-    configs = prefixed if any(prefixed.values()) else {"unet": config, "text_encoder": config}
+    configs = prefixed if any(prefixed.values()) else {"unet": config, "text_encoder": dict(config)}
     for settings in configs.values():
+        for key in ("rank_pattern", "alpha_pattern"):
+            settings[key] = _read_patterns(settings.get(key), f"{what}: {key}")
         if settings.get("peft_type") not in (None, "LORA"):
             raise InputError(f"{what} is for {settings['peft_type']!r:.40}; minildm loads {LOADABLE}")
         for key in ("use_dora", "use_rslora"):
