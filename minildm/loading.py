@@ -100,9 +100,13 @@ def parse_adapter(adapter):
     return adapter_file(path), multiplier, rank
 
 
-def split_multiplier(adapter):
-    """The path and the multiplier of `parse_adapter`."""
-    return parse_adapter(adapter)[:2]
+def whole_adapter(adapter):
+    """The path of `parse_adapter`, for a tool that takes an adapter as it is. Raises: InputError for a multiplier or a
+    rank, which would have no effect."""
+    path, multiplier, rank = parse_adapter(adapter)
+    if multiplier != 1 or rank is not None:
+        raise InputError(f"{adapter}: the adapter is taken as it is, without a multiplier or rank; give {path}")
+    return path
 
 
 def weights_folders():

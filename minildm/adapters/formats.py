@@ -64,7 +64,7 @@ LAYERS = {
         for layer in (*(f"self_attn.{projection}_proj" for projection in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
     },
 }
-NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")  # stands alone between dots or underscores
+NUMBER = re.compile(r"(?<![^._])[0-9]+(?![^._])")  # stands alone between dots or underscores
 UNDERSCORED = {network: {layer.replace(".", "_"): layer for layer in layers} for network, layers in LAYERS.items()}
 
 # --- what a name begins and ends with ---
@@ -143,7 +143,7 @@ def split_name(name):
     """The Pieces of a tensor's name; None if it is not of an adapter."""
     if match := re.fullmatch(r"(unet|text_encoder)\.(.+)\.lora_([AB])", name):
         return Pieces(NATIVE, *match.groups())
-    if match := re.fullmatch(r"(unet|text_encoder):(\d{1,4}):(up|down)", name):
+    if match := re.fullmatch(r"(unet|text_encoder):(0|[1-9][0-9]{0,3}):(up|down)", name):
         return Pieces(CLONEOFSIMO, match[1], match[2], "A" if match[3] == "down" else "B")
     start, dialect, network = next(row for row in STARTS if name.startswith(row[0]))
     rest = name[len(start) :]

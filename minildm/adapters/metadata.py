@@ -15,6 +15,7 @@ from minildm.settings import is_finite_number
 FORMAT = 1  # of native files
 ORIGIN = "minildm_origin"  # metadata of what minildm writes in other dialects: kind, base, on_top_of
 LOADABLE = "LoRA for Stable Diffusion v1.x and v2.x"
+SCALES = (1e-12, 1e12)  # far beyond any in use, so that nothing computed from a scale overflows
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's initializations that subtract B A from the base
 ASSUMED = "assumed: the file does not say, so alpha = rank"
 
@@ -42,7 +43,14 @@ def stated_scales(file, dialect, layers, about):
         sources.add("the alpha tensors" if alpha is not None else ASSUMED if stated is None else source)
         alpha = stated if alpha is None else alpha
         scales[layer] = 1.0 if alpha is None or not rank else alpha / rank
+        _check_scale(scales[layer], f"{path}: the scale of {layer}, alpha / rank,")
     return scales, " and ".join(sorted(sources))
+
+
+def _check_scale(scale, what):
+    if not is_finite_number(scale) or not SCALES[0] <= scale <= SCALES[1]:
+        limits = "{:g} and {:g}".format(*SCALES)
+        raise InputError(f"{what} must be a positive number between {limits}, got {scale!r:.40}; the file is damaged")
 
 
 def _stated_alpha(layer, rank, config, path):
@@ -141,8 +149,7 @@ def native_metadata(file):
             f"{path} has format {about.get('format')!r:.40}, expected {FORMAT}; it was written by another version of "
             "minildm"
         )
-    if not is_finite_number(scale) or scale <= 0:
-        raise InputError(f"{path}: the scale must be a positive number, got {scale!r:.40}; the file is damaged")
+    _check_scale(scale, f"{path}: the scale")
     return _checked_about(about, path)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from minildm.adapters.files import check_rank
 from minildm.adapters.formats import DIFFUSERS, KOHYA, NATIVE
-from minildm.adapters.reading import Factors, adapter_file, read_adapter
+from minildm.adapters.reading import Factors, read_adapter
 from minildm.adapters.writing import FORMATS, write_adapter
 from minildm.errors import InputError
 from minildm.files import writable_folder
+from minildm.loading import whole_adapter
 from minildm.settings import Parser, at_least
 
 NEXT = {
@@ -47,17 +48,12 @@ def convert(path, out, to, rank=None):
 def main(arguments):
     parser = Parser(prog="python -m minildm convert", description="Write an adapter for another tool.")
     add = parser.add_argument
-    add(
-        "adapter",
-        type=Path,
-        metavar="ADAPTER",
-        help="adapter of any dialect, or the folder of a run, PEFT or diffusers",
-    )
+    add("adapter", metavar="ADAPTER", help="adapter of any dialect, or the folder of a run, PEFT or diffusers")
     add("--to", required=True, choices=FORMATS, help="kohya: for ComfyUI, A1111 and Forge")
     add("--rank", type=at_least(1), metavar="N", help="of a DyLoRA adapter: the rank to take (default: the highest)")
     add("--out", type=Path, metavar="FILE", help="(default: beside ADAPTER, such as adapter.kohya.safetensors)")
     args = parser.parse_args(arguments)
-    path = adapter_file(args.adapter)
+    path = whole_adapter(args.adapter)
     at_rank = "" if args.rank is None else f"-rank{args.rank}"
     out = path.with_name(f"{path.stem}{at_rank}.{args.to}.safetensors") if args.out is None else args.out
     try:

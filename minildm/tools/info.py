@@ -32,7 +32,7 @@ FOREIGN = {  # a part of a name -> the model that it belongs to; the first that 
     "down_blocks.0.attentions.": "a U-Net in diffusers' layout",
 }
 TECHNICAL = re.compile(
-    r"format|sshs_(model|legacy)_hash"
+    r"format|minildm_origin|sshs_(model|legacy)_hash"
     r"|modelspec\.(sai_model_spec|architecture|implementation|title|date|author|license|resolution|prediction_type"
     r"|predict_key|merged_from|timestep_range|encoder_layer|hash_\w+|(unet|vae)_dtype)"
     r"|ss_(network_\w+|base_model_version|(new_)?sd_(model|vae)_(hash|name)|(new_)?vae_(hash|name)|v2|v_parameterization"

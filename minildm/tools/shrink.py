@@ -19,7 +19,7 @@ from minildm.adapters.reading import Factors, read_adapter
 from minildm.adapters.writing import write_adapter
 from minildm.errors import InputError
 from minildm.files import sha256, writable_folder
-from minildm.loading import split_multiplier
+from minildm.loading import whole_adapter
 from minildm.settings import Parser, at_least
 
 
@@ -112,7 +112,7 @@ def main(arguments):
     )
     add("--out", type=Path, metavar="FILE", help="(default: beside ADAPTER, such as adapter-rank4.safetensors)")
     args = parser.parse_args(arguments)
-    path, _ = split_multiplier(args.adapter)
+    path = whole_adapter(args.adapter)
     choice = f"rank{args.rank}" if args.energy is None else f"energy{args.energy:g}"
     out = path.with_name(f"{path.stem}-{choice}.safetensors") if args.out is None else args.out
     try:
