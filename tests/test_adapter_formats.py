@@ -18,6 +18,7 @@ from peers import assert_says, noise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minildm import kernels
 from minildm.__main__ import main
 from minildm.adapters import adapter_layers, add_adapter, merge_adapter, merge_file, save_adapter
 from minildm.adapters.formats import kohya_name, read_name
@@ -351,6 +352,11 @@ GOOD = {f"unet.{TO_Q}.lora_A.weight": A, f"unet.{TO_Q}.lora_B.weight": B}
 K = f"lora_unet_{TO_Q.replace('.', '_')}"
 KOHYA = {f"{K}.lora_down.weight": A, f"{K}.lora_up.weight": B}
 SIMO = {"unet:0:down": A, "unet:0:up": B}
+NATIVE_NAMES = {f"unet.{TO_Q}.lora_A": A, f"unet.{TO_Q}.lora_B": B}
+
+
+def native(scale="1", kind='"lora"'):
+    return {"minildm": f'{{"format": 1, "scale": {scale}, "kind": {kind}}}'}
 
 
 def kohya(name, last="lora_up.weight"):
@@ -412,6 +418,19 @@ def kohya(name, last="lora_up.weight"):
         (GOOD, {"lora_adapter_metadata": '{"unet.peft_type": "IA3"}'}, ["IA3"]),
         (GOOD | {f"unet.{TO_Q}.alpha": torch.tensor(1.0)}, {"lora_adapter_metadata": '{"unet.lora_alpha": 4}'},
          ["alpha of 1", "say 4"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.lora_alpha": 1' + "0" * 400 + "}"}, ["lora_alpha", "positive"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.lora_alpha": 1e300}'}, ["scale", "between 1e-12 and 1e+12"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.use_rslora": [1]}'}, ["use_rslora", "true or false", "[1]"]),
+        (GOOD, {"lora_adapter_metadata": '{"unet.init_lora_weights": "pissa_niter_4"}'}, ["pissa", "changed the base"]),
+        (NATIVE_NAMES, native(scale="1" + "0" * 400), ["scale", "positive number"]),
+        (NATIVE_NAMES, native(scale="1e400"), ["scale", "positive number"]),
+        (NATIVE_NAMES, native(scale="NaN"), ["scale", "positive number"]),
+        (NATIVE_NAMES, native(scale="1e-320"), ["scale", "positive number"]),
+        (NATIVE_NAMES, native(scale="true"), ["scale", "positive number"]),
+        (NATIVE_NAMES, native(kind="[1]"), ["metadata are damaged", "kind [1]"]),
+        ({name: 1e30 * factor for name, factor in GOOD.items()}, None, ["by up to 2.0e+60", "lower the multiplier"]),
+        (KOHYA | {f"{K}.alpha": torch.tensor(True)}, None, ["alpha", "bool"]),
+        ({"unet:\u0663:down": A, "unet:\u0663:up": B}, None, ["not an adapter"]),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_line_that_names_it(tensors, metadata, says, model, tmp_path):
@@ -445,6 +464,52 @@ def test_a_damaged_configuration_is_one_line(field, value, tmp_path):
         assert_says(error, tmp_path)
     else:  # what says nothing about this layer
         assert value == {} or {None} == set(getattr(value, "values", list)()), adapter
+
+
+@pytest.mark.parametrize("multiplier", [math.nan, math.inf, 10**400, "2", None, True, 1e38])
+def test_a_multiplier_that_no_weight_can_take_changes_and_records_nothing(multiplier, model, tmp_path):
+    save_file(GOOD, tmp_path / "a")
+    before = model.unet.get_submodule(TO_Q).weight.data
+    with pytest.raises(InputError, match="multiplier") as error:
+        merge_file(model, tmp_path / "a", multiplier)
+    assert_says(error, tmp_path / "a")
+    assert model.merged == [] and torch.equal(model.unet.get_submodule(TO_Q).weight, before)
+
+
+def test_what_half_precision_cannot_hold_is_refused_before_any_weight_changes(tmp_path):
+    half = peers.random_model(few_blocks(), seed=5).half()
+    write_adapter(mixed(half, (1.0,)), tmp_path / "a", "lora", {})
+    before = copy.deepcopy(half.state_dict())
+    with pytest.raises(InputError, match="more than float16 can hold"):
+        merge_file(half, tmp_path / "a", 1e6)
+    assert half.merged == [] and all(torch.equal(tensor, before[name]) for name, tensor in half.state_dict().items())
+
+
+def test_whole_numbers_as_alpha_and_unused_words_beside_any_dialect(model, tmp_path):
+    save_file(KOHYA | {f"{K}.alpha": torch.tensor(3), "<s1>": torch.ones(TEXT)}, tmp_path / "a")
+    with pytest.warns(UserWarning, match="<s1>"):
+        assert_changes(changed(model, tmp_path / "a"), {f"unet.{TO_Q}": (A, B)}, {f"unet.{TO_Q}": 1.5})
+
+
+def test_a_long_table_of_patterns_is_read_once(tmp_path):
+    patterns = {f"a{i}": 1 for i in range(100_000)} | {"attn1.to_q": 6, f"^{TO_Q}$": 8}
+    save_file(GOOD, tmp_path / "a", {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": patterns})})
+    assert read_adapter(tmp_path / "a").factors[f"unet.{TO_Q}"].scale == 3  # the first that fits
+
+
+def test_kernels_do_not_keep_transformed_weights_of_before_a_merge(tmp_path):
+    layer = torch.nn.Conv2d(320, 320, 3, padding=1).requires_grad_(False)
+    model = peers.random_model(few_blocks(), seed=5)
+    model.unet.down_blocks[0].resnets[0].conv1 = layer
+    path, x = "unet.down_blocks.0.resnets.0.conv1", noise(1, 320, 8, 8, seed=3)
+    write_adapter({path: Factors(noise(2, 320, 3, 3), noise(320, 2, 1, 1), 0.1)}, tmp_path / "a", "lora", {}, "kohya")
+    with torch.no_grad():
+        assert kernels.winograd_pays(layer, x)
+        before = kernels.convolution(layer, x)
+        for _ in range(2):
+            merge_file(model, tmp_path / "a")
+            after = kernels.convolution(layer, x)
+            assert peers.relative_error(after, layer(x)) < 1e-5 < peers.relative_error(before, after)
 
 
 def test_a_pickle_that_would_run_code_is_refused(model, tmp_path):
@@ -566,6 +631,8 @@ def test_convert_takes_a_rank_of_dylora(model, tmp_path, capsys):
         (["{a}", "--to", "kohya", "--out", "{a}"], ["exists already"]),
         (["{tmp}/none", "--to", "kohya"], ["no such adapter"]),
         (["{tmp}", "--to", "kohya"], ["no such adapter"]),
+        (["{a}:0.5", "--to", "kohya"], ["a.safetensors:0.5", "as it is"]),
+        (["{a}@2", "--to", "kohya"], ["a.safetensors@2", "as it is"]),
     ],
 )
 def test_convert_says_what_is_wrong(arguments, says, model, tmp_path):
