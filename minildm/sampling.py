@@ -100,8 +100,9 @@ def choose_adapters(adapters, base):
     if not adapters and is_embedded(base) and EMBEDDED_ADAPTER.is_file():
         print("using the embedded base with its adapter for chest radiographs (--adapter none: without it)")
         return (str(EMBEDDED_ADAPTER),)
-    paths = [parse_adapter(adapter)[0] for adapter in adapters]
-    if absent := [path for path in paths if not path.is_file()]:
+    with naming("--adapter"):
+        paths = [parse_adapter(adapter)[0] for adapter in adapters]
+    if absent := [path for path in paths if not os.path.isfile(path)]:
         if (absent[0].parent / "model").is_dir():
             raise FileNotFoundError(
                 f"{absent[0].parent} is a run of full fine-tuning, which has no adapter; give --base "

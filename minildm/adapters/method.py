@@ -16,6 +16,7 @@ To add a method, write one file with a frozen `Settings` dataclass (its fields a
 
 import contextlib
 
+from minildm.errors import InputError
 from minildm.optimizer import AdamW
 from minildm.settings import Settings
 
@@ -97,3 +98,7 @@ class Method:
     def save(self, path, about):
         """Write what was trained to ``path``, whole or not at all. ``about``: a dict to record beside it."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is saved")
+
+    def export(self, path, format):
+        """Write what was trained for another tool, as `save` does. ``format``: "kohya" or "diffusers"."""
+        raise InputError(f"{type(self).__name__} trains no adapter, so there is nothing to write as {format}")

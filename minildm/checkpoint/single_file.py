@@ -193,9 +193,9 @@ def names(config, networks):
     """{network: {our parameter name: (single-file name, None or which third of that tensor)}}."""
     ours = {network: module.state_dict() for network, module in networks.items()}
     v2 = config.text_encoder.activation == "gelu"
-    unet_modules = _unet_modules(config.unet)
+    modules = unet_modules(config.unet)
     return {
-        "unet": {name: (_unet_name(name, unet_modules), None) for name in ours["unet"]},
+        "unet": {name: (_unet_name(name, modules), None) for name in ours["unet"]},
         "vae": {name: (vae_name(name, config.vae), None) for name in ours["vae"]},
         "text_encoder": {
             name: _open_clip_name(name) if v2 else (f"cond_stage_model.transformer.{name}", None)
@@ -204,7 +204,7 @@ def names(config, networks):
     }
 
 
-def _unet_modules(config):
+def unet_modules(config):
     """Our module -> the single file's, which numbers the blocks of all levels consecutively."""
     table = {
         "conv_in": "input_blocks.0.0",

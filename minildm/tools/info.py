@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from minildm import checkpoint
+from minildm.adapters.reading import adapter_file
 from minildm.checkpoint import TensorFile, autoencoder
 from minildm.checkpoint.load import require_match
 from minildm.config import UNetConfig
@@ -31,7 +32,7 @@ FOREIGN = {  # a part of a name -> the model that it belongs to; the first that 
     "down_blocks.0.attentions.": "a U-Net in diffusers' layout",
 }
 TECHNICAL = re.compile(
-    r"format|sshs_(model|legacy)_hash"
+    r"format|minildm_origin|sshs_(model|legacy)_hash"
     r"|modelspec\.(sai_model_spec|architecture|implementation|title|date|author|license|resolution|prediction_type"
     r"|predict_key|merged_from|timestep_range|encoder_layer|hash_\w+|(unet|vae)_dtype)"
     r"|ss_(network_\w+|base_model_version|(new_)?sd_(model|vae)_(hash|name)|(new_)?vae_(hash|name)|v2|v_parameterization"
@@ -70,13 +71,10 @@ def inspect(path):
 
 def _folder(path):
     if not (path / "unet").is_dir():
-        if (path / "adapter.safetensors").is_file():  # a run
-            return inspect(path / "adapter.safetensors")
         if (path / "model" / "unet").is_dir():  # a run of full fine-tuning
             return _checkpoint(path / "model")
-        for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"):
-            if (path / name).is_file():  # PEFT's folder, and diffusers'
-                return inspect(path / name)
+        if adapter_file(path).is_file():  # a run, PEFT's folder, diffusers'
+            return inspect(adapter_file(path))
         if (path / "config.json").is_file():
             return _autoencoder(path)
     try:
@@ -242,8 +240,7 @@ def as_text(report):
 
 def _adapter_text(report):
     scales, alphas = ", ".join(report["scale"]), ", ".join(report["alpha"])
-    known = [f"{name} {values}" for name, values in (("scale", scales), ("alpha", alphas)) if values]
-    lines = [f"{' '.join(known[:1] + [f'({part})' for part in known[1:]]) or 'scale'}: {report['scale_from']}"]
+    lines = [f"scale {scales} (alpha {alphas}): {report['scale_from']}"] if report["supported"] else []
     if report["other_tensors"]:
         lines.append(f"tensors that belong to no layer: {_list(report['other_tensors'])}")
     return lines

@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from minildm import checkpoint
-from minildm.adapters.files import merge_file, read_adapter
+from minildm.adapters.files import merge_file
+from minildm.adapters.reading import read_adapter
 from minildm.checkpoint.folder import write_folder
 from minildm.checkpoint.load import require_match
 from minildm.checkpoint.single_file import stated_prediction

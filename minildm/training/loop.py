@@ -150,6 +150,13 @@ def learning_rate(step, steps, config):
 def save_result(method, config, run):
     about = config.as_json() | (method.settings.as_json() if method.settings is not None else {})
     run.save_result(lambda path: method.save(path, about))
+    if config.save_format != "native":
+        run.save_file(exported_name(config.save_format), lambda path: method.export(path, config.save_format))
+
+
+def exported_name(format):
+    """The file in a run's folder that ``--save-format`` adds."""
+    return f"adapter.{format}.safetensors"
 
 
 def _not_finite(state, config, run):
