@@ -3,6 +3,8 @@
 import sys
 import warnings
 
+LONGEST_LINE = 500  # characters
+
 
 class InputError(ValueError):
     """A user's input (a file, a flag, a prompt) cannot be used; the message says what to change."""
@@ -29,4 +31,10 @@ def _fail(code, message):
 
 
 def _one_line(message):
-    return " ".join(str(message).split())
+    """The message on one line of at most 500 characters, its middle left out if need be: the end says what to do.
+    Names in files may hold anything; what a terminal would obey or could not print is escaped."""
+    words = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE // 2]} [...] {line[-LONGEST_LINE // 2 + 7 :]}"

@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -51,8 +51,7 @@ class LatentDiffusion(nn.Module):
         self.config = config
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer = Tokenizer(config.pad_token_id)
-        schedule = config.schedule
-        self.schedule = NoiseSchedule(schedule.prediction, schedule.n_timesteps, schedule.beta_start, schedule.beta_end)
+        self.schedule = NoiseSchedule(**asdict(config.schedule))
         self.files = files  # the Checkpoint it was loaded from
         self.merged = []  # adapters merged into it: [{"adapter": SHA-256, "multiplier": ..., "rank": ...}]
 

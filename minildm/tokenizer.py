@@ -32,6 +32,13 @@ def _byte_pair_encoder():
     return module._tokenizer  # the one built on import; another would take 0.2 s
 
 
+@functools.cache
+def merges():
+    """CLIP's merges in their order, each "a b"."""
+    ranks = _byte_pair_encoder().bpe_ranks
+    return [" ".join(pair) for pair in sorted(ranks, key=ranks.get)]
+
+
 class Tokenizer:
     """Prompts -> token ids (B, 77) int64: begin, at most 75 tokens, end, then ``pad_token_id``."""
 
