@@ -25,7 +25,7 @@ def parse(arguments):
     parser = Parser(prog="sample.py", description="Generate images from prompts.")
     add = parser.add_argument_group("prompts and images").add_argument
     add("prompt", nargs="?", help="description of the image")
-    add("--prompts", metavar="FILE", type=Path, help="text, .csv or .tsv file of prompts; run again to continue")
+    add("--prompts", metavar="FILE", type=Path, help="text, .csv, .tsv or .jsonl of prompts; run again to continue")
     add("--column", help="column of the table that holds the prompts (default: prompt, or text)")
     add("--negative", default="", metavar="PROMPT", help="description of what to avoid")
     add("-n", type=at_least(1), default=1, metavar="N", help="images per prompt")
@@ -34,6 +34,7 @@ def parse(arguments):
     add_flags(parser, SamplingSettings, "sampling")
     add = parser.add_argument_group("model").add_argument
     add("--base", help="a .safetensors file or a diffusers-layout folder (default: the one in weights/)")
+    add("--vae", metavar="PATH", help="autoencoder file or folder in place of the base's own, such as sd-vae-ft-mse")
     add(
         "--adapter",
         action=Several,
@@ -70,12 +71,12 @@ def main(arguments):
 
     start = time.perf_counter()
     adapters = sampling.choose_adapters(args.adapter, args.base)
-    model = load(args.base, adapters, args.device, args.dtype, args.prediction)
+    model = load(args.base, adapters, args.device, args.dtype, args.prediction, args.vae)
     settings = complete_settings(settings, model.config, init_image is not None)
     if args.compile:
         model.unet.compile()
     print(
-        f"{model.files.path}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
+        f"{model.files.title}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
         f"{str(model.dtype).removeprefix('torch.')} on {model.device}, loaded in {time.perf_counter() - start:.1f} s"
     )
 

@@ -19,7 +19,7 @@ from minildm.data.prompts import prompts_for
 from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
-from minildm.training.command_line import FREE, parse
+from minildm.training.command_line import FREE, check_texts, parse
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
 from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
 from minildm.training.run import Run
@@ -42,10 +42,14 @@ def main(arguments):
     weights = torch.float32 if plan.method.float32_weights else dtype
     if weights != dtype and dtype == torch.float16:
         raise InputError(f"--adapter {goal.adapter} does not train in float16; give --dtype bfloat16 or float32")
-    data = open_data_set(goal.data, plan.data, config.seed)
-    model = load(goal.base, goal.on_top_of, device, weights, goal.prediction)
+    captioned = dreambooth.instance_prompt is None
+    data = open_data_set(goal.data, plan.data, config.seed, captioned)
+    for note in data.notes:
+        print(f"note: {note}")
+    check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
+    model = load(goal.base, goal.on_top_of, device, weights, goal.prediction, goal.vae)
     transform = plan.data.transform(model.config.image_size)
-    print(f"{model.files.path}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
+    print(f"{model.files.title}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
 
     # Records -> images -> latents, encoded once; the VAE runs in float32, the reference for all precisions
@@ -57,7 +61,7 @@ def main(arguments):
 
     # Captions -> prompts; splits by patient; for DreamBooth also images of the class, from the untrained base
     class_images = None
-    if dreambooth.instance_prompt is None:
+    if captioned:
         prompts = prompts_for(data, plan.data.prompt_template)
         indices = split_by_patient(data.records, plan.data.split, config.seed)
     else:
@@ -69,14 +73,13 @@ def main(arguments):
     training, validation = splits["train"], splits.get("validation", samples.subset([]))
     run.begin(
         base=model.base_hash,
+        vae=goal.vae and [model.vae_hash, model.config.vae.scaling_factor],
         dtype=_name(dtype),
         pixels=transform.size,
         data=samples.fingerprint,
         class_images=class_images and class_images.fingerprint,
         splits={name: [record.name for record in part.records] for name, part in splits.items()},
     )
-    for note in data.notes:
-        print(f"note: {note}")
 
     # Training
     options = {
@@ -85,7 +88,7 @@ def main(arguments):
         "workers": machine.workers,
         "precision": dtype if weights != dtype else None,
     }
-    if dreambooth.instance_prompt is None:
+    if captioned:
         task = Finetuning(model, training, validation, config, **options)
     else:
         task = DreamBooth(model, training, validation, config, class_images, dreambooth.weight, **options)
@@ -104,6 +107,7 @@ def sample_command(goal, run, prompt, size):
         words += ["--base", str(run.result)]
     else:
         words += ["--base", goal.base] if goal.base else []
+        words += ["--vae", goal.vae] if goal.vae else []
         words += ["--prediction", goal.prediction] if goal.prediction else []
         words += [word for adapter in (*goal.on_top_of, run.folder) for word in ("--adapter", str(adapter))]
     return shlex.join([*words, "-n", "4", "--height", str(size), "--width", str(size)])

@@ -53,6 +53,34 @@ def rare_tokens(arguments):
     return main(arguments)
 
 
+def fetch(arguments):
+    """get published weights: Stable Diffusion, autoencoder, Inception, CLIP"""
+    from minildm.fetch import main
+
+    return main(arguments)
+
+
+def info(arguments):
+    """show what a checkpoint, autoencoder or adapter file holds"""
+    from minildm.tools.info import main
+
+    return main(arguments)
+
+
+def merge(arguments):
+    """merge adapters into a full checkpoint"""
+    from minildm.tools.merge import main
+
+    return main(arguments)
+
+
+def shrink(arguments):
+    """lower an adapter's rank, keeping as much of its change as possible"""
+    from minildm.tools.shrink import main
+
+    return main(arguments)
+
+
 def pretrain(arguments):
     """train a latent diffusion model from scratch: autoencoder, text encoder, U-Net"""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy renders small images; its threads would slow torch's
@@ -67,7 +95,11 @@ COMMANDS = {
     "fid": fid,
     "clip-score": clip_score,
     "audit": audit,
+    "info": info,
+    "merge": merge,
+    "shrink": shrink,
     "rare-tokens": rare_tokens,
+    "fetch": fetch,
     "pretrain": pretrain,
 }
 

@@ -1,5 +1,6 @@
 """Errors for users: one line that says what came, what was expected and what to do."""
 
+import contextlib
 import sys
 import warnings
 
@@ -8,6 +9,15 @@ LONGEST_LINE = 500  # characters
 
 class InputError(ValueError):
     """A user's input (a file, a flag, a prompt) cannot be used; the message says what to change."""
+
+
+@contextlib.contextmanager
+def naming(flag):
+    """InputErrors of the block, which begin with a file's name, begin with the flag that gave the file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag} {error}") from None
 
 
 def exit_cleanly(main, *arguments):

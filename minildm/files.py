@@ -77,6 +77,30 @@ def read_json(path, kind=dict):
     return document
 
 
+def writable_file(path, flag="--out"):
+    """Check that the file ``path`` can be written, before any work is done; its folder is created if needed.
+
+    Raises: as writable_folder; IsADirectoryError if ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{flag} {path} is a folder, expected a file; give a file name in it")
+    writable_folder(path.parent, flag)
+    return path
+
+
+def input_file(path, flag):
+    """``path``, checked to be a file that exists. Raises: FileNotFoundError or IsADirectoryError, naming ``flag``."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{flag} {path} is a folder, expected a file")
+    if not path.exists():
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{flag} {path} is not a regular file")
+    return path
+
+
 def sha256(path, chunk_bytes=1 << 20):
     """SHA-256 of a file's bytes, 64 hex digits; in constant memory."""
     digest = hashlib.sha256()

@@ -68,6 +68,11 @@ class LatentDiffusion(nn.Module):
         """SHA-256 of the file that holds the U-Net, 64 hex digits. Reading a large file takes seconds."""
         return sha256(self.files.hashed_file)
 
+    @functools.cached_property
+    def vae_hash(self):
+        """SHA-256 of the file of an autoencoder that is not the base's own, 64 hex digits; else None."""
+        return None if self.files.vae_file is None else sha256(self.files.vae_file)
+
     # --- text --------------------------------------------------------------------------------------------------------
     def tokenize(self, prompts):
         """A list of B prompts -> token ids (B, 77) int64. Warns if a prompt is cut."""

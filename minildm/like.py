@@ -35,7 +35,7 @@ def flags_like(args):
     flags = _flags_of_text(args) if record is None else _flags_of_record(args, record)
     if args.prompts is not None:
         del flags["prompt"]
-    files = {"base": args.base, "vae": getattr(args, "vae", None), "adapters": args.adapter or args.base}
+    files = {"base": args.base, "vae": args.vae, "adapters": args.adapter or args.base}
     return flags | {"recorded": record, "explicit": {what for what, value in files.items() if value}}
 
 
@@ -53,7 +53,7 @@ def _flags_of_record(args, record):
     if args.base is None and base["given"]:
         _require(args.like, "base", base, "--base")
         flags["base"] = base["path"]
-    if vae is not None and getattr(args, "vae", None) is None:
+    if vae is not None and args.vae is None:
         _require(args.like, "autoencoder", vae, "--vae")
         flags["vae"] = vae["path"]
     if init_image is not None and args.init_image is None:

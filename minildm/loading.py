@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 EMBEDDED_ADAPTER = EMBEDDED / "adapter.safetensors"  # SeLoRA for chest radiographs
 
 
-def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
+def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=None):
     """Load a Stable Diffusion v1.x or v2.x model.
 
     Args:
@@ -30,12 +30,15 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None):
         dtype: of the networks, such as torch.float16 or "float16"; None = float16 on a GPU, float32 elsewhere.
         prediction: "epsilon" or "v"; None = what a folder's scheduler file says, and "epsilon" for a single file,
             which cannot say (v2.0 and v2.1 at 768 px need "v").
+        vae: file or folder of an autoencoder to use in place of the base's own, such as sd-vae-ft-mse.
     Returns: LatentDiffusion, frozen and in eval mode.
     Raises: FileNotFoundError; InputError (a ValueError) if a file is broken or holds another kind of model.
     """
     device = usable_device(device)
     dtype = usable_dtype(dtype, device)
     plan = checkpoint.inspect(find_base() if base is None else base, prediction)
+    if vae is not None:
+        checkpoint.replace_vae(plan, vae)
     model = LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
     for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
         merge_file(model, *parse_adapter(adapter))
@@ -102,6 +105,22 @@ def weights_folders():
     return list(dict.fromkeys(folders))
 
 
+def folder_for_weights():
+    """Where ``python -m minildm fetch`` puts weights: the first of `weights_folders` that exists and can be written to
+    (the package apart), else weights/ in the current folder, which need not exist yet."""
+    for folder in weights_folders():
+        if folder != PACKAGE and folder.is_dir() and os.access(folder, os.W_OK):
+            return folder
+    return Path.cwd() / "weights"
+
+
+def find_weights(name):
+    """The path of the file or folder ``name`` in the first of `weights_folders` that holds it, else where
+    ``python -m minildm fetch`` would put it."""
+    found = (folder / name for folder in weights_folders() if (folder / name).exists())
+    return next(found, folder_for_weights() / name)
+
+
 def find_base(*folders):
     """The base model to use when none is named: that of the first folder that holds one.
 
@@ -127,9 +146,9 @@ def find_base(*folders):
         if (folder / "tiny" / "unet").is_dir():
             return folder / "tiny"
     raise FileNotFoundError(
-        f"no base model in {', '.join(map(str, folders))}: put v1-5-pruned-emaonly.safetensors (4.3 GB, "
-        "stable-diffusion-v1-5/stable-diffusion-v1-5 on Hugging Face), another SD v1.x or v2.x file, or a "
-        "diffusers-layout folder there, or name one with --base (or load(base))"
+        f"no base model in {', '.join(map(str, folders))}: get v1-5-pruned-emaonly.safetensors (4.3 GB) with "
+        "python -m minildm fetch sd15, put another SD v1.x or v2.x file or diffusers-layout folder there, or name one "
+        "with --base (or load(base))"
     )
 
 

@@ -76,7 +76,7 @@ class Request:
     def record(self, image, batch):
         """The record of a PlannedImage that was generated as one of ``batch``, a dict for JSON."""
         self.hashing.join()
-        model, init_image, vae_path = self.model, self.init_image, getattr(self.model.files, "vae_path", None)
+        model, init_image, vae_path = self.model, self.init_image, self.model.files.vae_path
         return {
             "schema": SCHEMA,
             "prompt": image.prompt,

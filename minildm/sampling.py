@@ -3,18 +3,17 @@
 This module does not import torch, so that a mistake on the command line is reported at once.
 """
 
-import csv
 import hashlib
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from minildm import __version__
+from minildm import __version__, tables
 from minildm.config import SAMPLER_NAMES, SPATIAL_FACTOR
 from minildm.data import reading
-from minildm.errors import InputError
-from minildm.files import sha256
+from minildm.errors import InputError, naming
+from minildm.files import input_file, sha256
 from minildm.images import parameters_text, read_parameters
 
 
@@ -50,44 +49,8 @@ def read_prompts(prompt=None, path=None, column=None):
         if column is not None:
             raise InputError(f"--column {column} is for --prompts FILE.csv")
         return [prompt]
-    if not path.is_file():
-        raise FileNotFoundError(f"--prompts {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"--prompts {path} is not UTF-8 text") from None
-    if path.suffix.lower() in (".csv", ".tsv"):
-        prompts = _table_column(text, path, column)
-    elif column is None:
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    else:
-        raise InputError(f"--column is for a .csv or .tsv file, but --prompts is {path}")
-    if not prompts:
-        raise InputError(f"--prompts {path} holds no prompt")
-    return prompts
-
-
-def _table_column(text, path, column):
-    """The values of ``column`` (default: prompt, or text) in a .csv or .tsv file's ``text``; none may be blank."""
-    rows = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    try:
-        columns, rows = rows.fieldnames or [], list(rows)
-    except csv.Error as error:
-        raise InputError(f"--prompts {path} is not readable as CSV ({error})") from None
-    if column is None:
-        column = next((name for name in ("prompt", "text") if name in columns), None)
-    if column not in columns:
-        raise InputError(
-            f"--prompts {path} has no column {column or 'prompt or text'!r}; its columns are "
-            f"{', '.join(map(str, columns)) or 'none'}; name one with --column"
-        )
-    prompts = [row[column] or "" for row in rows]
-    if blank := [i for i, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
-        raise InputError(
-            f"--prompts {path} has no prompt in {len(blank)} of {len(rows)} rows, the first of them row {blank[0]}; "
-            "fill them in or delete them"
-        )
-    return prompts
+    with naming("--prompts"):
+        return tables.read_prompts(input_file(path, "--prompts"), column)
 
 
 def read_init_image(path, strength):
@@ -212,6 +175,8 @@ def describe_image(image, negative, settings, model, adapters="", init_image=Non
         "Prediction": model.config.schedule.prediction,
         "Precision": str(model.dtype).removeprefix("torch."),
     }
+    if model.vae_hash:  # the web UI's names
+        pairs |= {"VAE hash": model.vae_hash[:10], "VAE": model.files.vae_path.absolute().name}
     if settings.eta:
         pairs["Eta"] = settings.eta
     if adapters:

@@ -8,6 +8,7 @@ Added here: the padding token, which differs between SD 1.x and 2.x, and a warni
 
 import functools
 import importlib.util
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -37,6 +38,25 @@ def merges():
     """CLIP's merges in their order, each "a b"."""
     ranks = _byte_pair_encoder().bpe_ranks
     return [" ".join(pair) for pair in sorted(ranks, key=ranks.get)]
+
+
+def vocabulary_files(pad_token_id=END):
+    """{file name: text} of the files from which transformers builds this tokenizer."""
+    encoder = _byte_pair_encoder()
+    tokens = [*sorted(encoder.encoder, key=encoder.encoder.get)[:BEGIN], "<|startoftext|>", "<|endoftext|>"]
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "!" if pad_token_id == 0 else "<|endoftext|>",
+    }
+    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "do_lower_case": True}
+    return {
+        "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}),
+        "merges.txt": "\n".join(["#version: 0.2", *merges()]) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(about | special, indent=2) + "\n",
+    }
 
 
 class Tokenizer:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minildm import checkpoint
-from minildm.checkpoint import folder, single_file
+from minildm.checkpoint import config_json, writing
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.latent_diffusion import LatentDiffusion
 from minildm.text_encoder import TextEncoder
@@ -250,19 +250,19 @@ def diffusers_unet(unet, document=None):
     """diffusers' U-Net with the same config (or a published one, ``document``) around the same tensors."""
     from diffusers import UNet2DConditionModel
 
-    return _peer(lambda: UNet2DConditionModel.from_config(document or folder.unet_to_json(unet.config)), unet)
+    return _peer(lambda: UNet2DConditionModel.from_config(document or config_json.unet_to_json(unet.config)), unet)
 
 
 def diffusers_vae(vae, document=None):
     from diffusers import AutoencoderKL
 
-    return _peer(lambda: AutoencoderKL.from_config(document or folder.vae_to_json(vae.config)), vae)
+    return _peer(lambda: AutoencoderKL.from_config(document or config_json.vae_to_json(vae.config)), vae)
 
 
 def transformers_text_encoder(text_encoder, document=None):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    document = document or folder.text_encoder_to_json(text_encoder.config)
+    document = document or config_json.text_encoder_to_json(text_encoder.config)
     return _peer(
         lambda: CLIPTextModel(CLIPTextConfig(**{k: v for k, v in document.items() if k != "architectures"})),
         text_encoder,
@@ -306,7 +306,9 @@ def diffusers_scheduler(sampler, prediction="epsilon", karras=False, **changes):
 def single_file_state(model, extras=True):
     """The model's tensors under single-file names; ``extras``: with the unused tensors of published files."""
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
-    state = single_file.single_file_state(model.config, networks)
+    tensors = {name: writing.module_tensors(module, torch.float32) for name, module in networks.items()}
+    named = writing.single_file_tensors(tensors, model.config, networks)
+    state = {name: tensor.read() for name, tensor in named.items()}
     if extras:
         text = model.config.text_encoder
         state |= {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import minildm
 from minildm import checkpoint
 from minildm.checkpoint import TensorFile, build_networks, inspect, load_networks, save_folder, single_file
-from minildm.checkpoint.folder import (
+from minildm.checkpoint.config_json import (
     text_encoder_from_json,
     text_encoder_to_json,
     unet_from_json,

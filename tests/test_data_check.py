@@ -132,3 +132,25 @@ def test_the_classes_to_balance_by_are_counted_and_an_unknown_field_is_a_fault(t
     code, report = run(tmp_path, f"folder:{root}", "--balance", "nonsense")
     assert code == 1 and report["classes"] is None
     assert "nonsense" in report["faults"][0] and "finding" in report["faults"][0]
+
+
+def test_what_is_not_understood_or_left_out_is_shown_and_counted(tmp_path, capsys):
+    root = made_data.folder(tmp_path / "data", 30)
+    table = (root / "metadata.csv").read_text()
+    changed = table.replace(",30,M,PA", ",414,Multiple,RAO").replace(",31,F,PA", ",000Y,F,PA").replace("number 7", "")
+    (root / "metadata.csv").write_text(changed.replace("a chest x-ray, ,", ",").replace('"a chest x-ray, "', "NA"))
+    code, report = run(tmp_path, f"folder:{root}")
+    assert code == 0 and report["pictures"] == 28
+    assert report["unread"] == {"age": {"000Y": 1}}
+    printed = capsys.readouterr().out
+    assert "  age: not understood, so missing: '000Y' 1" in printed
+    assert "note: 1 of 30 left out: lateral and other views" in printed
+    assert "note: 1 of 29 left out: without a prompt from '{text}', such as images/007.png" in printed
+
+
+def test_prompts_tells_what_was_left_out_beside_the_prompts(tmp_path, capsys):
+    for name in "ab":
+        made_data.save(tmp_path / f"{name}.png").with_suffix(".txt").write_text("lungs" * (name == "a"))
+    assert check.show_prompts([f"folder:{tmp_path}"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "a.png\tlungs\n" and "note: 1 of 2 left out: without a prompt" in said.err

@@ -1,5 +1,7 @@
 """Data settings, the selection of records, and the errors for data sets that cannot be used."""
 
+import re
+
 import made_data
 import pytest
 
@@ -61,6 +63,16 @@ def test_an_unknown_data_set_lists_the_known_ones():
         open_data_set("padchst:/data")
     with pytest.raises(InputError, match=r"needs a path: padchest:/where/it/is"):
         open_data_set("padchest")
+
+
+def test_a_bare_path_and_a_path_of_a_rendered_data_set_are_answered_with_the_right_form(tmp_path):
+    with pytest.raises(InputError, match=rf"did you mean folder:{tmp_path}\?"):
+        open_data_set(str(tmp_path))
+    with pytest.raises(InputError, match=r"did you mean folder:no/such\?"):
+        open_data_set("no/such")
+    for spec in ("phantom:foo", f"procedural:{tmp_path}"):
+        with pytest.raises(InputError, match=rf"takes no path, got '{spec}'"):
+            open_data_set(spec)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -138,6 +150,112 @@ def test_excluded_images_are_left_out(tmp_path):
     listed.write_text("images/002.png\tlow contrast\n")
     data_set = open_data_set(spec, DataSettings(exclude=str(listed)))
     assert names(data_set) == ["images/000.png", "images/001.png", "images/003.png"]
+    listed.write_text("\ufeffimages/002.png \r\n\r\nimages/003.png\n", encoding="utf-8")
+    assert names(open_data_set(spec, DataSettings(exclude=str(listed)))) == ["images/000.png", "images/001.png"]
     listed.write_text("elsewhere.png\n")
     with pytest.raises(InputError, match=r"none of the 1 names in .* is in the data set"):
         open_data_set(spec, DataSettings(exclude=str(listed)))
+
+
+@pytest.mark.parametrize(
+    "path, error, says",
+    [
+        ("nofile.txt", FileNotFoundError, "--exclude .*nofile.txt: no such file"),
+        (".", IsADirectoryError, "--exclude .* is a folder, expected a file"),
+        ("binary.txt", InputError, "--exclude .*binary.txt is not UTF-8"),
+    ],
+)
+def test_a_list_of_excluded_images_that_cannot_be_read_is_named_with_its_flag(tmp_path, path, error, says):
+    spec = f"folder:{made_data.folder(tmp_path / 'data', 4)}"
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(error, match=says):
+        open_data_set(spec, DataSettings(exclude=str(tmp_path / path)))
+
+
+def with_column(root, column, texts):
+    """A folder with one image for each of the texts, which stand in the column."""
+    for i in range(len(texts)):
+        made_data.save(root / f"p{i:02}.png", seed=i)
+    made_data.write_csv(
+        root / "metadata.csv", ["file_name", "text", column], [[f"p{i:02}.png", "x", t] for i, t in enumerate(texts)]
+    )
+    return f"folder:{root}"
+
+
+def test_only_known_frontal_views_are_frontal(tmp_path):
+    """Real words for views; of those that are not frontal, 11 of 12 were kept while only lateral words were known."""
+    others = "Lateral|LATERAL LEFT|Left Lateral|LLAT|LAT|LA|Lateral view|XTABLE LATERAL|RLD|RAO|Axial|Coronal"
+    texts = [*others.split("|"), "PA", "AP Supine", "P.A.", "", "?", "Oblique", "AP_horizontal"]
+    data_set = open_data_set(with_column(tmp_path, "view", texts))
+    assert [record.fields["view"] for record in data_set.records] == ["PA", "AP Supine", "PA", "AP horizontal"]
+    assert data_set.notes[1:] == (
+        "12 of 19 left out: lateral and other views that are not frontal (--views all keeps them)",
+        "3 of 7 left out: of unknown view: 2 blank, 'LA' (1) (--views all keeps them)",
+    )
+    whole = open_data_set(f"folder:{tmp_path}", DataSettings(views="all"))
+    assert len(whole) == 19 and whole.records[5].unread == {"view": "LA"} and "view" not in whole.records[5].fields
+    assert whole.notes[-1] == "view of 1 of 19 not understood, so it counts as missing: 'LA' (1)"
+
+
+def test_where_no_view_is_known_the_user_is_asked_and_without_views_all_images_are_kept(tmp_path):
+    with pytest.raises(InputError, match=r"2 of 2 images do not say whether they are frontal; .*--views all"):
+        open_data_set(with_column(tmp_path / "a", "view", ["FLAIR", "T2"]))
+    assert len(open_data_set(with_column(tmp_path / "b", "view", ["NA", ""]))) == 2
+    assert len(open_data_set(with_column(tmp_path / "c", "colour", ["red", ""]))) == 2
+
+
+@pytest.mark.parametrize(
+    "column, texts, known, note",
+    [
+        (
+            "age",
+            "414|-1|1930|000Y|3M|16month|47",
+            [None] * 4 + ["0", "1", "47"],
+            "age of 4 of 7 .*'414' .1., '-1' .1.,",
+        ),
+        ("sex", "missing|Mujer|Multiple|O|M|female", [None] * 4 + ["male", "female"], "sex of 3 of 6 .*'Mujer' .1."),
+    ],
+)
+def test_values_that_are_not_understood_are_missing_counted_and_told(tmp_path, column, texts, known, note):
+    data_set = open_data_set(with_column(tmp_path, column, texts.split("|")))
+    assert [record.fields.get(column) for record in data_set.records] == known
+    assert re.match(note, data_set.notes[-1])
+
+
+@pytest.mark.parametrize("kind", ["blank cell", "NaN", "blank .txt", "no .txt"])
+def test_an_image_without_a_prompt_is_left_out_counted_and_named(tmp_path, kind):
+    for i in range(12):
+        path = made_data.save(tmp_path / f"p{i:02}.png", seed=i)
+        if kind.endswith(".txt") and not (kind == "no .txt" and i == 5):
+            path.with_suffix(".txt").write_text("" if i == 5 else f"chest x-ray {i}")
+    if not kind.endswith(".txt"):
+        blank = "" if kind == "blank cell" else "NaN"
+        rows = [[f"p{i:02}.png", blank if i == 5 else f"chest x-ray {i}"] for i in range(12)]
+        made_data.write_csv(tmp_path / "metadata.csv", ["file_name", "text"], rows)
+    data_set = open_data_set(f"folder:{tmp_path}")
+    assert len(data_set) == 11 and data_set.prompt == "{text}" and "p05.png" not in names(data_set)
+    assert data_set.notes[-1] == "1 of 12 left out: without a prompt from '{text}', such as p05.png"
+    assert len(open_data_set(f"folder:{tmp_path}", captioned=False)) == 12
+    assert len(open_data_set(f"folder:{tmp_path}", DataSettings(prompt_template="chest x-ray"))) == 12
+
+
+def test_a_missing_image_without_a_prompt_stops_nothing(tmp_path):
+    made_data.folder(tmp_path, 4)
+    table = tmp_path / "metadata.csv"
+    table.write_text(table.read_text() + "gone.png,p9,40,M,PA,Edema,\n")
+    assert len(open_data_set(f"folder:{tmp_path}")) == 4
+
+
+@pytest.mark.parametrize("column", ["View", "VIEW", "ViewPosition", "View Position", "view_position", "projection"])
+def test_the_view_is_read_under_its_usual_names(tmp_path, column):
+    data_set = open_data_set(with_column(tmp_path, column, ["PA", "Lateral", "AP"]))
+    name = "projection" if column == "projection" else "view"
+    assert [record.fields[name] for record in data_set.records] == ["PA", "AP"]
+
+
+def test_capitals_in_the_names_of_columns_make_no_difference(tmp_path):
+    made_data.folder(tmp_path, 4)
+    expected = open_data_set(f"folder:{tmp_path}")
+    header, rest = (tmp_path / "metadata.csv").read_text().split("\n", 1)
+    (tmp_path / "metadata.csv").write_text(header.upper() + "\n" + rest)
+    assert open_data_set(f"folder:{tmp_path}") == expected

@@ -1,6 +1,7 @@
 """Publishers' folders -> records: a synthetic copy of each layout, and the real tables where they are available."""
 
 import collections
+import csv
 import gzip
 import json
 import shutil
@@ -9,9 +10,10 @@ import made_data
 import pytest
 
 from minildm.data.open import DataSettings, open_data_set
-from minildm.data.records import read_table
+from minildm.data.prompts import prompts_for
 from minildm.data.sets import iu_xray, montgomery, padchest
 from minildm.errors import InputError
+from minildm.tables import read_table
 
 
 def fields_of(data_set, name):
@@ -53,7 +55,7 @@ def test_padchest_rows_become_records(tmp_path):
     assert data_set.records[0].path == tmp_path / "0" / "a_1.png" and data_set.records[0].patient == "7"
     assert data_set.notes == (
         "1 of 5 left out: known to be broken in the distribution",
-        "1 of 4 left out: lateral views (--views all keeps them)",
+        "1 of 4 left out: lateral and other views that are not frontal (--views all keeps them)",
     )
 
 
@@ -96,7 +98,7 @@ def test_padchest_lists_and_ages_are_read_in_all_their_forms():
     assert padchest.items("['consolidation', ' pneumonia', '', 'consolidation']") == ["consolidation", "pneumonia"]
     assert padchest.items("['loc  tracheal, loc  left']") == ["loc tracheal", "loc left"]
     assert padchest.items("[]") == padchest.items(None) == []
-    assert padchest.age("20140915", "1930.0") == "84" and padchest.age("20140915", "2015.0") is None
+    assert padchest.age("20140915", "1930.0") == "84" and padchest.age("20140915", "nan") == "20140915 - nan"
 
 
 # --- Montgomery -------------------------------------------------------------------------------------------------------
@@ -136,15 +138,19 @@ def test_iu_xray_kaggle_tables_become_records(tmp_path):
         "indication": "Cough.",
         "diagnosis": "normal",
     }
-    assert "1 of 3 left out: no findings in the report" in data_set.notes
+    assert data_set.notes[1] == "1 of 2 left out: without a prompt from '{findings}', such as 2_IM-0652-1001.dcm.png"
+    impressions = open_data_set(f"iu-xray:{tmp_path}", DataSettings(prompt_template="impression"))
+    assert [record.fields["impression"] for record in impressions.records] == ["Normal.", "Cardiomegaly."]
 
 
 def test_real_iu_xray_has_the_papers_number_of_frontal_images_with_findings(shared_data, tmp_path):
     for name in ("indiana_reports.csv", "indiana_projections.csv"):
         shutil.copy(shared_data / "iu_xray" / name, tmp_path)
     listed, _ = iu_xray.records(tmp_path)
-    frontal = [record for record in listed if record.frontal]
+    assert len(listed) == 7466
+    frontal = [record for record in listed if record.frontal and "findings" in record.fields]
     assert len(frontal) == 3307 and round(0.04 * len(frontal)) == 132
+    assert sum("impression" in record.fields for record in listed if record.frontal) == 3788
 
 
 def test_real_iu_xray_xml_reports_are_read(shared_data, tmp_path):
@@ -155,6 +161,7 @@ def test_real_iu_xray_xml_reports_are_read(shared_data, tmp_path):
     assert {record.frontal for record in listed} == {None}
     shutil.copy(shared_data / "iu_xray" / "indiana_projections.csv", tmp_path)
     listed, _ = iu_xray.records(tmp_path)  # views from the table, texts from the XML
+    listed = [record for record in listed if "findings" in record.fields]
     views = collections.Counter(record.frontal for record in listed)
     assert views == {True: 164, False: 150, None: views[None]} and views[None] <= 3
     kaggle = {
@@ -182,7 +189,7 @@ def test_patch_gastric_patches_have_their_slide_as_patient(tmp_path):
         "subtype": "Signet ring cell carcinoma",
         "text": "Cells of signet ring cell carcinoma.",
     }
-    assert data_set.notes == ("2 of 6 left out: no caption for their slide in captions.csv",)
+    assert data_set.notes == ("2 of 6 left out: their slide is not in captions.csv",)
 
 
 def test_real_patch_gastric_captions_are_read(shared_data, tmp_path):
@@ -195,8 +202,8 @@ def test_real_patch_gastric_captions_are_read(shared_data, tmp_path):
 
 
 def test_mimic_cxr_joins_metadata_labels_and_reports(tmp_path):
-    data_set = open_data_set(f"mimic-cxr:{made_data.mimic(tmp_path)}")
-    first, second = data_set.records
+    spec = f"mimic-cxr:{made_data.mimic(tmp_path)}"
+    first, second = open_data_set(spec, captioned=False).records
     assert first.name == "p10/p10000032/s50414267/d1.jpg" and first.patient == "10000032"
     assert first.fields == {
         "view": "PA",
@@ -207,6 +214,131 @@ def test_mimic_cxr_joins_metadata_labels_and_reports(tmp_path):
         "indication": "___F with cough",
     }
     assert second.fields == {"view": "AP", "projection": "AP", "diagnosis": "Edema"}
+    assert open_data_set(spec).notes == (
+        "1 of 4 left out: lateral and other views that are not frontal (--views all keeps them)",
+        "1 of 3 left out: of unknown view: 1 blank (--views all keeps them)",
+        "1 of 2 left out: without a prompt from '{impression}', such as p10/p10000764/s57375967/d3.jpg",
+    )
+
+
+def test_mimic_cxr_sections_are_read_under_every_heading(tmp_path):
+    made_data.mimic(tmp_path)
+    report = tmp_path / "files" / "p10" / "p10000032" / "s50414267.txt"
+
+    def read(text):
+        report.write_text(f"        FINAL REPORT\n EXAMINATION:  CHEST\n\n{text}\n NOTIFICATION:  By phone.\n")
+        fields = open_data_set(f"mimic-cxr:{tmp_path}", captioned=False).records[0].fields
+        return fields.get("findings"), fields.get("impression")
+
+    assert read(" FINDINGS AND IMPRESSION:\n\n Normal.") == ("Normal.", "Normal.")
+    assert read(" FINDINGS/IMPRESSION: Normal.") == ("Normal.", "Normal.")
+    for heading in ("IMPRESSION AND RECOMMENDATIONS", "Impression", "IMPRESSIONS", "impression :", "CONCLUSION"):
+        assert read(f" FINDINGS:  Clear.\n {heading}:\n\n Normal.".replace("::", ":")) == ("Clear.", "Normal.")
+    assert read(" FINDINGS:  Clear.\n\n IMPRESSION\n\n Normal.\n RECOMMENDATION(S):  None.") == ("Clear.", "Normal.")
+    both = " PROVISIONAL FINDINGS IMPRESSION (PFI): First.\n IMPRESSION: Last.\n FINDINGS AND IMPRESSION: Other."
+    assert read(both) == ("Other.", "Last.")  # the section that is only an impression, and not the provisional findings
+    assert read(" IMPRESSION: First.\n ADDENDUM: x\n IMPRESSION: Second.\n IMPRESSION:  \n") == (None, "Second.")
+    assert read(" FINDINGS: As in the prior\n findings\n of May: the impression: stable.") == (
+        "As in the prior findings of May: the impression: stable.",
+        None,
+    )
+
+
+def test_mimic_cxr_without_reports_has_the_prompts_of_its_tables(tmp_path):
+    made_data.mimic(tmp_path)
+    next(tmp_path.rglob("*.txt")).unlink()
+    data_set = open_data_set(f"mimic-cxr:{tmp_path}")
+    assert prompts_for(data_set) == [
+        "chest x-ray, view PA, projection PA, diagnosis No Finding",
+        "chest x-ray, view AP, projection AP, diagnosis Edema",
+    ]
+
+
+def test_labels_that_are_no_numbers_are_counted_not_guessed(tmp_path):
+    made_data.mimic(tmp_path)
+    table = tmp_path / "mimic-cxr-2.0.0-chexpert.csv"
+    table.write_text(table.read_text().replace(",1.0,,-1.0", ",1.0,yes,-1.0") + "\n,,,1.0,\n")
+    data_set = open_data_set(f"mimic-cxr:{tmp_path}", captioned=False)
+    assert data_set.records[1].fields["diagnosis"] == "Edema"
+    assert data_set.notes[:2] == (
+        "1 row of mimic-cxr-2.0.0-chexpert.csv left out: without study_id (row 5)",
+        "labels of mimic-cxr-2.0.0-chexpert.csv that are none of 1, 0 and -1 and are not used: 1, such as 'yes' in row "
+        "3",
+    )
+
+
+def test_names_that_are_too_long_for_the_file_system_are_missing_images(tmp_path):
+    made_data.mimic(tmp_path)
+    for name in ("mimic-cxr-2.0.0-metadata.csv", "mimic-cxr-2.0.0-chexpert.csv"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("57375967", "5" * 5000))
+    with pytest.raises(InputError, match="1 of 2 listed images are missing") as caught:
+        open_data_set(f"mimic-cxr:{tmp_path}", captioned=False)
+    assert len(str(caught.value)) < 300
+
+
+# --- all: blank lines and blank cells ---------------------------------------------------------------------------------
+TABLES = {  # data set: its maker, the table, and a column without which a row is of no use
+    "folder": (made_data.folder, "metadata.csv", "file_name"),
+    "padchest": (made_data.padchest, "PADCHEST_*.csv", "PatientID"),
+    "iu-xray": (made_data.iu_kaggle, "indiana_projections.csv", "filename"),
+    "patch-gastric": (made_data.patch_gastric, "captions.csv", "id"),
+    "mimic-cxr": (made_data.mimic, "mimic-cxr-2.0.0-metadata.csv", "study_id"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_blank_lines_in_a_table_are_skipped(tmp_path, name):
+    make, pattern, _ = TABLES[name]
+    spec, table = f"{name}:{make(tmp_path)}", next(tmp_path.glob(pattern))
+    lines = table.read_bytes().split(b"\r\n")[:-1]
+    records = open_data_set(spec).records
+    for end, last in ((b"\n", b"\n\n"), (b"\r\r\n", b""), (b"\n\n", b"," * lines[0].count(b",") + b"\n")):
+        table.write_bytes(end.join(lines) + end + last)
+        assert open_data_set(spec).records == records, end
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_row_without_a_cell_it_needs_is_left_out_and_its_number_told(tmp_path, name):
+    make, pattern, column = TABLES[name]
+    spec, table = f"{name}:{make(tmp_path)}", next(tmp_path.glob(pattern))
+    with open(table, newline="") as file:
+        header, *rows = csv.reader(file)
+    rows[0][header.index(column)] = "NA"
+    made_data.write_csv(table, header, rows)
+    settings = DataSettings(views="all")
+    data_set = open_data_set(spec, settings, captioned=False)
+    assert len(data_set) > 0
+    note = next(note for note in data_set.notes if note.startswith(f"1 row of {table.name} left out: without "))
+    assert column in note and note.endswith("(row 2)")
+
+
+def test_unusable_dates_and_years_of_birth_are_unknown_ages(tmp_path):
+    table = next(made_data.padchest(tmp_path).glob("*.csv"))
+    whole = table.read_text()
+    for birth in ("inf", "9" * 5000, "1867.0", "2100", "born", "1e3", "-5"):
+        table.write_text(whole.replace("2011.0", birth))
+        data_set = open_data_set(f"padchest:{tmp_path}")
+        assert "age" not in fields_of(data_set, "b_1.png"), birth
+        assert data_set.notes[-1].startswith("age of 1 of 3 not understood, so it counts as missing: "), birth
+        assert len(data_set.notes[-1]) < 200
+
+
+def test_a_report_in_an_unknown_encoding_is_named(tmp_path):
+    report = tmp_path / "ecgen-radiology" / "7.xml"
+    report.parent.mkdir()
+    for declared in ("no-such-encoding", "utf-7", "cp1026"):
+        report.write_bytes(f'<?xml version="1.0" encoding="{declared}"?><eCitation/>'.encode())
+        with pytest.raises(InputError, match=r"7.xml: not an Open-i report"):
+            open_data_set(f"iu-xray:{tmp_path}")
+
+
+def test_a_montgomery_reading_with_blank_or_odd_entries_is_read(tmp_path):
+    made_data.montgomery(tmp_path)
+    reading = next(tmp_path.rglob("MCUCXR_0001_0.txt"))
+    reading.write_text("Patient's Sex: \nPatient's Age: 16 months\nnormal\n")
+    data_set = open_data_set(f"montgomery:{tmp_path}")
+    assert fields_of(data_set, "MCUCXR_0001_0.png") == {"age": "1", "findings": "normal", "diagnosis": "normal"}
+    assert data_set.notes == ("sex of 1 of 4 not understood, so it counts as missing: 'O' (1)",)
 
 
 # --- folder -----------------------------------------------------------------------------------------------------------
@@ -227,9 +359,10 @@ def test_captions_that_are_not_used_are_noted(tmp_path):
     table = tmp_path / "metadata.csv"
     made_data.folder(tmp_path, 4)
     whole = table.read_text()
-    table.write_text(whole.replace("a chest x-ray, number 1", "").replace('""', ""))
+    without = whole.replace("a chest x-ray, number 1", "").replace("a chest x-ray, number 2", "")
+    table.write_text(without.replace('""', ""))
     data_set = open_data_set(f"folder:{tmp_path}")
-    assert data_set.prompt == "full" and "1 of 4 images have no text" in data_set.notes[0]
+    assert data_set.prompt == "full" and "2 of 4 images have no text" in data_set.notes[0]
     table.write_text(whole.replace("text", "caption", 1))
     data_set = open_data_set(f"folder:{tmp_path}")
     assert data_set.prompt == "full" and "column caption is not used" in data_set.notes[0]
@@ -251,8 +384,8 @@ def test_captions_beside_images_are_read(tmp_path):
     data_set = open_data_set(f"folder:{tmp_path}")
     assert [record.fields["text"] for record in data_set.records] == ["caption of a.png", "caption of sub/b.jpg"]
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(InputError, match=r"1 of 2 images in .* have no .txt caption"):
-        open_data_set(f"folder:{tmp_path}")
+    data_set = open_data_set(f"folder:{tmp_path}")
+    assert [record.name for record in data_set.records] == ["sub/b.jpg"] and "such as a.png" in data_set.notes[-1]
     (tmp_path / "sub/b.txt").unlink()
     assert open_data_set(f"folder:{tmp_path}").prompt is None  # images alone: the user must say what they are
 
@@ -263,3 +396,37 @@ def test_the_real_folder_is_read(shared_data):
     assert len(open_data_set(f"folder:{shared_data / 'cxr'}", DataSettings(views="all"))) == 303
     brats = open_data_set(f"folder:{shared_data / 'brats' / 'trainset'}")
     assert len(brats) == 160 and brats.prompt == "{text}"
+
+
+def test_lists_and_missing_words_are_no_captions(tmp_path):
+    """Values as pandas, R and json write them."""
+    for i in range(4):
+        made_data.save(tmp_path / f"{i}.png")
+    lines = [{"text": float("nan")}, {"text": ["a film", "a view"]}, {"text": "N/A"}, {"text": "Normal."}]
+    rows = [{"file_name": f"{i}.png", **line} for i, line in enumerate(lines)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data_set = open_data_set(f"folder:{tmp_path}")
+    assert prompts_for(data_set) == ["a film, a view", "Normal."]
+    assert data_set.notes[-1] == "2 of 4 left out: without a prompt from '{text}', such as 0.png, 2.png"
+    (tmp_path / "metadata.jsonl").unlink()
+    findings = ["['Edema', 'Effusion']", "NA", "['Edema' 'Mass']", "Edema|Mass"]
+    made_data.write_csv(
+        tmp_path / "metadata.csv",
+        ["file_name", "view", "finding"],
+        [[f"{i}.png", "PA", f] for i, f in enumerate(findings)],
+    )
+    assert prompts_for(open_data_set(f"folder:{tmp_path}")) == [
+        "chest x-ray, view PA, diagnosis Edema, Effusion",
+        "chest x-ray, view PA",
+        "chest x-ray, view PA, diagnosis Edema, Mass",
+        "chest x-ray, view PA, diagnosis Edema, Mass",
+    ]
+
+
+def test_beside_codes_of_another_language_m_is_not_taken_for_male(tmp_path):
+    root = made_data.folder(tmp_path, 4)
+    table = root / "metadata.csv"
+    table.write_text(table.read_text().replace(",F,", ",H,"))  # hombre and mujer
+    data_set = open_data_set(f"folder:{root}")
+    assert all("sex" not in record.fields for record in data_set.records)
+    assert data_set.notes == ("sex of 4 of 4 not understood, so it counts as missing: 'M' (2), 'H' (2)",)

@@ -9,7 +9,7 @@ from peers import assert_says
 
 from minildm import files
 from minildm.errors import InputError, exit_cleanly
-from minildm.files import replaced_folder, sha256, writable_folder, written_beside
+from minildm.files import input_file, replaced_folder, sha256, writable_file, writable_folder, written_beside
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):
@@ -155,3 +155,26 @@ def test_a_real_folder_in_the_way_is_not_touched(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(FileExistsError, match="in the way"):
         write_version(tmp_path / "model", "one")
+
+
+def test_a_file_for_results_is_checked_and_its_folder_made(tmp_path):
+    path = tmp_path / "new" / "folder" / "f.json"
+    assert writable_file(path) == path and path.parent.is_dir() and not path.exists()
+    with pytest.raises(IsADirectoryError, match=r"--save-stats .* is a folder, expected a file"):
+        writable_file(tmp_path, "--save-stats")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"is a file, expected a folder.*--out"):
+        writable_file(tmp_path / "file" / "f.json")
+
+
+def test_a_file_to_read_exists_and_is_a_regular_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    assert input_file(str(tmp_path / "file"), "--prompts") == tmp_path / "file"
+    for name, error, says in (
+        ("absent", FileNotFoundError, "--prompts .*absent: no such file"),
+        (".", IsADirectoryError, "--prompts .* is a folder, expected a file"),
+        ("pipe", FileNotFoundError, "--prompts .*pipe is not a regular file"),
+    ):
+        with pytest.raises(error, match=says):
+            input_file(tmp_path / name, "--prompts")

@@ -79,8 +79,50 @@ def test_prompts_come_from_a_table(generated, tmp_path):
     with pytest.raises(InputError, match="no prompt for 4 of 5"):
         read_prompts(paths, table)
     table.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="expected file"):
+    with pytest.raises(InputError, match="no column 'file or file_name'"):
         read_prompts(paths, table)
+
+
+def test_a_row_of_another_folder_does_not_give_its_prompt(tmp_path):
+    table, images = tmp_path / "prompts.csv", [tmp_path / "x" / "0001.png"]
+    for rows in ("x/0001.png,ours\ny/0001.png,theirs\n", "y\\0001.png,theirs\nx\\0001.png,ours\n"):
+        table.write_text("file,prompt\n" + rows)
+        assert read_prompts(images, table) == ["ours"]
+    table.write_text("file,prompt\n0001.png,ours\ny/0001.png,theirs\n")
+    with pytest.raises(InputError, match="2 prompts for 0001"):
+        read_prompts(images, table)
+    (tmp_path / "prompts.jsonl").write_text('{"file_name": "0001.png", "text": "a, b"}\n')
+    assert read_prompts(images, tmp_path / "prompts.jsonl") == ["a, b"]
+
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ("0001.png,chest x-ray, PA\n", "row 2: 3 fields where the header has 2; quote"),
+        ("0001.png\n", "row 2: 1 field where the header has 2"),
+        ('0001.png,"open\nb,c\n', "is a quote never closed"),
+        (",a\n", "row 2: no file is named"),
+        ("0001.png,NA\n", "no prompt for 1 of 1 images, first 0001.png"),
+    ],
+)
+def test_a_table_that_says_less_than_it_seems_is_refused(tmp_path, rows, says):
+    table = tmp_path / "prompts.csv"
+    table.write_text("file,prompt\n" + rows)
+    with pytest.raises(InputError, match=says):
+        read_prompts([tmp_path / "0001.png"], table)
+
+
+def test_prompts_and_results_are_checked_before_the_model_is_loaded(generated, tmp_path):
+    folder = str(generated[0][0].parent)
+    calls = [
+        (["--prompts", "no.csv"], FileNotFoundError, "--prompts no.csv: no such file"),
+        (["--prompts", folder], IsADirectoryError, f"--prompts {folder} is a folder"),
+        (["--out", folder], IsADirectoryError, f"--out {folder} is a folder"),
+        (["--out", f"{generated[0][0]}/x.json"], NotADirectoryError, "is a file, expected a folder"),
+    ]
+    for flags, error, says in calls:
+        with pytest.raises(error, match=says):
+            main(["clip-score", folder, "--clip-model", "none", *flags])
 
 
 def test_command_prints_the_model_with_the_score(generated, clip_weights, capsys):

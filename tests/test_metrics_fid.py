@@ -234,3 +234,25 @@ def test_mean_latents_of_a_vae_on_an_8_x_8_grid_are_features_too(folders, tmp_pa
     expected = z.unflatten(2, (8, 4)).unflatten(4, (8, 4)).mean(dim=(3, 5)).flatten(1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert extractor.label == "FD-vae"
+
+
+def test_outputs_are_checked_before_any_image_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("minildm.metrics.fid_score.open_extractor", lambda *_: pytest.fail("opened first"))
+    real, file = write_images(tmp_path / "real", 2, seed=0), tmp_path / "file"
+    file.write_text("")
+    for flags, error in (
+        (["--out", str(tmp_path)], IsADirectoryError),
+        (["--out", str(file / "f.json")], NotADirectoryError),
+        (["--save-stats", str(file / "f.npz"), "--dims", "64"], NotADirectoryError),
+    ):
+        with pytest.raises(error):
+            main(["fid", str(real), str(real), *flags])
+    with pytest.raises(InputError, match="holds statistics already"):
+        main(["fid", str(tmp_path / "s.npz"), str(real), "--save-stats", "t.npz", "--dims", "64"])
+
+
+def test_the_folder_of_the_results_is_made(tmp_path):
+    real = write_images(tmp_path / "real", 4, seed=0)
+    arguments = [str(real), str(real), "--features", "random", "--dims", "64", "--replicates", "2"]
+    out = tmp_path / "new" / "folder" / "f.json"
+    assert main(["fid", *arguments, "--out", str(out)]) == 0 and out.is_file()

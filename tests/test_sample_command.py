@@ -14,10 +14,11 @@ import pytest
 import torch
 from peers import assert_says
 from PIL import Image
+from safetensors.torch import save_file
 
 import minildm
 from minildm import loading
-from minildm.config import ModelConfig
+from minildm.config import ModelConfig, VAEConfig
 from minildm.errors import InputError
 from minildm.images import SYNTHETIC
 from minildm.sampling import model_name
@@ -153,6 +154,24 @@ def test_a_png_records_how_it_was_made_and_that_it_is_synthetic(base, tmp_path):
     assert text.splitlines()[1] == "Negative prompt: text, marks"
 
 
+def test_another_autoencoder_is_used_and_named_in_the_png_and_a_continued_call_needs_the_same(base, tmp_path, capsys):
+    vae = tmp_path / "vae-ft.safetensors"
+    save_file(peers.random_network(VAEConfig.tiny(), seed=5).state_dict(), vae)
+    (tmp_path / "list.txt").write_text("a\n")
+    prompts = ["--prompts", tmp_path / "list.txt", *QUICK]
+    (path,) = generate(base, tmp_path / "out", *prompts, "--vae", vae)
+    assert f"tiny-sd with the autoencoder {vae}: " in capsys.readouterr().out
+    values = read_as_the_web_ui(Image.open(path).info["parameters"])[2]
+    assert values["VAE"] == "vae-ft.safetensors"
+    assert values["VAE hash"] == sha256(vae.read_bytes()).hexdigest()[:10]
+    model = minildm.load(base, device="cpu", vae=vae)
+    assert np.array_equal(np.asarray(Image.open(path)), model.sample(["a"], steps=2, guidance=1)[0])
+    assert "VAE" not in Image.open(generate(base, tmp_path / "own", "a", *QUICK)[0]).info["parameters"]
+    save_file(peers.random_network(VAEConfig.tiny(), seed=6).state_dict(), vae)  # another one under the same name
+    error = refused(base, tmp_path / "out", *prompts, "--vae", vae)
+    assert_says(error, "was made with other settings", "VAE hash")
+
+
 def test_prompts_in_any_script_are_stored_in_the_png(base, tmp_path):
     prompt = "épanchement — 胸部X線 🫁"
     (path,) = generate(base, tmp_path, prompt, *QUICK)
@@ -243,8 +262,8 @@ def test_a_tsv_is_read_by_columns_and_a_row_without_a_prompt_is_named(base, tmp_
     (tmp_path / "p.tsv").write_text("id\tprompt\n1\ta, b\n2\tc\n")
     paths = generate(base, tmp_path / "out", "--prompts", tmp_path / "p.tsv", *QUICK)
     assert [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths] == ["a, b", "c"]
-    (tmp_path / "p.csv").write_text("id,prompt\n1,a\n2, \n3\n")
-    with pytest.raises(InputError, match="2 of 3 rows, the first of them row 2"):
+    (tmp_path / "p.csv").write_text("id,prompt\n1,a\n2, \n3,NA\n")
+    with pytest.raises(InputError, match="2 of 3 rows, the first of them row 3"):
         generate(base, tmp_path / "more", "--prompts", tmp_path / "p.csv", *QUICK)
 
 
@@ -359,6 +378,30 @@ def test_a_missing_or_binary_prompt_file_is_refused(base, tmp_path):
     assert_says(refused(base, tmp_path, "--prompts", tmp_path / "none.txt", error=FileNotFoundError), "none.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     assert_says(refused(base, tmp_path, "--prompts", tmp_path / "binary.txt"), "binary.txt", "not UTF-8")
+    assert_says(refused(base, tmp_path, "--prompts", tmp_path, error=IsADirectoryError), "--prompts", "is a folder")
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("id,prompt\n1,chest x-ray, age 58 male, view PA\n2,chest x-ray\n", "row 2: 4 fields where the header has 2"),
+        ('id,prompt\n1,chest a\n2,"chest b\n3,chest c\n4,chest d\n', "row 3: not CSV"),
+        ("id;prompt\n1;chest x-ray\n", "separated by semicolons, expected commas"),
+    ],
+)
+def test_a_table_of_prompts_that_says_less_than_it_seems_is_refused(content, says, base, tmp_path):
+    (tmp_path / "prompts.csv").write_text(content)
+    assert_says(
+        refused(base, tmp_path / "out", "--prompts", tmp_path / "prompts.csv"), "--prompts", "prompts.csv", says
+    )
+
+
+def test_a_prompt_with_odd_line_separators_is_one_prompt_and_json_lines_are_read(base, tmp_path):
+    (tmp_path / "p.txt").write_text("chest x-ray\u2028age 47\x0cmale\x85end\n", encoding="utf-8")
+    assert len(generate(base, tmp_path / "one", "--prompts", tmp_path / "p.txt", *QUICK)) == 1
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a, b"}\n{"prompt": "c"}\n')
+    paths = generate(base, tmp_path / "two", "--prompts", tmp_path / "p.jsonl", *QUICK)
+    assert [read_as_the_web_ui(Image.open(path).info["parameters"])[0] for path in paths] == ["a, b", "c"]
 
 
 def test_an_unwritable_folder_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):

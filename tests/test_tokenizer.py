@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minildm.tokenizer import BEGIN, END, Tokenizer, _byte_pair_encoder
+from minildm.tokenizer import BEGIN, END, Tokenizer, _byte_pair_encoder, vocabulary_files
 
 AWKWARD = [
     "",
@@ -211,3 +211,18 @@ def test_the_vocabulary_written_for_transformers_is_open_clips(tmp_path):
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     theirs = {special.get(token, token): i for token, i in _byte_pair_encoder().encoder.items()}
     assert json.loads((tmp_path / "vocab.json").read_text()) == theirs and len(theirs) == 49408
+
+
+@pytest.mark.parametrize("pad_token_id", [END, 0])
+def test_the_files_written_for_transformers_make_its_tokenizer(pad_token_id, tmp_path):
+    from transformers import AutoTokenizer
+
+    for name, text in vocabulary_files(pad_token_id).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    made = peers.write_tokenizer(tmp_path / "independent")
+    assert json.loads((made / "vocab.json").read_text()) == json.loads((tmp_path / "vocab.json").read_text())
+    assert (made / "merges.txt").read_text() == (tmp_path / "merges.txt").read_text()
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = "chest x-ray, 47 year old male"
+    ids = theirs(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(ids, Tokenizer(pad_token_id)([prompt]))

@@ -251,6 +251,10 @@ def test_class_images_of_another_prompt_seed_number_size_or_base_are_others(coun
     folders = set()
     other_base = small_model(seed=3)
     other_base.sample = lambda prompts, **options: type(counted).sample(other_base, prompts, **options | {"steps": 3})
+    scaled = small_model()
+    vae = dataclasses.replace(scaled.config.vae, scaling_factor=0.5)
+    scaled.config = dataclasses.replace(scaled.config, vae=vae)
+    scaled.sample = lambda prompts, **options: type(counted).sample(scaled, prompts, **options | {"steps": 3})
     for model, changes in (
         (counted, {}),
         (counted, {"prompt": "a hand"}),
@@ -258,9 +262,10 @@ def test_class_images_of_another_prompt_seed_number_size_or_base_are_others(coun
         (counted, {"n": 5}),
         (counted, {"size": 72}),
         (other_base, {}),
+        (scaled, {}),
     ):
         folders.add(class_images(model, tmp_path, **changes).records[0].path.parent)
-    assert len(folders) == 6
+    assert len(folders) == 7
     first, second = (class_images(counted, tmp_path, seed=seed).records for seed in (0, 1))
     assert not {record.path.read_bytes() for record in first} & {record.path.read_bytes() for record in second}
 

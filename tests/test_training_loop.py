@@ -56,12 +56,15 @@ def test_the_loss_falls_ranks_grow_and_all_is_logged(tmp_path):
     assert rank_map(ranks) in text
 
 
-def test_the_kept_adapter_is_the_best_on_validation(tmp_path):
-    """The largest learning rate comes last, so that the last weights are not the best."""
+def test_the_kept_adapter_is_the_best_on_validation(tmp_path, monkeypatch):
+    """Validation is told to be best in the middle of the run: at 0, 6, 12 and 18 steps it gives 4, 2, 1 and 3."""
     changes = {"steps": 18, "lr": 0.5, "warmup": 18}
-    _, state, run, _ = short_run(tmp_path / "run", **changes)
-    best = state.best[1]
-    assert 0 < best < 18
+    losses = iter([4.0, 2.0, 1.0, 3.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Finetuning, "validate", lambda task: next(losses))
+        _, state, run, _ = short_run(tmp_path / "run", **changes)
+    assert state.best == (1.0, 12)
+    best = 12
     plain = small_model()
     about = merge_file(plain, run.result)
     assert about["kind"] == "selora" and about["settings"]["expand_interval"] == 4 and about["settings"]["lr"] == 0.5

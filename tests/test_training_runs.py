@@ -15,14 +15,17 @@ import pytest
 import torch
 from made_data import folder
 from made_runs import small_model
-from peers import assert_says, write_folder
+from peers import assert_says, edit_json, write_folder
 
 import train
+from minildm import load
 from minildm.adapters import METHODS, add_adapter, save_adapter
+from minildm.data.cache import weights_fingerprint
 from minildm.errors import InputError
+from minildm.images import read_parameters
 from minildm.training.command_line import parse
 from minildm.training.config import PRESETS, TrainingConfig
-from minildm.training.run import Run
+from minildm.training.run import Run, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -289,6 +292,50 @@ def test_the_next_command_repeats_what_the_model_was_made_of(place, whole, tmp_p
     assert command[command.index("--base") + 1] == str(place / "base")
 
 
+def test_a_run_with_another_autoencoder_trains_resumes_and_samples_with_it(place, tmp_path, capsys):
+    """Its latents are other ones, in a cache of their own, and a changed file is noticed."""
+    import shlex
+
+    import sample
+
+    out, vae = tmp_path / "run", tmp_path / "vae"
+    shutil.copytree(place / "other_base" / "vae", vae)
+    edit_json(vae / "config.json", scaling_factor=0.5)
+    values = flags(place, steps=2, save_interval=2, cache=tmp_path / "cache")
+    train.main([*values, "--vae", str(vae), "--out", str(out)])
+    recipes = [path.read_text() for path in (tmp_path / "cache").glob("*/recipe.txt")]
+    other = load(place / "base", device="cpu", vae=vae)
+    assert [weights_fingerprint(other.vae) in recipe for recipe in recipes if "latents" in recipe] == [True]
+    assert read_record(out)["found"]["vae"] == [other.vae_hash, 0.5]
+
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("sample.py ")[2])
+    assert command[command.index("--vae") + 1] == str(vae)
+    assert sample.main([*command, "--steps", "1", "--out", str(tmp_path / "samples"), "--device", "cpu"]) == 0
+    assert "VAE: vae," in read_parameters(min((tmp_path / "samples").glob("*.png")))
+
+    assert train.main(["--resume", str(out)]) == 0
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(out), "--vae", str(place / "base" / "vae")])
+    assert_says(error, "vae = ", str(vae))
+    edit_json(vae / "config.json", scaling_factor=0.6)
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(out)])
+    assert_says(error, "vae = ", "0.5", "0.6")
+
+
+def test_full_fine_tuning_keeps_the_autoencoder_it_was_trained_with(place, tmp_path, capsys):
+    vae = tmp_path / "vae"
+    shutil.copytree(place / "other_base" / "vae", vae)
+    edit_json(vae / "config.json", scaling_factor=0.5)
+    values = flags(place, adapter="full", steps=1)
+    at = values.index("--expand-interval")
+    train.main([*values[:at], *values[at + 2 :], "--vae", str(vae), "--out", str(tmp_path / "run")])
+    assert "--vae" not in capsys.readouterr().out.splitlines()[-1]  # --base RUN/model has it
+    model, other = load(tmp_path / "run" / "model", device="cpu"), load(place / "base", device="cpu", vae=vae)
+    assert model.config.vae.scaling_factor == 0.5
+    assert weights_fingerprint(model.vae) == weights_fingerprint(other.vae)
+
+
 def test_checkpointing_may_be_added_to_a_resumed_run(place, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     assert train.main(["--resume", str(tmp_path / "run"), "--checkpointing"]) == 0
@@ -300,6 +347,40 @@ def test_help_and_dry_run_need_no_base(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         train.main(["--help"])
     assert error.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["--prompt-template", "chest x-ray, {agee}"], r"unknown field \{agee\}"),
+        (["--prompt-template", "chest {"], "a brace that is not part of a field"),
+        (["--prompt-template", "{loc}"], "20 of 20 prompts are empty"),
+        (["--limit", "3"], "split is empty: 3 images"),
+        (["--balance", "colour"], "no record has a field 'colour'"),
+        (["--balance", "colour", "--instance-prompt", "a sks x-ray"], "no record has a field 'colour'"),
+        (["--exclude", "no.txt"], r"--exclude no.txt: no such file"),
+    ],
+)
+def test_what_needs_no_image_is_checked_before_any_is_read(place, tmp_path, monkeypatch, given, says):
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("the base was loaded first"))
+    monkeypatch.setattr(train, "latent_cache", lambda *_, **__: pytest.fail("images were read first"))
+    with pytest.raises((InputError, FileNotFoundError), match=says):
+        train.main([*flags(place), "--out", str(tmp_path / "run"), *given])
+
+
+def test_records_without_a_prompt_are_left_out_of_a_run_but_not_of_dreambooth(place, tmp_path, capsys):
+    root = folder(tmp_path / "data", 20)
+    table = root / "metadata.csv"
+    table.write_text(table.read_text().replace('"a chest x-ray, number 7"', "NA"))
+    values = flags(place, data=f"folder:{root}", steps=2)
+    assert train.main([*values, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "note: 1 of 20 left out: without a prompt from '{text}', such as images/007.png" in said
+    splits = json.loads((tmp_path / "run" / "config.json").read_text())["found"]["splits"]
+    assert sum(map(len, splits.values())) == 19
+    assert train.main([*values, "--out", str(tmp_path / "subject"), "--instance-prompt", "a sks x-ray"]) == 0
+    splits = json.loads((tmp_path / "subject" / "config.json").read_text())["found"]["splits"]
+    assert sum(map(len, splits.values())) == 20
 
 
 def test_resuming_what_is_no_run_is_an_error(place, whole):

@@ -8,7 +8,9 @@ gives. Never captions or tags: they may be patient text.
 import json
 import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,25 @@ FORMAT = 1
 NESTED = ("dylora",)  # kinds of which the first rows are an adapter, too
 
 
+class Factors(NamedTuple):
+    """A layer's change of the weights, dW = scale B A."""
+
+    A: torch.Tensor  # (rank, in)
+    B: torch.Tensor  # (out, rank)
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter file holds."""
+
+    path: Path
+    dialect: str  # whose names it has
+    kind: str  # the method that trained it
+    factors: dict[str, Factors]  # by module path
+    about: dict  # what else the file says about itself
+
+
 def save_adapter(model, path, format="native", settings=None):
     """Write the live adapter. ``settings``: a dict to record beside it (steps, learning rate, seed, ...).
 
@@ -32,48 +53,45 @@ def save_adapter(model, path, format="native", settings=None):
     layers = adapter_layers(model)
     if not layers:
         raise InputError("the model has no live adapter to save; add_adapter(model) first")
-    tensors = {}
-    for name, layer in layers.items():
-        for factor, tensor in zip("AB", layer.factors()):
-            tensors[f"{name}.lora_{factor}"] = tensor.cpu().contiguous()
     ((kind, scale),) = {(layer.kind, layer.scale) for layer in layers.values()}
-    about = {
-        "format": FORMAT,
-        "kind": kind,
-        "scale": scale,
-        "ranks": {path: layer.rank for path, layer in layers.items()},
-        "base": model.base_hash if model.files else None,
-        "on_top_of": model.merged,
-        "settings": settings or {},
+    about = {"base": model.base_hash if model.files else None, "on_top_of": model.merged, "settings": settings or {}}
+    write_native({name: Factors(*layer.factors(), scale) for name, layer in layers.items()}, path, kind, about)
+
+
+def write_native(factors, path, kind, about):
+    """Write {module path: Factors}, all of one scale. ``about``: {"base": ..., "on_top_of": ..., "settings": ...}."""
+    (scale,) = {entry.scale for entry in factors.values()}
+    tensors = {
+        f"{name}.lora_{letter}": factor.cpu().contiguous()
+        for name, entry in factors.items()
+        for letter, factor in zip("AB", entry)
     }
+    ranks = {name: len(entry.A) for name, entry in factors.items()}
+    metadata = {"format": FORMAT, "kind": kind, "scale": scale, "ranks": ranks} | about
     with written_beside(path) as beside:
-        save_file(tensors, beside, metadata={"minildm": json.dumps(about)})
+        save_file(tensors, beside, metadata={"minildm": json.dumps(metadata)})
 
 
-def merge_file(model, path, multiplier=1.0, rank=None):
-    """Add an adapter file to the model's weights: W += multiplier scale B A, in float32 before the cast.
+def read_adapter(path):
+    """The Adapter of a file.
 
-    Args: rank: use the first ``rank`` rows of a DyLoRA file; None = all.
-    Returns: what the file says about itself, a dict.
-    Raises: InputError for a file that is not an adapter, or one that does not fit, naming the tensor; for a rank that
-        the file does not have.
+    Raises: FileNotFoundError; InputError for a file that is no whole adapter, or holds numbers that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such adapter: {path}; give PATH[@RANK][:MULTIPLIER] of a file or a run folder")
-    if not math.isfinite(multiplier):
-        raise InputError(f"the multiplier of {path} must be a finite number, got {multiplier}")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("minildm", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            if not isinstance(about, dict) or "scale" not in about:  # a checkpoint, too: not read for that
+                raise InputError(
+                    f"{path} is not an adapter in minildm's format (no such metadata); its tensors: "
+                    f"{', '.join(sorted(names)[:2])}, ..."
+                )
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error})") from None
-    if not isinstance(about, dict):
-        raise InputError(
-            f"{path} is not an adapter in minildm's format (no such metadata); its tensors: "
-            f"{', '.join(sorted(tensors)[:2])}, ..."
-        )
     if about.get("format") != FORMAT or not isinstance(about.get("scale"), float | int):
         raise InputError(
             f"{path}: format {about.get('format')!r} with scale {about.get('scale')!r}, expected format "
@@ -85,9 +103,26 @@ def merge_file(model, path, multiplier=1.0, rank=None):
     expected = {f"{name}.lora_{factor}" for name in paths for factor in "AB"}
     if odd := sorted(expected ^ set(tensors)):
         raise InputError(f"{path}: tensor {odd[0]} is {'missing' if odd[0] in expected else 'not of an adapter'}")
-    pairs = {name: (_linear(model, name, path), tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in paths}
-    for name, (layer, A, B) in pairs.items():
-        rows = len(A)
+    factors = {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], about["scale"]) for name in paths}
+    return Adapter(path, "native", str(about.get("kind")), factors, about)
+
+
+def merge_file(model, path, multiplier=1.0, rank=None):
+    """Add an adapter file to the model's weights: W += multiplier scale B A, in float32 before the cast.
+
+    Args: rank: use the first ``rank`` rows of a DyLoRA file; None = all.
+    Returns: what the file says about itself, a dict.
+    Raises: InputError for a file that is not an adapter, or one that does not fit, naming the tensor; for a rank that
+        the file does not have.
+    """
+    path = Path(path)
+    if not math.isfinite(multiplier):
+        raise InputError(f"the multiplier of {path} must be a finite number, got {multiplier}")
+    adapter = read_adapter(path)
+    about = adapter.about
+    layers = {name: _linear(model, name, path) for name in adapter.factors}
+    for name, (A, B, _) in adapter.factors.items():
+        layer, rows = layers[name], len(A)
         if A.shape != (rows, layer.in_features) or B.shape != (layer.out_features, rows):
             raise InputError(
                 f"{path} is for another base: {name} has lora_A {tuple(A.shape)} and lora_B "
@@ -95,7 +130,7 @@ def merge_file(model, path, multiplier=1.0, rank=None):
                 f"{rows})"
             )
     if rank is not None:
-        _check_rank(rank, path, about.get("kind"), max(len(A) for _, A, _ in pairs.values()))
+        _check_rank(rank, path, adapter.kind, max(len(A) for A, _, _ in adapter.factors.values()))
     if about.get("base") and model.files and about["base"] != model.base_hash:
         warnings.warn(
             f"{path} was trained on another base ({about['base'][:10]}) than this one ({model.base_hash[:10]})",
@@ -107,9 +142,10 @@ def merge_file(model, path, multiplier=1.0, rank=None):
         )
     at_rank = {} if rank is None else {"rank": rank}
     model.merged.append({"adapter": sha256(path), "multiplier": multiplier, **at_rank})
-    for layer, A, B in pairs.values():  # only now that all of it fits
+    for name, (A, B, scale) in adapter.factors.items():  # only now that all of it fits
+        layer = layers[name]
         A, B = (factor.to(layer.weight.device, torch.float32) for factor in (A[:rank], B[:, :rank]))
-        layer.weight.data = (layer.weight.float() + multiplier * about["scale"] * B @ A).to(layer.weight.dtype)
+        layer.weight.data = (layer.weight.float() + multiplier * scale * B @ A).to(layer.weight.dtype)
     return about
 
 

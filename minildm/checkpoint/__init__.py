@@ -3,13 +3,16 @@
 - load.py: which layout a checkpoint has (`inspect`), then its tensors into networks (`load_networks`)
 - folder.py: the diffusers layout, a folder of config.json and tensor files; reading it and writing it (`save_folder`)
 - single_file.py: the layout of CompVis and Stability AI, one file; names, sizes, and which other models are refused
+- autoencoder.py: an autoencoder of its own in place of a checkpoint's (`replace_vae`)
 - tensors.py: a file of tensors, safetensors or pickle (`TensorFile`)
+- writing.py: safetensors written one tensor at a time; the single-file layout (`save_single_file`)
 """
 
+from minildm.checkpoint.autoencoder import replace_vae
 from minildm.checkpoint.folder import save_folder
 from minildm.checkpoint.load import NETWORKS, Checkpoint, build_networks, inspect, load_networks
-from minildm.checkpoint.single_file import save_single_file
 from minildm.checkpoint.tensors import Source, TensorFile
+from minildm.checkpoint.writing import save_single_file
 
 __all__ = [
     "NETWORKS",
@@ -19,6 +22,7 @@ __all__ = [
     "build_networks",
     "inspect",
     "load_networks",
+    "replace_vae",
     "save_folder",
     "save_single_file",
 ]

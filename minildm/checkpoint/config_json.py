@@ -80,8 +80,8 @@ SCHEDULE_FIXED = {"trained_betas": None, "use_flow_sigmas": False}
 # All of them add noise as DDPM does and differ in how they take it away, which is the sampler's part.
 SCHEDULERS = [
     f"{name}Scheduler"
-    for name in """PNDM DDIM DDIMParallel DDPM DDPMParallel LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete
-    KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep
+    for name in """PNDM DDIM DDIMParallel DDPM DDPMParallel LMSDiscrete EulerDiscrete EulerAncestralDiscrete
+    HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep
     UniPCMultistep SASolver""".split()  # noqa: SIM905
 ]
 

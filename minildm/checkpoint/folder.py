@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from minildm.checkpoint.config_json import (
     schedule_from_json,
@@ -26,6 +25,7 @@ from minildm.checkpoint.config_json import (
     vae_to_json,
 )
 from minildm.checkpoint.tensors import Source, TensorFile
+from minildm.checkpoint.writing import module_tensors, write_tensors
 from minildm.config import VOCABULARY, ModelConfig
 from minildm.errors import InputError
 from minildm.files import read_json, written_beside
@@ -252,19 +252,22 @@ def save_folder(networks, config, path, dtype=torch.float16):
     """
     if any("lora_" in name for module in networks.values() for name, _ in module.named_parameters()):
         raise InputError("the model has a live adapter; merge_adapter(model) before saving it as a base")
+    write_folder({name: module_tensors(module, dtype) for name, module in networks.items()}, config, path)
+
+
+def write_folder(tensors, config, path):
+    """Write a diffusers-layout folder from {network: {parameter: LazyTensor}} and a ModelConfig."""
     path = Path(path)
     to_json = {"unet": unet_to_json, "vae": vae_to_json, "text_encoder": text_encoder_to_json}
     documents = {
         "scheduler/scheduler_config.json": schedule_to_json(config.schedule),
         "tokenizer/special_tokens_map.json": {"pad_token": "!" if config.pad_token_id == 0 else "<|endoftext|>"},
     }
-    for network, module in networks.items():
+    for network in tensors:
         documents[f"{network}/config.json"] = to_json[network](getattr(config, network))
         name = "model.safetensors" if network == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in module.state_dict().items()}
         (path / network).mkdir(parents=True, exist_ok=True)
-        with written_beside(path / network / name) as beside:
-            save_file(state, beside, metadata={"format": "pt"})
+        write_tensors(tensors[network], path / network / name)
     for name, document in documents.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path / name) as beside:

@@ -35,6 +35,13 @@ class Checkpoint:
     sources: dict[str, dict[str, Source]]  # network -> parameter name -> source
     hashed_file: Path  # the file whose SHA-256 identifies the checkpoint
     unused: list[str] = field(default_factory=list)  # tensors that fit no parameter: an error when loading
+    vae_path: Path | None = None  # where its VAE comes from, if not from ``path`` (autoencoder.py)
+    vae_file: Path | None = None  # the file whose SHA-256 identifies that VAE
+
+    @property
+    def title(self):
+        """Which model this is, for messages."""
+        return f"{self.path}" if self.vae_path is None else f"{self.path} with the autoencoder {self.vae_path}"
 
 
 def inspect(path, prediction=None):
@@ -127,7 +134,10 @@ def _converted(tensor, third, shape, device, dtype):
 
 
 def require_match(checkpoint, expected):
-    """Raise InputError unless every parameter has a tensor of its shape and every tensor has a parameter."""
+    """Raise InputError unless every parameter has a tensor of its shape and every tensor has a parameter.
+
+    Args: checkpoint: a Checkpoint or Autoencoder; expected: {network: {parameter: tensor}}.
+    """
     missing, misshapen, no_floats, made = [], [], [], {}
     for network, parameters in expected.items():
         for name, parameter in parameters.items():

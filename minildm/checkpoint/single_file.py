@@ -15,15 +15,11 @@ import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-from safetensors.torch import save_file
-
 from minildm.checkpoint.recognise import other_input_channels, refuse_other_models
 from minildm.checkpoint.statements import stated_pixels, stated_prediction, stated_schedule
-from minildm.checkpoint.tensors import Source, TensorFile
+from minildm.checkpoint.tensors import Source
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
-from minildm.files import written_beside
 
 VIT_L, VIT_H = 768, 1024  # widths of the text encoders of SD 1.x and SD 2.x
 
@@ -318,37 +314,3 @@ def is_known_extra(name, config, text):
         or (name.startswith(f"{root}.") and name.endswith(ends))
         or name in (*SCHEDULE_TABLES, "v_pred", "ztsnr")
     )
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-def single_file_state(config, networks):
-    """The networks' tensors by their single-file names: {name: tensor}, q, k and v of an SD v2 text encoder fused."""
-    state, fused = {}, {}
-    for network, table in names(config, networks).items():
-        tensors = networks[network].state_dict()
-        for ours, (theirs, third) in table.items():
-            tensor = tensors[ours].detach()
-            if network == "vae" and "attentions.0.to_" in ours and tensor.dim() == 2:
-                tensor = tensor[:, :, None, None]  # 1x1 convolutions there
-            if third is None:
-                state[theirs] = tensor
-            else:
-                fused.setdefault(theirs, {})[third] = tensor
-    return state | {theirs: torch.cat([parts[i] for i in range(3)]) for theirs, parts in fused.items()}
-
-
-def save_single_file(networks, config, path, dtype=torch.float16):
-    """Write all three networks as one .safetensors file.
-
-    Raises: InputError for sizes that a single file cannot express: readers take heads and groups from SD v1 or v2.
-    """
-    state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in single_file_state(config, networks).items()}
-    with written_beside(path) as beside:
-        save_file(state, beside, metadata={"format": "pt"})
-        read = read_config(TensorFile(beside), config.schedule.prediction)
-        read = replace(read, unet=replace(read.unet, latent_size=config.unet.latent_size))
-        if replace(read, vae=config.vae) != config or read.vae.norm_groups != config.vae.norm_groups:
-            raise InputError(
-                f"{path}: a single file cannot express the sizes of this model, only those of SD v1.x and v2.x "
-                "(8 heads, or 64 channels per head; 32 groups) and their noise schedule; keep the folder"
-            )

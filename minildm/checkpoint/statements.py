@@ -1,4 +1,5 @@
-"""What a single file says about itself beyond its shapes: metadata (github.com/Stability-AI/ModelSpec), tensors as marks.
+"""What a single file says about itself beyond its shapes: in metadata (github.com/Stability-AI/ModelSpec) and by marks,
+tensors that only have to be there.
 
 It is believed, or refused where it contradicts itself. A pickle has no metadata.
 """

@@ -8,6 +8,7 @@ Every image is decoded and every prompt tokenized as a run would do it. The repo
 import json
 import re
 import statistics
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from minildm.config import MAX_TOKENS
 from minildm.data import screening
-from minildm.data.open import DataSettings, open_data_set
+from minildm.data.open import DataSettings, count_unread, open_data_set
 from minildm.data.prompts import TEMPLATES, prompts_for
 from minildm.data.reading import read
 from minildm.data.splits import classes_of, split_by_patient
@@ -183,6 +184,7 @@ def make_report(data_set, settings, seed, images, broken, suspects):
         "identical": suspects.identical,
         **describe_images(list(images.values())),
         "fields": describe_fields(data_set.records),
+        "unread": {name: dict(texts.most_common(12)) for name, texts in count_unread(data_set.records).items()},
         "template": TEMPLATES.get(template, template),
         "captions": captions,
         "splits": splits,
@@ -301,6 +303,8 @@ def as_text(report):
     for name, field in report["fields"].items():
         values = _most(field["most"], 4) if field["different"] <= report["pictures"] // 2 else "mostly different"
         yield f"  {name}: known {field['known']:,}, {field['different']:,} different: {values[:100]}"
+    for name, texts in report["unread"].items():
+        yield f"  {name}: not understood, so missing: {_most({repr(text): n for text, n in texts.items()}, 8)}"
     if report["classes"]:
         yield f"classes to balance, images in each: {_most(report['classes'], 20)}"
     yield from _captions_as_text(report)
@@ -363,6 +367,8 @@ def show_prompts(arguments):
     settings = from_flags(DataSettings, arguments)
     data_set = open_data_set(arguments.data, settings, arguments.seed)
     prompts = prompts_for(data_set, settings.prompt_template)
+    for note in data_set.notes:
+        print(f"note: {note}", file=sys.stderr)
     tokenizer = Tokenizer()
     shown = min(arguments.n, len(prompts))
     for i in (k * len(prompts) // shown for k in range(shown)):

@@ -1,16 +1,19 @@
 """Open a data set: ``--data name:path`` and the settings of the data flags -> DataSet."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from minildm.data.prompts import TEMPLATES
+from minildm.data.prompts import TEMPLATES, render
 from minildm.data.reading import Transform
 from minildm.data.records import BUILT_IN, DataSet
 from minildm.data.sets import DATA_SETS
 from minildm.data.splits import SPLITS, order_key
-from minildm.errors import InputError
+from minildm.errors import InputError, naming
+from minildm.files import input_file
 from minildm.settings import Settings, setting
+from minildm.tables import read_lines
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,15 @@ class DataSettings(Settings):
         return Transform(default_size if self.size is None else self.size, self.fit, self.greys)
 
 
-def open_data_set(spec, settings=None, seed=0):
+def open_data_set(spec, settings=None, seed=0, captioned=True):
     """Read a data set's tables and select its records. No image is opened.
 
     Args:
-        spec: "name:path", name one of DATA_SETS; "phantom" and "procedural" need no path.
-        settings: DataSettings; None = the defaults. Splits, prompts and image size are not applied here.
+        spec: "name:path", name one of DATA_SETS; "phantom" and "procedural" take no path.
+        settings: DataSettings; None = the defaults. Splits and image size are not applied here.
         seed: of ``settings.limit``.
-    Returns: DataSet, its records sorted by name, its notes saying what was left out.
+        captioned: leave out records without a prompt.
+    Returns: DataSet, its records sorted by name, its notes saying what was left out and what was not understood.
     Raises: InputError if the data set cannot be used as it is.
     """
     settings = DataSettings() if settings is None else settings
@@ -72,7 +76,11 @@ def open_data_set(spec, settings=None, seed=0):
     records = sorted(records, key=lambda record: record.name)
     if settings.views == "frontal":
         _require_known_views(records, source)
-    for find in (_lateral, _pediatric, _too_young, _excluded, _missing):
+    template = prompt if settings.prompt_template is None else settings.prompt_template
+    reasons = [_not_frontal, _unknown_view, _pediatric, _too_young, _excluded, _missing]
+    if captioned and template is not None:
+        reasons.insert(-1, lambda records, _: _promptless(records, template))
+    for find in reasons:
         names, reason = find(records, settings)
         if names:
             notes.append(f"{len(names):,} of {len(records):,} left out: {reason}")
@@ -83,16 +91,20 @@ def open_data_set(spec, settings=None, seed=0):
         notes.append(f"{settings.limit:,} of {len(records):,} sampled with seed {seed} (--limit)")
         sampled = sorted(records, key=lambda record: order_key(seed, record.name))[: settings.limit]
         records = sorted(sampled, key=lambda record: record.name)
-    return DataSet(spec, tuple(records), prompt, tuple(notes))
+    return DataSet(spec, tuple(records), prompt, tuple(notes + _unread_notes(records)))
 
 
 def _read_tables(spec):
     """ "name:path" -> (the data set's file in sets/, its records, its notes)."""
     name, _, path = spec.partition(":")
     if name not in DATA_SETS:
-        raise InputError(f"unknown data set {name!r}; give --data name:path with name one of: {', '.join(DATA_SETS)}")
+        is_path = os.sep in name or Path(spec).exists()
+        wanted = f"did you mean folder:{spec}? Other names:" if is_path else "give --data name:path with name one of:"
+        raise InputError(f"unknown data set {name!r}; {wanted} {', '.join(DATA_SETS)}")
     source = DATA_SETS[name]
     if name in BUILT_IN:
+        if path:
+            raise InputError(f"{name} is rendered on demand and takes no path, got {spec!r}; give {name} alone")
         records, notes = source.records()
     elif not path:
         raise InputError(f"{name} needs a path: {name}:/where/it/is")
@@ -104,18 +116,66 @@ def _read_tables(spec):
 
 
 def _require_known_views(records, source):
-    if unknown := sum(record.frontal is None for record in records):
+    if records and all(record.frontal is None for record in records):
         raise InputError(
-            f"{unknown:,} of {len(records):,} images do not say whether they are frontal; {source.VIEW_HINT}, "
-            "or give --views all"
+            f"{len(records):,} of {len(records):,} images do not say whether they are frontal; "
+            f"{getattr(source, 'VIEW_HINT', 'complete the table')}, or give --views all"
         )
+
+
+def _unread_notes(records):
+    """For each field with values that were given but not understood: how many there are, and the most frequent."""
+    counts = count_unread(records)
+    return [
+        f"{name} of {values.total():,} of {len(records):,} not understood, so it counts as missing: {_examples(values)}"
+        for name, values in counts.items()
+    ]
+
+
+def count_unread(records):
+    """{field: Counter of the texts, up to 40 characters, that were given for it but not understood}"""
+    counts = {}
+    for record in records:
+        for name, text in record.unread.items():
+            counts.setdefault(name, Counter())[text[:40]] += 1
+    return dict(sorted(counts.items()))
+
+
+def _examples(values):
+    """A Counter of texts -> "'414' (2), '-1' (1), ..." """
+    shown = ", ".join(f"{text!r} ({count:,})" for text, count in values.most_common(5))
+    return shown + (", ..." if len(values) > 5 else "")
+
+
+def _some(names, n):
+    """The first ``n`` names, each with at most its last 80 characters."""
+    return ", ".join(name if len(name) <= 80 else f"...{name[-80:]}" for name in names[:n])
 
 
 # --- what is left out -------------------------------------------------------------------------------------------------
 # Each of these takes records and DataSettings and returns (names of the records to leave out, the reason).
-def _lateral(records, settings):
-    names = {record.name for record in records if not record.frontal} if settings.views == "frontal" else set()
-    return names, "lateral views (--views all keeps them)"
+def _not_frontal(records, settings):
+    names = {record.name for record in records if record.frontal is False} if settings.views == "frontal" else set()
+    return names, "lateral and other views that are not frontal (--views all keeps them)"
+
+
+def _unknown_view(records, settings):
+    if settings.views != "frontal":
+        return set(), ""
+    unknown = [record for record in records if record.frontal is None]
+    words = Counter(record.unread.get("projection", record.unread.get("view", ""))[:40] for record in unknown)
+    blank = words.pop("", 0)
+    parts = [f"{blank:,} blank"] * bool(blank) + [_examples(words)] * bool(words)
+    return {record.name for record in unknown}, f"of unknown view: {', '.join(parts)} (--views all keeps them)"
+
+
+def _promptless(records, template):
+    """Records whose fields give no prompt. Where none gives one, or the template is wrong, all stay: `prompts_for`
+    then says what is wrong."""
+    empty = [record.name for record in records if not render(template, record.fields).strip()]
+    if len(empty) == len(records):
+        return set(), ""
+    return set(empty), f"without a prompt from {TEMPLATES.get(template, template)!r}, such as {_some(empty, 3)}"
 
 
 def _pediatric(records, settings):
@@ -133,8 +193,9 @@ def _too_young(records, settings):
 def _excluded(records, settings):
     if settings.exclude is None:
         return set(), ""
-    with open(settings.exclude, encoding="utf-8") as file:
-        listed = {line.split("\t")[0].strip() for line in file if line.strip()}  # after a tab: the reason
+    with naming("--exclude"):
+        lines = read_lines(input_file(settings.exclude, "--exclude"))
+    listed = {line.split("\t")[0].strip() for line in lines}  # after a tab: the reason
     names = listed & {record.name for record in records}
     if listed and not names:
         raise InputError(
@@ -153,10 +214,10 @@ def _missing(records, settings):
             continue
         folder = record.path.parent
         if folder not in file_names:
-            file_names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+            file_names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if record.path.name not in file_names[folder]:
             names.add(record.name)
-    examples = ", ".join(sorted(names)[:5])
+    examples = _some(sorted(names), 5)
     if names and not settings.skip_bad:
         raise InputError(
             f"{len(names):,} of {len(records):,} listed images are missing, such as {examples}; "

@@ -7,6 +7,7 @@ it, and a piece whose fields are all missing is dropped along with its comma. Wi
 ``chest x-ray, male, view PA``, and with no fields at all ``chest x-ray``.
 """
 
+import functools
 import re
 
 from minildm.errors import InputError
@@ -30,24 +31,33 @@ FIELDS = ("age", "sex", "view", "projection", "modality", "diagnosis", "loc", "f
 def render(template, fields):
     """One prompt. ``template`` is a name in TEMPLATES or a text with fields; a field not in ``fields`` is missing."""
     template = TEMPLATES.get(template, template)
-    parts = re.split(r"([,;])", template)  # piece, separator, piece, separator, ..., piece
     prompt = ""
-    for separator, piece in zip(["", *parts[1::2]], parts[::2]):
-        text = _render_piece(piece, fields)
+    for separator, piece, chunks, rest in _pieces(template):
+        text = _render_piece(piece, chunks, rest, fields)
         if text is not None:
             prompt += (separator if prompt else "") + text
     return prompt if template[:1].isspace() else prompt.lstrip()
 
 
-def _render_piece(piece, fields):
+@functools.lru_cache(64)
+def _pieces(template):
+    """The pieces of a template: (the separator before it, its text, its fields as (words before, name, text after),
+    the words after the last field)."""
+    parts = re.split(r"([,;])", template)  # piece, separator, piece, separator, ..., piece
+    pieces = []
+    for separator, piece in zip(["", *parts[1::2]], parts[::2]):
+        chunks = re.findall(r"([^{}]*)\{(\w+)\}([^\s{}]*)", piece)
+        length = sum(len(before) + len(name) + len(after) + 2 for before, name, after in chunks)
+        pieces.append((separator, piece, chunks, piece[length:]))
+    return pieces
+
+
+def _render_piece(piece, chunks, rest, fields):
     """The piece with its fields filled in, or None if it has fields and all of them are missing."""
-    chunks = re.findall(r"[^{}]*\{\w+\}[^\s{}]*", piece)  # a field and the text that belongs to it
     if not chunks:
         return piece
-    rest = piece[sum(map(len, chunks)) :]  # the words after the last field stay with the piece
     filled = []
-    for chunk in chunks:
-        before, name, after = re.fullmatch(r"([^{}]*)\{(\w+)\}(.*)", chunk).groups()
+    for before, name, after in chunks:
         value = fields.get(name) or fields.get(name.lower())
         if value:
             filled.append(before + (value[:1].upper() + value[1:] if name[0].isupper() else value) + after)

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
+from minildm.loading import find_weights
 from minildm.metrics.extractors import FeatureSettings, open_extractor
 from minildm.metrics.features import batches
-from minildm.metrics.inception import DEFAULT_WEIGHTS
+from minildm.metrics.inception import WEIGHTS_NAME
 from minildm.metrics.sources import as_tensor, image_name, list_images, open_rgb, write_json
 from minildm.settings import Parser, add_flags, from_flags
 
@@ -317,7 +318,7 @@ def main(argv):
         "--out", type=Path, metavar="FOLDER", help="folder for audit.json and audit.png (default: GENERATED/audit)"
     )
     add_flags(parser, FeatureSettings, "features")
-    parser.set_defaults(features="inception" if DEFAULT_WEIGHTS.is_file() else "random")
+    parser.set_defaults(features="inception" if find_weights(WEIGHTS_NAME).is_file() else "random")
     arguments = parser.parse_args(argv)
     settings = from_flags(FeatureSettings, arguments)
     if arguments.train == arguments.holdout:

@@ -8,7 +8,7 @@ images with *other* images' prompts: if the two are close, this CLIP does not se
 medical terms.
 """
 
-import csv
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from minildm.errors import InputError
+from minildm.errors import InputError, naming
+from minildm.files import input_file, writable_file
 from minildm.loading import usable_device
 from minildm.metrics.extractors import FeatureSettings, load_clip
 from minildm.metrics.sources import list_images, open_rgb, write_json
 from minildm.settings import Parser, add_flags, from_flags
+from minildm.tables import read_columns
 
 
 @dataclass(frozen=True)
@@ -72,28 +74,35 @@ def clip_score(images, prompts, model_name="ViT-L-14", pretrained="openai", devi
 
 
 def read_prompts(images, table=None):
-    """The prompt of each image, from a CSV file or, without one, from the PNG's own ``parameters`` text.
+    """The prompt of each image, from a table or, without one, from the PNG's own ``parameters`` text.
 
-    Args: table: columns ``file`` or ``file_name``, and ``prompt`` or ``text``.
-    Raises: InputError for an image without a prompt.
+    Args: table: .csv, .tsv or .jsonl with columns ``file`` or ``file_name``, and ``prompt`` or ``text``.
+    Raises: InputError for an image without a prompt, or with several.
     """
     if table is None:
         return [png_prompt(path) for path in images]
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, names = list(reader), reader.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{table} cannot be read as CSV ({error}); save it as UTF-8 CSV") from None
-    file_column = next((name for name in ("file", "file_name") if name in names), None)
-    prompt_column = next((name for name in ("prompt", "text") if name in names), None)
-    if file_column is None or prompt_column is None:
-        raise InputError(f"{table} has columns {names}; expected file (or file_name) and prompt (or text)")
-    prompts = {Path(row[file_column]).name: row[prompt_column] for row in rows}
-    missing = [path.name for path in images if not prompts.get(path.name)]
+    rows_of = {}  # file name: [(the folders before it, prompt)]
+    for row_number, (file, prompt) in read_columns(table, ("file", "file_name"), ("prompt", "text")):
+        if file is None:
+            raise InputError(f"{table}, row {row_number}: no file is named")
+        *folders, name = file.replace("\\", "/").split("/")
+        rows_of.setdefault(name, []).append((folders, prompt))
+    prompts = [_prompt_of(path, rows_of.get(path.name, []), table) for path in images]
+    missing = [path.name for path, prompt in zip(images, prompts) if prompt is None]
     if missing:
         raise InputError(f"{table} has no prompt for {len(missing)} of {len(images)} images, first {missing[0]}")
-    return [prompts[path.name] for path in images]
+    return prompts
+
+
+def _prompt_of(path, rows, table):
+    """The prompt in the rows, (folders, prompt), that name the image's file; of several those that name its folder."""
+    if len(rows) > 1:
+        parents = Path(os.path.abspath(path)).parts[:-1]
+        rows = [row for row in rows if row[0] and parents[-len(row[0]) :] == tuple(row[0])] or rows
+    prompts = {prompt for _, prompt in rows}
+    if len(prompts) > 1:
+        raise InputError(f"{table} has {len(prompts)} prompts for {path.name}; keep one, or name its folder as well")
+    return prompts.pop() if prompts else None
 
 
 def png_prompt(path):
@@ -113,7 +122,7 @@ def main(argv):
     parser = Parser(prog="python -m minildm clip-score", description=description)
     parser.add_argument("images", help="folder of images")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="CSV of file,prompt (default: the prompt stored in each PNG)"
+        "--prompts", type=Path, metavar="FILE", help="table of file,prompt (default: the prompt stored in each PNG)"
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON file of results (default: clip_score.json beside the images)"
@@ -126,9 +135,15 @@ def main(argv):
     images = list_images(arguments.images)
     if not isinstance(images[0], Path):
         raise InputError(f"{arguments.images} is a data set; clip-score expects a folder of images")
+    if arguments.prompts is None:
+        prompts = read_prompts(images)
+    else:
+        with naming("--prompts"):
+            prompts = read_prompts(images, input_file(arguments.prompts, "--prompts"))
+    out = writable_file(images[0].parent / "clip_score.json" if arguments.out is None else arguments.out)
     result = clip_score(
         images,
-        read_prompts(images, arguments.prompts),
+        prompts,
         settings.clip_model,
         settings.clip_pretrained,
         usable_device(settings.device),
@@ -141,7 +156,6 @@ def main(argv):
     )
     if result.cut:
         print(f"warning: {result.cut} of {result.n} prompts are too long for the text encoder; their ends were cut")
-    out = images[0].parent / "clip_score.json" if arguments.out is None else arguments.out
     write_json(out, asdict(result))
     print(f"wrote {out}")
     return 0

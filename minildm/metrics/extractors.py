@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from minildm.errors import InputError
 from minildm.files import sha256
-from minildm.loading import usable_device
-from minildm.metrics.inception import DEFAULT_WEIGHTS, DIMS, WEIGHTS_SHA256, InceptionV3, prepare
+from minildm.loading import find_weights, usable_device
+from minildm.metrics.inception import DIMS, WEIGHTS_NAME, WEIGHTS_SHA256, InceptionV3, prepare
 from minildm.metrics.sources import as_tensor
 from minildm.settings import Settings, setting
 
@@ -51,8 +51,7 @@ def open_extractor(settings, dims=DIMS):
     """The Extractor of a FeatureSettings. ``dims``: depths of the Inception network; the others have one dim each."""
     device = usable_device(settings.device)
     if settings.features == "inception":
-        weights = DEFAULT_WEIGHTS if settings.weights is None else settings.weights
-        return inception_extractor(weights, dims, device)
+        return inception_extractor(settings.weights, dims, device)
     if settings.features == "random":
         return random_extractor(dims, device, settings.seed)
     if settings.features == "vae":
@@ -62,8 +61,10 @@ def open_extractor(settings, dims=DIMS):
     return script_extractor(settings.features, device)
 
 
-def inception_extractor(weights=DEFAULT_WEIGHTS, dims=DIMS, device="cpu"):
-    """The FID network. Weights whose hash is not the published file's are labelled as unverified."""
+def inception_extractor(weights=None, dims=DIMS, device="cpu"):
+    """The FID network; by default with the file that ``python -m minildm fetch inception`` gets. Weights whose hash is
+    not the published file's are labelled as unverified."""
+    weights = find_weights(WEIGHTS_NAME) if weights is None else weights
     network = InceptionV3.from_file(weights).to(device)
     digest = sha256(weights)
     label = "FID" if digest == WEIGHTS_SHA256 else "FID (unverified weights)"
@@ -96,10 +97,16 @@ def vae_extractor(base=None, device="cpu"):
     return Extractor("FD-vae", (256,), lambda image: _resized(image, 256), network, facts)
 
 
+def clip_file(model_name, tag):
+    """Where the weights of an open_clip tag are in the folder of weights, once fetched."""
+    return f"clip/{model_name}-{tag}.safetensors"
+
+
 def load_clip(model_name, pretrained, device="cpu"):
     """An open_clip model (frozen), its preprocessing and its tokenizer.
 
-    Args: pretrained: one of open_clip's tags for the model, or a checkpoint file.
+    Args: pretrained: one of open_clip's tags for the model (its `clip_file` if there is one, else open_clip's own
+        download), or a checkpoint file.
     """
     import open_clip  # here only: importing it takes 3 s
 
@@ -112,15 +119,18 @@ def load_clip(model_name, pretrained, device="cpu"):
             f"{pretrained!r} is neither a file nor a tag of {model_name}; choose one of: "
             f"{', '.join(tags) or 'none published'}"
         )
+    fetched = find_weights(clip_file(model_name, pretrained)) if not is_file else None
+    options = {"pretrained": str(pretrained)}
+    if fetched is not None and fetched.is_file():  # a tag brings its activation with it, a file does not
+        quick_gelu = bool(open_clip.get_pretrained_cfg(model_name, pretrained).get("quick_gelu"))
+        options = {"pretrained": str(fetched), "force_quick_gelu": quick_gelu}
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            model_name, pretrained=str(pretrained), device=device
-        )
+        model, _, preprocess = open_clip.create_model_and_transforms(model_name, **options, device=device)
     except Exception as error:  # download and unpickling errors of many types; all mean that the weights are missing
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"cannot load {pretrained} for {model_name} ({reason[:100]}); give a local checkpoint with "
-            "--clip-pretrained FILE"
+            f"cannot load {pretrained} for {model_name} ({reason[:100]}); fetch it (python -m minildm fetch lists what "
+            "there is) or give a local checkpoint with --clip-pretrained FILE"
         ) from None
     return model.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(model_name)
 

@@ -6,10 +6,11 @@ import torch
 
 import minildm
 from minildm.errors import InputError
+from minildm.files import writable_file
 from minildm.metrics.extractors import FeatureSettings, inception_extractor, open_extractor
 from minildm.metrics.features import FeatureSet, collect
 from minildm.metrics.frechet import SavedStatistics
-from minildm.metrics.inception import DEFAULT_WEIGHTS, DIMS
+from minildm.metrics.inception import DIMS
 from minildm.metrics.manifold import precision_recall_density_coverage
 from minildm.metrics.mmd import cmmd, kid
 from minildm.metrics.small_sample import small_sample
@@ -28,7 +29,7 @@ def fid(real_dir, fake_dir, weights=None, dims=(2048, 192, 64), device="cpu", ba
     Returns: {dim: float}. Memory does not grow with the number of images.
     Raises: FileNotFoundError, InputError: no images, a broken one, other dims than the statistics'.
     """
-    extractor = inception_extractor(DEFAULT_WEIGHTS if weights is None else weights, dims, device)
+    extractor = inception_extractor(weights, dims, device)
     real, fake = (gather(source, extractor, keep=0, batch_size=batch_size) for source in (real_dir, fake_dir))
     return {dim: real.statistics[dim].distance(fake.statistics[dim]) for dim in dims}
 
@@ -130,6 +131,11 @@ def main(argv):
     settings = from_flags(FeatureSettings, arguments)
     if arguments.save_stats is not None and (len(arguments.dims) > 1 or arguments.save_stats.suffix != ".npz"):
         raise InputError("--save-stats writes one FILE.npz of one depth; give a single number to --dims")
+    if arguments.save_stats is not None:
+        if Path(arguments.real).suffix == ".npz":
+            raise InputError(f"{arguments.real} holds statistics already; --save-stats needs images as REAL")
+        writable_file(arguments.save_stats, "--save-stats")
+    out = writable_file(_default_out(arguments.fake) if arguments.out is None else arguments.out)
 
     extractor = open_extractor(settings, arguments.dims)
     real, fake = (
@@ -151,18 +157,17 @@ def main(argv):
             f"{extractor.label} is not FID: comparable only with {extractor.label} of the same weights"
         )
     print("\n".join(table(result)))
-    out = _default_out(arguments.fake, fake.images) if arguments.out is None else arguments.out
     write_json(out, result)
     print(f"wrote {out}")
     if arguments.save_stats is not None:
-        if not real.images:
-            raise InputError(f"{arguments.real} holds statistics already; --save-stats needs images as REAL")
         real.statistics[arguments.dims[0]].save(arguments.save_stats)
         print(f"wrote {arguments.save_stats}")
     return 0
 
 
-def _default_out(source, images):
+def _default_out(source):
     """fid.json beside the images or the .npz; in the current folder for a data set."""
-    first = images[0] if images else Path(source)
-    return (first.parent if isinstance(first, Path) else Path()) / "fid.json"
+    path = Path(source)
+    if not path.exists():
+        return Path("fid.json")
+    return (path.parent if path.suffix == ".npz" else list_images(path)[0].parent) / "fid.json"

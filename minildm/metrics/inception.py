@@ -19,7 +19,6 @@ WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_BYTES = 95_628_359
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
-DEFAULT_WEIGHTS = Path(__file__).parents[2] / "weights" / WEIGHTS_NAME
 DIMS = (64, 192, 768, 2048)
 SIZE = 299  # pixels a side
 
@@ -210,8 +209,8 @@ class InceptionV3(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"no FID weights at {path}: put {WEIGHTS_NAME} ({WEIGHTS_BYTES:,} bytes, sha256 {WEIGHTS_SHA256}) "
-                f"there, from {WEIGHTS_URL}, or compare with --features random (FD-random, not FID)"
+                f"no FID weights at {path}: python -m minildm fetch inception gets them ({WEIGHTS_BYTES:,} bytes, "
+                f"sha256 {WEIGHTS_SHA256}, from {WEIGHTS_URL}); or compare with --features random (FD-random, not FID)"
             )
         state = _read_state(path)
         with torch.device("meta"):  # no time spent on initial values

@@ -46,6 +46,7 @@ from minildm.pretraining.stage import (
 )
 from minildm.pretraining.text_encoder import CaptionReading
 from minildm.settings import Parser, Settings, add_flags, from_flags, setting
+from minildm.training.command_line import check_texts
 from minildm.training.config import TrainingConfig
 from minildm.training.finetune import Finetuning, Samples
 from minildm.training.machine import Machine, checkpoint_blocks
@@ -255,7 +256,7 @@ def open_whole_data_set(plan, transform):
     Returns: (DataSet, with --skip-bad without unreadable images; its prompts; a fingerprint of both).
     """
     data = open_data_set(plan.goal.data, plan.data, plan.shared.seed)
-    prompts_for(data, plan.data.prompt_template)  # if there are no captions, fail before decoding
+    check_texts(data, plan.data, plan.shared.seed)
     files = [record for record in data.records if record.render is None]
     hashes, errors = {}, {}  # by record name
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from minildm.adapters import METHODS
 from minildm.data.open import DataSettings
+from minildm.data.prompts import prompts_for
+from minildm.data.splits import classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.loading import is_embedded
 from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
@@ -29,6 +31,9 @@ class Goal(Settings):
     adapter: str = setting("selora", "the method; --adapter NAME --help shows its settings", choices=tuple(METHODS))
     base: str | None = setting(
         None, "checkpoint file or diffusers-layout folder (default: the one in weights/)", metavar="PATH"
+    )
+    vae: str | None = setting(
+        None, "autoencoder file or folder in place of the base's own, such as sd-vae-ft-mse", metavar="PATH"
     )
     on_top_of: tuple[str, ...] = setting((), "adapters to merge into the base first", metavar="FILE[@RANK][:0.6]")
     prediction: str | None = setting(
@@ -107,6 +112,20 @@ def parse(arguments):
         preset=preset,
         dry_run=args.dry_run,
     )
+
+
+def check_texts(data, settings, seed, captioned=True):
+    """Raise InputError if a run on ``data`` would fail for want of prompts, of images in a split, or of classes to
+    balance: what needs no image is checked before hours of reading them.
+
+    Args: settings: DataSettings. captioned: False for DreamBooth, whose images have one prompt and need no split.
+    """
+    training = range(len(data.records))
+    if captioned:
+        prompts_for(data, settings.prompt_template)
+        training = split_by_patient(data.records, settings.split, seed)["train"]
+    if settings.balance is not None:
+        classes_of([data.records[i] for i in training], settings.balance)
 
 
 def _on_embedded_base(base):

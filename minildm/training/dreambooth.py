@@ -113,7 +113,10 @@ def sample_class_images(model, settings, size, seed, cache):
         return None
     first_seed = seeded(seed, "class images").initial_seed()  # runs with seeds 0 and 1 share no image
     sampling = SamplingSettings("dpm++", 25, usual_guidance(model.config), seed=first_seed, height=size, width=size)
-    recipe = f"{n} class images of {prompt!r}; {sampling}; {model.config.schedule}; {weights_fingerprint(model)}"
+    recipe = (
+        f"{n} class images of {prompt!r}; {sampling}; {model.config.schedule}; {weights_fingerprint(model)}; latents "
+        f"scaled by {model.config.vae.scaling_factor}"
+    )
     folder = Path(cache) / f"class-images-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}"
     writable_folder(folder, "--cache")
     with written_beside(folder / "recipe.txt") as path:

@@ -7,10 +7,11 @@ To add a data set, write one file here with
     def records(root): ...                      # folder -> (list of Record, list of notes on what was left out)
 
 and add a line to ``DATA_SETS`` below (with its import). ``patch_gastric.py`` is a short example, and
-``data/records.py`` has helpers for tables, files and fields. ``data/open.py`` handles views, ages, limits and missing
-image files for all data sets.
+``minildm/tables.py`` reads tables, and ``data/records.py`` has helpers for files and fields: `described` spells ages,
+sexes and views and keeps what it does not understand for the notes. ``data/open.py`` handles views, ages, limits,
+missing image files and records without a prompt for all data sets.
 
-If records may have ``frontal=None``, also define VIEW_HINT, which says how to supply the views. Instead of PROMPT a
+If all records may have ``frontal=None``, also define VIEW_HINT, which says how to supply the views. Instead of PROMPT a
 file may define ``default_prompt(records)``. A data set rendered on demand has ``records()`` without ``root`` and no
 LOOKED_FOR, and is also listed in ``records.BUILT_IN``.
 """

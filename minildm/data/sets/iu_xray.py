@@ -5,15 +5,17 @@ and the publisher's XML (``NLMCXR_reports/ecgen-radiology/*.xml`` with ``<image 
 images are frontal, and neither do the DICOM headers, which mark 1,368 lateral images as PA. Training on frontal views
 therefore needs ``indiana_projections.csv`` beside the XML.
 
-Reports without findings are left out, because the SeLoRA paper (arXiv:2408.07196) trains on findings. 3,307 frontal
-images have them, and 4 % of these are the paper's 132 test images.
+The SeLoRA paper (arXiv:2408.07196) trains on findings, the default prompt. 3,307 frontal images have them, and 4 % of
+these are the paper's 132 test images.
 """
 
 import re
 import xml.etree.ElementTree as ElementTree
 
-from minildm.data.records import Record, files_below, known, not_found, read_table
+from minildm.data.records import Record, described, files_below, not_found
+from minildm.data.values import is_frontal
 from minildm.errors import InputError
+from minildm.tables import left_out_note, read_table
 
 LOOKED_FOR = "indiana_reports.csv and indiana_projections.csv, or NLMCXR_reports/ecgen-radiology/*.xml"
 PROMPT = "findings"
@@ -23,35 +25,31 @@ VIEW_HINT = "put Kaggle's indiana_projections.csv beside the XML reports"
 def records(root):
     """A report counts as a patient: the data set does not identify patients."""
     paths = files_below(root, ".png")
-    projections = _projections(root)
+    projections, notes = _projections(root)
     if (root / "indiana_reports.csv").is_file():
         if not projections:
             raise InputError(f"{root} holds indiana_reports.csv but no indiana_projections.csv, which names the images")
-        images = _kaggle_images(root / "indiana_reports.csv", projections)
+        images = _kaggle_images(root / "indiana_reports.csv", projections, notes)
     else:
         reports = sorted(root.rglob("ecgen-radiology/*.xml")) or sorted(root.glob("*.xml"))
         if not reports:
             raise not_found(root, LOOKED_FOR)
         images = (image for report in reports for image in _xml_images(report))
-    by_name, without_findings = {}, 0
-    for name, report, fields in images:
-        if "findings" not in fields:
-            without_findings += 1
-            continue
-        frontal = {"Frontal": True, "Lateral": False}.get(projections.get(_key(name), (None,))[0])
-        by_name[name] = Record(name, report, fields, paths.get(name, root / name), None, frontal)
-    total = without_findings + len(by_name)
-    notes = [f"{without_findings:,} of {total:,} left out: no findings in the report"] if without_findings else []
+    by_name = {}
+    for name, report, texts in images:
+        frontal = is_frontal(projections.get(_key(name), (None,))[0])
+        by_name[name] = Record(name, report, path=paths.get(name, root / name), frontal=frontal, **described(**texts))
     return list(by_name.values()), notes
 
 
 def _projections(root):
-    """{image key: ("Frontal" or "Lateral", file name, report)}, empty without Kaggle's table."""
-    table = root / "indiana_projections.csv"
+    """({image key: ("Frontal" or "Lateral", file name, report)}, notes), empty without Kaggle's table."""
+    table, left_out, needed = root / "indiana_projections.csv", [], ("uid", "filename")
     if not table.is_file():
-        return {}
-    rows = read_table(table, ("uid", "filename", "projection"))
-    return {_key(row["filename"]): (row["projection"], row["filename"], row["uid"]) for _, row in rows}
+        return {}, []
+    rows = read_table(table, (*needed, "projection"), needed, left_out)
+    projections = {_key(row["filename"]): (row.get("projection"), row["filename"], row["uid"]) for _, row in rows}
+    return projections, left_out_note(table, left_out, needed)
 
 
 def _key(file_name):
@@ -60,37 +58,31 @@ def _key(file_name):
     return re.sub(r"^CXR\d+_(?=\d+_IM)|^CXR", "", stem)
 
 
-def _kaggle_images(table, projections):
-    """Yield (file name, report, fields) for each image of Kaggle's tables."""
-    reports = {row["uid"]: row for _, row in read_table(table, ("uid", "findings", "impression"))}
+def _kaggle_images(table, projections, notes):
+    """Yield (file name, report, texts) for each image of Kaggle's tables; append to ``notes`` what is left out."""
+    left_out = []
+    rows = read_table(table, ("uid", "findings", "impression"), ("uid",), left_out)
+    reports = {row["uid"]: row for _, row in rows}
+    notes += left_out_note(table, left_out, ("uid",))
     for _, file_name, report in projections.values():
         row = reports.get(report, {})
-        fields = known(
-            findings=row.get("findings"),
-            impression=row.get("impression"),
-            indication=row.get("indication"),
-            diagnosis=_comma_separated(row.get("Problems")),
-        )
-        yield file_name, report, fields
+        texts = {name: row.get(name) for name in ("findings", "impression", "indication")}
+        yield file_name, report, texts | {"diagnosis": _comma_separated(row.get("Problems"))}
 
 
 def _xml_images(path):
-    """Yield (file name, report, fields) for each image of one of the publisher's reports."""
+    """Yield (file name, report, texts) for each image of one of the publisher's reports."""
     try:
         root = ElementTree.parse(path).getroot()
         report = root.find("uId").get("id").removeprefix("CXR")
-    except (ElementTree.ParseError, AttributeError) as error:
+    except (ElementTree.ParseError, AttributeError, ValueError, LookupError) as error:  # the last two: its encoding
         raise InputError(f"{path}: not an Open-i report ({error})") from None
     texts = {node.get("Label"): node.text for node in root.iter("AbstractText")}
     terms = [node.text.split("/")[0] for node in root.iterfind("MeSH/major") if node.text]
-    fields = known(
-        findings=texts.get("FINDINGS"),
-        impression=texts.get("IMPRESSION"),
-        indication=texts.get("INDICATION"),
-        diagnosis=_comma_separated(";".join(terms)),
-    )
+    fields = {name: texts.get(name.upper()) for name in ("findings", "impression", "indication")}
     for image in root.iter("parentImage"):
-        yield f"{image.get('id')}.png", report, fields
+        if image.get("id"):
+            yield f"{image.get('id')}.png", report, fields | {"diagnosis": _comma_separated(";".join(terms))}
 
 
 def _comma_separated(text):

@@ -8,8 +8,8 @@ followed by the findings. The masks, which have the same file names as the image
 import dataclasses
 import re
 
-from minildm.data.records import Record, files_below, known, not_found, sex, years
-from minildm.errors import InputError
+from minildm.data.records import Record, described, files_below, not_found
+from minildm.tables import read_text
 
 LOOKED_FOR = "MontgomerySet/CXR_png/*.png and MontgomerySet/ClinicalReadings/*.txt"
 PROMPT = "montgomery"
@@ -29,21 +29,19 @@ def records(root):
 
 def _record(path, image):
     """(Record, the numbers of other images of the same patient that its reading names: "same pt as MCUCXR_0113_1")."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from None
-    values = dict(re.findall(r"Patient's (Sex|Age)\s*:\s*(\S*)", "\n".join(lines)))
-    reading = " ".join(line for line in lines if not line.startswith("Patient's"))
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    known = [re.fullmatch(r"Patient.s\s+(Sex|Age)\s*:\s*(.*)", line) for line in lines]
+    values = {match[1]: match[2] for match in known if match}
+    reading = " ".join(line for line, match in zip(lines, known) if not match)
     links = re.findall(r"MCUCXR_(\d+)", reading)
     findings = re.sub(r"\s*\(same pt as [^)]*\)", "", reading).strip()
     record = Record(
         name=f"{path.stem}.png",
         patient=path.stem.split("_")[1],
         path=image,
-        fields=known(
-            age=years(values.get("Age")),
-            sex=sex(values.get("Sex")),
+        **described(
+            age=values.get("Age"),
+            sex=values.get("Sex"),
             findings=re.sub(r"^NO REPORT", "", findings).strip(),
             diagnosis={"0": "normal", "1": "tuberculosis"}.get(path.stem[-1]),
         ),

@@ -5,15 +5,18 @@ Layout as published by BIMCV: the table ``PADCHEST_chest_x_ray_images_labels_160
 ``.tsv`` tables are read, which lack ``ImageDir`` and the reports.
 """
 
-import ast
+import re
 
-from minildm.data.records import Record, files_below, known, not_found, read_table, sex, view
+from minildm.data.records import Record, described, files_below, not_found
+from minildm.data.values import is_frontal
 from minildm.errors import InputError
+from minildm.tables import left_out_note, list_items, read_table
 
 LOOKED_FOR = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv (or .tsv tables) and the PNG files"
 PROMPT = "full"
 COLUMNS = ("ImageID", "PatientID", "PatientBirth", "StudyDate_DICOM", "PatientSex_DICOM", "Projection", "Labels")
-FRONTAL = ("PA", "AP", "AP_horizontal")  # not L, COSTAL (ribs), EXCLUDE, UNK
+NEEDED = ("ImageID", "PatientID")
+STUDY, BIRTH = r"(\d{4})\d{4}(?:\.0*)?", r"(\d{4})(?:\.0*)?"  # 20140915, 1930.0
 
 # PNG files that are truncated or broken in the distribution, from two independent lists:
 # github.com/mlmed/torchxrayvision, datasets.py, and a list of all files that Pillow cannot open.
@@ -40,62 +43,64 @@ def records(root):
     if not tables:
         raise not_found(root, LOOKED_FOR)
     paths = files_below(root, ".png")
-    by_name, broken = {}, 0
+    by_name, broken, notes = {}, 0, []
     for table in tables:
-        for row_number, row in read_table(table, COLUMNS):
+        left_out = []
+        for row_number, row in read_table(table, COLUMNS, NEEDED, left_out):
             try:
                 record = _record(row, paths, root)
-            except (KeyError, ValueError, SyntaxError) as error:
-                raise InputError(
-                    f"{table}, row {row_number}: cannot be parsed ({type(error).__name__}: {error})"
-                ) from None
+            except ValueError as error:
+                raise InputError(f"{table}, row {row_number}: cannot be parsed ({error})") from None
             if record.name in BROKEN:
                 broken += 1
             elif by_name.setdefault(record.name, record) is not record:
                 raise InputError(f"{table}, row {row_number}: ImageID {record.name} is listed twice")
-    notes = [f"{broken} of {len(by_name) + broken:,} left out: known to be broken in the distribution"]
-    return list(by_name.values()), notes if broken else []
+        notes += left_out_note(table, left_out, NEEDED)
+    if broken:
+        notes.append(f"{broken} of {len(by_name) + broken:,} left out: known to be broken in the distribution")
+    return list(by_name.values()), notes
 
 
 def _record(row, paths, root):
     diagnoses = [label for label in items(row.get("Labels")) if label != "exclude"]
     places = [place.removeprefix("loc ").strip() for place in items(row.get("Localizations"))]
-    projection = row.get("Projection", "")
     return Record(
         name=row["ImageID"],
         patient=row["PatientID"],
         path=paths.get(row["ImageID"], root / row["ImageID"]),
-        frontal=projection in FRONTAL,
-        fields=known(
+        frontal=is_frontal(row.get("Projection")),  # EXCLUDE and UNK: unknown
+        **described(
             age=age(row.get("StudyDate_DICOM"), row.get("PatientBirth")),
-            sex=sex(row.get("PatientSex_DICOM")),
-            view=view(row.get("ViewPosition_DICOM")),
-            projection=view(projection),
+            sex=row.get("PatientSex_DICOM"),
+            view=row.get("ViewPosition_DICOM"),
+            projection=row.get("Projection"),
             modality=row.get("Modality_DICOM"),
             diagnosis=", ".join(diagnoses),
             loc=", ".join(places),
             report=row.get("Report"),  # Spanish, stemmed
             labelled_by={"Physician": "physician", "RNN_model": "model"}.get(row.get("MethodLabel")),
-            pediatric={"PED": "yes", "No": "no"}.get(row.get("Pediatric")),  # a flag, not an age test: see docs/data.md
+            pediatric=row.get("Pediatric"),  # a flag, not an age test: see docs/data.md
         ),
     )
 
 
 def age(study_date, birth_year):
-    """Year of the study date (YYYYMMDD) minus year of birth ("1930.0"). Can be one year too high: the birthday is
-    unknown. None if either is missing or the age is not in [0, 120]."""
+    """Year of the study date (YYYYMMDD) minus year of birth ("1930.0"), as text; None if one is missing. Can be one
+    year too high: the birthday is unknown. Where they are no years, both as they are, for `described` to count."""
     if not study_date or not birth_year:
         return None
-    years = int(study_date[:4]) - int(float(birth_year))
-    return str(years) if 0 <= years <= 120 else None
+    study, birth = (re.fullmatch(pattern, text) for pattern, text in ((STUDY, study_date), (BIRTH, birth_year)))
+    return str(int(study[1]) - int(birth[1])) if study and birth else f"{study_date} - {birth_year}"
 
 
 def items(text):
-    """ "['consolidation', ' pneumonia', '']" -> ["consolidation", "pneumonia"], without blanks and repeats.
+    """ "consolidation,  pneumonia, consolidation", or the same as a Python list -> ["consolidation", "pneumonia"].
 
     One item may hold several values: "loc  tracheal, loc  left".
     """
-    if not text:
-        return []
-    parts = (" ".join(part.split()) for item in ast.literal_eval(text) for part in item.split(","))
-    return list(dict.fromkeys(part for part in parts if part))
+    whole = list_items(text or "")
+    parts = (" ".join(part.split()) for item in ([text or ""] if whole is None else whole) for part in item.split(","))
+    found = list(dict.fromkeys(part for part in parts if part))
+    if any(part[0] in "[(" for part in found):
+        raise ValueError(f"a list is not closed: {text[:60]}")
+    return found

@@ -4,7 +4,8 @@ Layout of Zenodo record 6550925: ``captions.csv`` (id, subtype, text) and ``patc
 before the first ``_`` names the slide. A slide counts as a patient, so its patches are never in different splits.
 """
 
-from minildm.data.records import Record, files_below, known, not_found, read_table
+from minildm.data.records import Record, described, files_below, not_found
+from minildm.tables import left_out_note, read_table
 
 LOOKED_FOR = "captions.csv and patches_captions/<id>_<hash>.jpg"
 PROMPT = "{text}"
@@ -15,14 +16,14 @@ def records(root):
     patches = files_below(root, ".jpg", ".jpeg", ".png")
     if table is None or not patches:
         raise not_found(root, LOOKED_FOR)
-    captions = {row["id"]: row for _, row in read_table(table, ("id", "subtype", "text"))}
-    listed = []
+    without_id, listed = [], []
+    rows = read_table(table, ("id", "subtype", "text"), ("id",), without_id)
+    captions = {row["id"]: described(text=row.get("text"), subtype=row.get("subtype")) for _, row in rows}
     for name, path in patches.items():
         slide = name.split("_")[0]
         if slide in captions:
-            caption = captions[slide]
-            fields = known(text=caption.get("text"), subtype=caption.get("subtype"))
-            listed.append(Record(name, slide, fields, path))
-    left_out = len(patches) - len(listed)
-    notes = [f"{left_out:,} of {len(patches):,} left out: no caption for their slide in {table.name}"]
-    return listed, notes if left_out else []
+            listed.append(Record(name, slide, path=path, **captions[slide]))
+    notes = left_out_note(table, without_id, ("id",))
+    if left_out := len(patches) - len(listed):
+        notes.append(f"{left_out:,} of {len(patches):,} left out: their slide is not in {table.name}")
+    return listed, notes

@@ -2,7 +2,7 @@
 
 import functools
 
-from minildm.data.records import Record, known
+from minildm.data.records import Record
 from minildm.teaching.phantom import fields, labels, render
 
 PROMPT = "full"
@@ -17,7 +17,7 @@ def records(n=N_RECORDS, seed=0):
             name=f"{i:05d}",
             patient=label.patient,
             frontal=label.view != "lateral",
-            fields=known(**{name: value for name, value in fields(label).items() if name != "patient_id"}),
+            fields={name: value for name, value in fields(label).items() if value and name != "patient_id"},
             render=functools.partial(render, label, (seed, i)),
         )
         for i, label in enumerate(sampled)
