@@ -17,6 +17,7 @@ from minildm.errors import exit_cleanly
 from minildm.files import writable_folder
 from minildm.images import FROM_IMAGE, SYNTHETIC, contact_sheet, save_png
 from minildm.settings import Parser, Several, add_flags, at_least, from_flags
+from minildm.startup import prepare_process
 
 SHEET_IMAGES = 64  # at most, on the contact sheet
 
@@ -48,6 +49,7 @@ def parse(arguments):
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float16 on a GPU, float32 elsewhere)")
     add("--compile", action="store_true", help="compile the U-Net: starts a minute later, then runs faster")
+    add("--plain", action="store_true", help="only the textbook code: slower, least memory, the same up to rounding")
     add("--batch-size", type=at_least(1), default=4, help="images at a time")
     add("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
     parser.set_defaults(recorded=None)
@@ -66,6 +68,7 @@ def main(arguments):
     init_image = sampling.read_init_image(args.init_image, settings.strength)
     writable_folder(args.out)
 
+    from minildm import kernels
     from minildm.latent_diffusion import complete_settings
     from minildm.loading import load
 
@@ -90,7 +93,10 @@ def main(arguments):
     init_images = None if init_image is None else init_image.tensor(settings.height, settings.width)
     description = SYNTHETIC if init_image is None else FROM_IMAGE
     sheet, start = [], time.perf_counter()
-    with tqdm(total=settings.network_calls * len(batches), unit="step", disable=None, dynamic_ncols=True) as bar:
+    with (
+        kernels.plain(args.plain),
+        tqdm(total=settings.network_calls * len(batches), unit="step", disable=None, dynamic_ncols=True) as bar,
+    ):
         for batch in batches:
             options = asdict(settings) | {"seed": [png.seed for png in batch], "init_images": init_images}
             batch_prompts = [png.prompt for png in batch]
@@ -114,4 +120,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    prepare_process()
     exit_cleanly(main, sys.argv[1:])

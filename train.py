@@ -10,6 +10,11 @@ import shlex
 import sys
 import time
 
+from minildm.startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is imported
+
 import torch
 
 from minildm import load

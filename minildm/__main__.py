@@ -9,6 +9,7 @@ import sys
 
 from minildm import __version__
 from minildm.errors import exit_cleanly
+from minildm.startup import prepare_process
 
 
 def check(arguments):
@@ -134,4 +135,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    prepare_process()
     exit_cleanly(main, sys.argv[1:])

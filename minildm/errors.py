@@ -1,6 +1,7 @@
 """Errors for users: one line that says what came, what was expected and what to do."""
 
 import contextlib
+import io
 import sys
 import warnings
 
@@ -23,6 +24,9 @@ def naming(flag):
 def exit_cleanly(main, *arguments):
     """Run a command's ``main`` and exit: code 2 and one line for a user's mistake, 130 for Ctrl-C, a traceback for our
     own bugs. Warnings are printed as one line, too."""
+    for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8, and consoles that lack a character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(message)}", file=sys.stderr)
     try:
         sys.exit(main(*arguments))

@@ -1,4 +1,5 @@
-"""Writing files so that none is ever left half-written: to a temporary name, then renamed. And reading JSON."""
+"""Writing files so that none is ever left half-written: to a temporary name, then renamed. Reading regular ones, and
+JSON."""
 
 import contextlib
 import hashlib
@@ -6,11 +7,13 @@ import json
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 from minildm.errors import InputError
 
 MAX_JSON_BYTES = 16 << 20  # a document takes up to fifty times its size in memory
+MAX_FILE_BYTES = 1 << 30  # larger files are not read whole; the largest radiographs have 100 MB
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 
@@ -77,6 +80,16 @@ def read_json(path, kind=dict):
     return document
 
 
+def shown(path):
+    """A path as text that can be printed and written to a file: bytes that are not UTF-8 become \\xNN."""
+
+    def escaped(match):
+        code = ord(match[0])  # os.fsdecode makes 0xDC00 + byte of such a byte
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+    return re.sub("[\ud800-\udfff]", escaped, str(path))
+
+
 def writable_file(path, flag="--out"):
     """Check that the file ``path`` can be written, before any work is done; its folder is created if needed.
 
@@ -99,6 +112,30 @@ def input_file(path, flag):
     if not path.is_file():
         raise FileNotFoundError(f"{flag} {path} is not a regular file")
     return path
+
+
+def file_bytes(path):
+    """The bytes of a regular file, or of a link to one.
+
+    Raises: InputError if it cannot be read. Devices, pipes and sockets are refused without waiting for them, and so are
+    files that would fill the memory.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{shown(path)}: a folder, expected a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{shown(path)}: a device or pipe, expected a regular file; remove it from the data")
+        if status.st_size > MAX_FILE_BYTES:
+            raise InputError(f"{shown(path)}: has {status.st_size / 1e9:.1f} GB, over 1 GiB: no image is so large")
+        with open(path, "rb") as file:
+            return file.read(status.st_size)  # at most: what /proc makes up while it is read has size 0
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+    except ValueError:  # a NUL, or half of a pair of surrogates
+        raise InputError(f"{shown(path)}: cannot be read (not a file name)") from None
 
 
 def sha256(path, chunk_bytes=1 << 20):

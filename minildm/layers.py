@@ -35,16 +35,26 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the size: (B, C_in, h, w) -> (B, C_out, h, w)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 3, padding=1)
+
+    def forward(self, x):
+        return kernels.convolution(self, x) if kernels.enabled else super().forward(x)
+
+
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions, with the time embedding in between, and a shortcut: (B, C_in, h, w) -> (B, C_out, h, w)."""
 
     def __init__(self, c_in, c_out, groups, eps, time_dim=None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv3x3(c_in, c_out)
         self.time_emb_proj = None if time_dim is None else nn.Linear(time_dim, c_out)  # the VAE has no timesteps
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = Conv3x3(c_out, c_out)
         self.conv_shortcut = None if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, time=None):
@@ -72,7 +82,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x, size=None):
         size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size

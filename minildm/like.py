@@ -49,6 +49,7 @@ def _flags_of_record(args, record):
         "device": record["machine"]["device"],
         "dtype": record["dtype"],
         "compile": record["compile"],
+        "plain": record["plain"],
     }
     if args.base is None and base["given"]:
         _require(args.like, "base", base, "--base")
@@ -202,6 +203,6 @@ def _decisive(record):
         "negative prompt": record["negative_prompt"],
         **record["sampling"],
         **{name: hashes(record[key]) for name, key in files.items()},
-        **{key: record[key] for key in ("prediction", "dtype", "compile")},
+        **{key: record[key] for key in ("prediction", "dtype", "compile", "plain")},
         "device": record["machine"]["device"],
     }

@@ -44,6 +44,7 @@ FORM = {  # what `read_record` expects: a type, several in a tuple, None; a list
     "dtype": str,
     "vae_dtype": str,  # float32 once the VAE has overflowed in half precision
     "compile": bool,
+    "plain": bool,
     "batch": {"size": int, "index": int},
     "machine": {"device": str, "processor": str, "threads": int},
     "versions": {"minildm": str, "torch": str},
@@ -55,7 +56,7 @@ class Request:
     """What all images of one call of sample.py share, and what is written into each PNG.
 
     Args:
-        args: the flags, of which base, adapter, negative and compile are used.
+        args: the flags, of which base, adapter, negative, compile and plain are used.
         settings: complete SamplingSettings. model: LatentDiffusion.
         adapters: as chosen for it. init_image: InitImage or None.
     """
@@ -90,6 +91,7 @@ class Request:
             "dtype": _dtype(model.unet),
             "vae_dtype": _dtype(model.vae),
             "compile": self.args.compile,
+            "plain": self.args.plain,
             "batch": {"size": len(batch), "index": batch.index(image)},
             **machine_of(model.device),
         }

@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 
 from minildm.errors import InputError
+from minildm.files import file_bytes
 
 # Cells that say nothing (compared in lower case): what pandas, R, databases and people write for a missing value.
 MISSING = frozenset(
@@ -139,6 +140,8 @@ def kind(path):
 
 def _rows(path, columns=()):
     """Yield (row number, {column: text, or None if missing}); of a .csv or .tsv first (HEADER, {column: None})."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: not a regular file, expected a table")
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
             yield from (_json_rows(path, file) if kind(path) == ".jsonl" else _csv_rows(path, file, columns))
@@ -233,6 +236,6 @@ def read_lines(path):
 def read_text(path):
     """The text of a file in UTF-8, with or without a byte-order mark. Raises: InputError."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return file_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error})") from None

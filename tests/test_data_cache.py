@@ -138,7 +138,7 @@ def test_recipes_keep_their_text_so_that_old_caches_stay_valid(vae, data_set, tm
     text_encoder = randomize(TextEncoder(TextEncoderConfig.tiny())).eval()
     context_cache(["chest x-ray"], Tokenizer(), text_encoder, tmp_path)
     assert {path.read_text() for path in tmp_path.glob("*/recipe.txt")} == {
-        f"latents (mean, logvar) of reading 1, 64 px, pad, greys percentiles; VAE {weights_fingerprint(vae)}\n",
+        f"latents (mean, logvar) of reading 2, 64 px, pad, greys percentiles; VAE {weights_fingerprint(vae)}\n",
         f"contexts; text encoder {weights_fingerprint(text_encoder)}\n",
     }
 

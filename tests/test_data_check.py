@@ -62,7 +62,30 @@ def test_leaks_across_patients_are_reported(tmp_path):
     for i in range(1, 30):
         (root / "images" / f"{i:03}.png").write_bytes((root / "images" / "000.png").read_bytes())
     _, report = run(tmp_path, f"folder:{root}")
-    assert len(report["splits"]["leaks"]) == 24 * 6 + 5 * 1  # train x (validation + test), validation x test
+    leaks = report["splits"]["leaks"]
+    assert len(leaks) == 6 and {kept for kept, *_ in leaks} == {"images/000.png"}  # the images of validation and test
+    assert all(split == "train" and other in ("validation", "test") for _, split, _, other in leaks)
+
+
+def test_a_leak_is_found_between_copies_of_identical_files(tmp_path):
+    """Groups of identical files are compared by one file of each, but all of their splits count."""
+    root = made_data.folder(tmp_path / "data", 30)
+    image = Image.open(root / "images" / "000.png")
+    for i in range(1, 30):
+        image.save(root / "images" / f"{i:03}.png", compress_level=9 * (i % 2))
+    _, report = run(tmp_path, f"folder:{root}")
+    assert len(report["splits"]["leaks"]) == 6 and len(report["identical"]) == 2
+
+
+def test_check_of_many_blank_images_is_linear(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    data = made_data.encoded(Image.new("L", (64, 64)))
+    for i in range(600):
+        (root / f"{i:04}.png").write_bytes(data)
+    made_data.save(root / "other.png")
+    _, report = run(tmp_path, f"folder:{root}", "--prompt-template", "chest x-ray")
+    assert len(report["flagged"]) >= 599 and (tmp_path / "out" / "check.json").stat().st_size < 500_000
 
 
 def test_an_empty_split_and_empty_prompts_fail_the_check(tmp_path):
@@ -103,7 +126,7 @@ def test_prompts_shows_what_is_cut(tmp_path, capsys):
 def test_images_are_checked_at_512_pixels_and_flags_are_not_abbreviated(tmp_path, capsys):
     data = f"folder:{made_data.folder(tmp_path / 'data', 30)}"
     assert check.main([data, "--out", str(tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out" / "check.json").read_text())["transform"].startswith("reading 1, 512 px, ")
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["transform"].startswith("reading 2, 512 px, ")
     for command in (check.main, check.show_prompts):
         with pytest.raises(SystemExit):
             command([data, "--siz", "64"])

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from made_data import dicom, encoded, grey_image
 from PIL import Image, ImageOps
 
-from minildm.data.reading import DecodedImage, Transform, decode, file_bytes, fit, read, to_8_bit, to_tensor
+from minildm.data.greys import to_8_bit
+from minildm.data.reading import DecodedImage, Transform, decode, file_bytes, fit, read, to_tensor
 from minildm.data.records import Record
 from minildm.errors import InputError
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmarks.trace_calls import guided_ddim_step, trace
-from peers import PARITY, noise, relative_error
+from peers import PARITY, noise, randomize, relative_error
 
 from minildm import kernels
 from minildm.layers import (
     GEGLU,
     Attention,
+    Conv3x3,
     Downsample,
     ResnetBlock,
     SpatialTransformer,
@@ -176,3 +177,56 @@ def test_one_guided_ddim_step_crosses_four_files_and_seven_nested_calls():
     files, depth, stack = trace(guided_ddim_step())
     assert len(files) <= 4, files
     assert depth <= 7, stack
+
+
+def conv3x3(c_in, c_out):
+    return randomize(Conv3x3(c_in, c_out), seed=2).requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 9), (2, 8, 8), (3, 1, 1), (1, 2, 31), (2, 17, 4)])
+@pytest.mark.parametrize("tiles", [1, 7, 10**6])
+def test_winograd_is_the_convolution_whatever_the_size_and_the_strips(shape, tiles):
+    layer, x = conv3x3(6, 10), noise(shape[0], 6, *shape[1:])
+    exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    for bias in (layer.bias, None):
+        ours = kernels.winograd(x, kernels.winograd_weight(layer), bias, tiles)
+        assert relative_error(ours, exact if bias is not None else exact - layer.bias[:, None, None]) <= PARITY
+        assert ours.is_contiguous(memory_format=torch.channels_last) or 1 in shape
+
+
+@torch.no_grad()
+def test_winograd_runs_where_it_pays_and_is_within_parity_there():
+    layer, x = conv3x3(320, 320), noise(1, 320, 6, 7)
+    assert kernels.winograd_pays(layer, x)
+    with kernels.plain():
+        plain = layer(x)
+    with kernels.lean():
+        assert torch.equal(layer(x), plain)
+    assert not torch.equal(layer(x), plain) and relative_error(layer(x), plain) <= PARITY
+    assert not kernels.winograd_pays(layer, x[:, :, :4, :4])
+    assert not kernels.winograd_pays(layer, x.bfloat16())
+    assert not kernels.winograd_pays(conv3x3(319, 320), x[:, :319])
+    with torch.enable_grad():
+        assert torch.equal(layer(x), plain)
+    layer.requires_grad_(True)
+    assert torch.equal(layer(x), plain)
+
+
+@torch.no_grad()
+def test_winograd_follows_the_weight_when_it_changes():
+    layer, x = conv3x3(320, 320), noise(1, 320, 6, 6)
+
+    def error():
+        with kernels.plain():
+            plain = layer(x)
+        return relative_error(layer(x), plain)
+
+    assert error() <= PARITY
+    for _ in range(3):  # as a merge does; the second might land where the first weight lay
+        layer.weight.data = layer.weight + 0.1 * torch.rand_like(layer.weight)
+        assert error() <= PARITY
+    layer.weight.mul_(-2)
+    assert error() <= PARITY
+    layer.load_state_dict(conv3x3(320, 320).state_dict(), assign=True)
+    layer.requires_grad_(False)
+    assert error() <= PARITY

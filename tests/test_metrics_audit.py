@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import made_data
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,8 @@ from metrics_helpers import grid_extractor, smooth_noise
 from PIL import Image, ImageChops, ImageEnhance
 
 from minildm.__main__ import main
+from minildm.data.open import DataSettings
+from minildm.data.reading import Transform
 from minildm.errors import InputError
 from minildm.images import save_png
 from minildm.metrics.adherence import prompt_adherence
@@ -23,7 +26,7 @@ from minildm.metrics.audit import (
     pixel_distances,
     share_test,
 )
-from minildm.metrics.sources import as_tensor, list_images
+from minildm.metrics.sources import as_tensor, list_as_training, list_images
 from minildm.teaching import phantom
 
 COPIES = (
@@ -83,11 +86,11 @@ def check(comparisons, expected_copies):
 def test_planted_copies_are_found_and_independent_images_raise_no_alarm(make, tmp_path):
     train, holdout, generated = make(200, 101), make(100, 102), make(200, 103)
     lists = save(tmp_path / "train", train), save(tmp_path / "hold", holdout)
-    clean = audit(save(tmp_path / "clean", generated), *lists, grid_extractor())
+    clean = audit(save(tmp_path / "clean", generated), *lists, grid_extractor(), transform=Transform(96))
     check(clean, set())
     assert all(comparison.p > 0.01 for comparison in clean)
     paths, sources = plant(tmp_path / "planted", generated, train)
-    comparisons = audit(paths, *lists, grid_extractor())
+    comparisons = audit(paths, *lists, grid_extractor(), transform=Transform(96))
     check(comparisons, {7, 18, 29, 40, 51})
     pixels = comparisons[0]
     found = {paths[i].name: lists[0][pixels.nearest_train[i]].name for i in np.flatnonzero(pixels.near_copy)}
@@ -237,3 +240,80 @@ def test_data_sets_can_be_audited_and_a_runs_sheets_cannot(tmp_path, monkeypatch
         list_images(run)
     save_png(chest_like(1, 5)[0], run / "samples" / "a.png", "chest x-ray\nSteps: 2")
     assert [path.name for path in list_images(run)] == ["a.png"]
+
+
+# --- images are read as training reads them ---------------------------------------------------------------------------
+def on_their_side(folder, images):
+    """The images, stored on their side with the EXIF orientation that turns them upright."""
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[274] = 8
+    for i, image in enumerate(images):
+        image.transpose(Image.Transpose.ROTATE_270).save(folder / f"train_{i:03d}.jpg", quality=95, exif=exif)
+
+
+def transparent(folder, images):
+    """White everywhere, and the image as transparency, on which training puts black."""
+    folder.mkdir()
+    for i, image in enumerate(images):
+        white = Image.new("L", image.size, 255)
+        Image.merge("LA", (white, image)).save(folder / f"train_{i:03d}.png")
+
+
+def of_12_bits(folder, images):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(np.asarray(image).astype(np.uint16) * 16).save(folder / f"train_{i:03d}.png")
+
+
+def as_dicom(folder, images):
+    """Below a subfolder, and inverted."""
+    pytest.importorskip("pydicom", reason="needs the dicom extra")
+    (folder / "p1").mkdir(parents=True)
+    for i, image in enumerate(images):
+        data = made_data.dicom(4095 - np.asarray(image).astype(np.uint16) * 16, 12, "MONOCHROME1")
+        (folder / "p1" / f"train_{i:03d}.dcm").write_bytes(data)
+
+
+def by_links(folder, images):
+    on_their_side(folder.with_name("disk2"), images)
+    folder.mkdir()
+    (folder / "more").symlink_to(folder.with_name("disk2"))
+
+
+@pytest.mark.parametrize("store", [on_their_side, transparent, of_12_bits, as_dicom, by_links])
+@pytest.mark.parametrize("form", ["{}", "folder:{}"])
+def test_copies_are_found_however_the_training_images_are_stored(store, form, tmp_path):
+    images = chest_like(60, 1)
+    train, hold = (image_list[:30] for image_list in (images, chest_like(30, 2)))
+    store(tmp_path / "train", train)
+    save(tmp_path / "hold", hold)
+    generated = save(tmp_path / "fake", [*train[:4], *chest_like(4, 3)])
+    lists = [list_as_training(form.format(tmp_path / name), DataSettings()) for name in ("train", "hold")]
+    assert len(lists[0]) == 30
+    pixels, _ = audit(generated, *lists, grid_extractor(), transform=Transform(96))
+    assert set(np.flatnonzero(pixels.near_copy)) == {0, 1, 2, 3}
+    assert list(pixels.nearest_train[:4]) == [0, 1, 2, 3]
+
+
+def test_an_audit_leaves_no_image_out_in_silence(tmp_path, capsys):
+    """DreamBooth trains on images without captions, and lateral views are left out only with a note."""
+    folder = made_data.folder(tmp_path / "data", 12)
+    table = folder / "metadata.csv"
+    lines = table.read_text().replace("a chest x-ray, number", "").splitlines()
+    lines[1] = lines[1].replace("PA", "lateral")
+    table.write_text("\n".join(lines) + "\n")
+    (folder / "images" / "._000.png").write_bytes(b"\0\5\x16\7")
+    assert len(list_as_training(f"folder:{folder}", DataSettings())) == 11
+    assert "1 of 12 left out: lateral" in capsys.readouterr().err
+    assert len(list_as_training(f"folder:{folder}", DataSettings(views="all"))) == 12
+    assert len(list_as_training(folder, DataSettings())) == 12
+
+
+def test_the_results_for_a_data_set_lie_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, n in (("fake", 4), ("train", 12), ("hold", 12)):
+        save(tmp_path / name, chest_like(n, len(name)))
+    flags = ["--train", "train", "--holdout", "hold", "--features", "random"]
+    assert main(["audit", "folder:fake", *flags]) == 0
+    assert (tmp_path / "audit" / "audit.json").is_file() and not (tmp_path / "folder:fake").exists()

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from made_data import png_16_bit
 from metrics_helpers import grid_extractor, random_weights, reference_fid, reference_fid_in_span, write_images
 from peers import random_model, write_folder
 from PIL import Image
@@ -256,3 +257,19 @@ def test_the_folder_of_the_results_is_made(tmp_path):
     arguments = [str(real), str(real), "--features", "random", "--dims", "64", "--replicates", "2"]
     out = tmp_path / "new" / "folder" / "f.json"
     assert main(["fid", *arguments, "--out", str(out)]) == 0 and out.is_file()
+
+
+@pytest.mark.parametrize("channels, colour_type", [(3, 2), (2, 4), (4, 6)])
+def test_colour_of_16_bits_is_refused_not_cut(channels, colour_type, tmp_path):
+    values = np.full((8, 8, channels), 4095, np.uint16)
+    (tmp_path / "deep.png").write_bytes(png_16_bit(values, colour_type))
+    with pytest.raises(InputError, match=r"deep.png has more than 8 bits per channel"):
+        open_rgb(tmp_path / "deep.png")
+
+
+def test_images_that_fid_does_not_read_are_named(folders, tmp_path):
+    for name in ("a.png", "more/b.png", "c.dcm", "._d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(sorted(folders[0].iterdir())[0].read_bytes())
+    with pytest.warns(UserWarning, match=r"2 images in .*, such as c.dcm, are not read"):
+        assert [path.name for path in list_images(tmp_path)] == ["a.png"]

@@ -314,7 +314,8 @@ def test_an_uneven_micro_batch_changes_nothing_but_rounding(place):
     for stage in STAGES:
         whole, cut = (logged_losses(path, stage) for path in runs)
         assert cut == pytest.approx(whole, rel=1e-4), stage
-        assert cut[0] == pytest.approx(whole[0], rel=1e-5), stage
+        if stage == "autoencoder":  # the others begin with what the stages before trained, whose rounding has added up
+            assert cut[0] == pytest.approx(whole[0], rel=1e-5), stage
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from minildm.data.reading import read, to_tensor
 from minildm.errors import InputError
-from minildm.files import writable_folder, written_beside
+from minildm.files import shown, writable_folder, written_beside
 
 ROWS_PER_SHARD = 128  # an interruption loses at most this many; a build holds this many in memory
 SETTLED_SECONDS = 2.0  # a file changed later than this could change again within the clock's resolution
@@ -119,7 +119,9 @@ class Rows:
 
 def _short_hash(content):
     """The 24 hex digits that name a folder or file."""
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:24]
+    if isinstance(content, str):  # paths may hold bytes that are not UTF-8, as half pairs of surrogates
+        content = content.encode(errors="surrogatepass")
+    return hashlib.sha256(content).hexdigest()[:24]
 
 
 # --- latents ----------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def _file_state(record):
     try:
         status = os.stat(record.path)
     except OSError as error:
-        return f"{record.path}: {error.strerror}"
+        return f"{shown(record.path)}: {error.strerror}"
     return f"{record.path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 

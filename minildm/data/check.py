@@ -118,7 +118,7 @@ class Suspects:
     warnings: dict[str, list[str]]  # record name -> reasons
     common: dict[str, int]  # warnings so frequent that they describe the data set, and how many images have them
     identical: list[list[str]]  # names of records with the same file content
-    duplicates: list[tuple[int, int]]  # indices of records that show nearly or exactly the same image
+    duplicates: list[list[int]]  # groups of indices of records that show nearly or exactly the same image
 
 
 def find_suspects(records, images):
@@ -130,23 +130,26 @@ def find_suspects(records, images):
         if unusual := [warning for warning in facts.warnings if phrase(warning) not in common]:
             warnings[records[i].name] = unusual
 
-    names_of = {}
+    same_file = {}  # key -> indices
     for i, facts in images.items():
-        names_of.setdefault(facts.key, []).append(records[i].name)
-    identical = [names for names in names_of.values() if len(names) > 1]
+        same_file.setdefault(facts.key, []).append(i)
+    identical = [[records[i].name for i in members] for members in same_file.values() if len(members) > 1]
     for first, *others in identical:
         for name in others:
             warnings.setdefault(name, []).append(f"the same file as {first}")
 
-    duplicates = []
-    if images:
-        indices = list(images)
-        hashes = np.stack([images[i].perceptual_hash for i in indices])
-        greys = np.stack([images[i].small_grey for i in indices])
-        duplicates = [(indices[a], indices[b]) for a, b in screening.near_duplicates(hashes, greys)]
-    for i, j in duplicates:
-        if images[i].key != images[j].key:
-            warnings.setdefault(records[j].name, []).append(f"nearly the same image as {records[i].name}")
+    firsts = [members[0] for members in same_file.values()]
+    alike = []  # groups of these
+    if firsts:
+        hashes = np.stack([images[i].perceptual_hash for i in firsts])
+        greys = np.stack([images[i].small_grey for i in firsts])
+        alike = [[firsts[k] for k in group] for group in screening.near_duplicates(hashes, greys)]
+    for first, *others in alike:
+        for i in others:
+            warnings.setdefault(records[i].name, []).append(f"nearly the same image as {records[first].name}")
+    grouped = {i for group in alike for i in group}
+    groups = [sorted(i for first in group for i in same_file[images[first].key]) for group in alike]
+    duplicates = groups + [members for members in same_file.values() if len(members) > 1 and members[0] not in grouped]
     return Suspects(warnings, common, identical, duplicates)
 
 
@@ -249,14 +252,20 @@ def describe_captions(data_set, template):
 
 
 def describe_splits(records, preset, seed, duplicates):
-    """Images and patients of each split, and the leaks that patient numbers do not reveal: one image in two splits."""
+    """Images and patients of each split, and the leaks that patient numbers do not reveal: one image in two splits.
+
+    Of each group of duplicates, the images outside its training image's split are listed beside that image.
+    """
     splits = split_by_patient(records, preset, seed)
     split_of = {i: name for name, members in splits.items() for i in members}
-    leaks = [
-        [records[i].name, split_of[i], records[j].name, split_of[j]]
-        for i, j in duplicates
-        if split_of[i] != split_of[j]
-    ]
+    leaks = []
+    for group in duplicates:
+        kept = next((i for i in group if split_of[i] == "train"), group[0])
+        leaks += [
+            [records[kept].name, split_of[kept], records[i].name, split_of[i]]
+            for i in group
+            if split_of[i] != split_of[kept]
+        ]
     parts = {
         name: {"pictures": len(members), "patients": len({records[i].patient for i in members})}
         for name, members in splits.items()

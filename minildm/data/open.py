@@ -5,13 +5,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from minildm.data.folders import outside
 from minildm.data.prompts import TEMPLATES, render
 from minildm.data.reading import Transform
 from minildm.data.records import BUILT_IN, DataSet
 from minildm.data.sets import DATA_SETS
 from minildm.data.splits import SPLITS, order_key
 from minildm.errors import InputError, naming
-from minildm.files import input_file
+from minildm.files import input_file, shown
 from minildm.settings import Settings, setting
 from minildm.tables import read_lines
 
@@ -49,6 +50,7 @@ class DataSettings(Settings):
         "how more than 8 bits of grey become 8: the range the file declares, or percentiles of the image",
         choices=("declared", "percentiles"),
     )
+    outside_files: bool = setting(False, "use images that a table names outside its folder (absolute paths, ../)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,7 +73,7 @@ def open_data_set(spec, settings=None, seed=0, captioned=True):
     Raises: InputError if the data set cannot be used as it is.
     """
     settings = DataSettings() if settings is None else settings
-    source, records, notes = _read_tables(spec)
+    source, root, records, notes = _read_tables(spec)
     prompt = source.PROMPT if hasattr(source, "PROMPT") else source.default_prompt(records)
     records = sorted(records, key=lambda record: record.name)
     if settings.views == "frontal":
@@ -80,6 +82,8 @@ def open_data_set(spec, settings=None, seed=0, captioned=True):
     reasons = [_not_frontal, _unknown_view, _pediatric, _too_young, _excluded, _missing]
     if captioned and template is not None:
         reasons.insert(-1, lambda records, _: _promptless(records, template))
+    if root is not None:
+        reasons.insert(0, lambda records, settings: _outside(records, settings, root))
     for find in reasons:
         names, reason = find(records, settings)
         if names:
@@ -91,12 +95,14 @@ def open_data_set(spec, settings=None, seed=0, captioned=True):
         notes.append(f"{settings.limit:,} of {len(records):,} sampled with seed {seed} (--limit)")
         sampled = sorted(records, key=lambda record: order_key(seed, record.name))[: settings.limit]
         records = sorted(sampled, key=lambda record: record.name)
-    return DataSet(spec, tuple(records), prompt, tuple(notes + _unread_notes(records)))
+    notes += _link_notes(records, root) + _unread_notes(records)
+    return DataSet(shown(spec), tuple(records), prompt, tuple(notes))
 
 
 def _read_tables(spec):
-    """ "name:path" -> (the data set's file in sets/, its records, its notes)."""
+    """ "name:path" -> (the data set's file in sets/, its folder or None, its records, its notes)."""
     name, _, path = spec.partition(":")
+    root = None if name in BUILT_IN else Path(path)
     if name not in DATA_SETS:
         is_path = os.sep in name or Path(spec).exists()
         wanted = f"did you mean folder:{spec}? Other names:" if is_path else "give --data name:path with name one of:"
@@ -111,8 +117,8 @@ def _read_tables(spec):
     elif not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; {name}:PATH expects the folder that holds {source.LOOKED_FOR}")
     else:
-        records, notes = source.records(Path(path))
-    return source, records, list(notes)
+        records, notes = source.records(root)
+    return source, root, records, list(notes)
 
 
 def _require_known_views(records, source):
@@ -121,6 +127,16 @@ def _require_known_views(records, source):
             f"{len(records):,} of {len(records):,} images do not say whether they are frontal; "
             f"{getattr(source, 'VIEW_HINT', 'complete the table')}, or give --views all"
         )
+
+
+def _link_notes(records, root):
+    """How many images are reached through links that lead out of the data set's folder."""
+    if root is None:
+        return []
+    folders = Counter(record.path.parent for record in records if record.path is not None)
+    inside = os.path.realpath(root)
+    linked = sum(n for folder, n in folders.items() if not Path(os.path.realpath(folder)).is_relative_to(inside))
+    return [f"{linked:,} of {len(records):,} images lie outside {root}, behind links in it"] if linked else []
 
 
 def _unread_notes(records):
@@ -154,6 +170,21 @@ def _some(names, n):
 
 # --- what is left out -------------------------------------------------------------------------------------------------
 # Each of these takes records and DataSettings and returns (names of the records to leave out, the reason).
+def _outside(records, settings, root):
+    """Records whose table names a file outside the data set's folder."""
+    if settings.outside_files:
+        return set(), ""
+    paths = set(outside({record.path for record in records if record.path is not None}, root))
+    names = {record.name for record in records if record.path in paths}
+    examples = _some(sorted(names), 3)
+    if names and not settings.skip_bad:
+        raise InputError(
+            f"{len(names):,} of {len(records):,} listed images are outside {root}, such as {examples}; allow that with "
+            "--outside-files, or leave them out with --skip-bad"
+        )
+    return names, f"outside {root}, such as {examples}"
+
+
 def _not_frontal(records, settings):
     names = {record.name for record in records if record.frontal is False} if settings.views == "frontal" else set()
     return names, "lateral and other views that are not frontal (--views all keeps them)"

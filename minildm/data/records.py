@@ -1,6 +1,5 @@
-"""Records, the common form of all data sets, and the helpers that sets/ uses to find files and describe images."""
+"""Records, the common form of all data sets, and how sets/ describes an image by its fields."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from minildm.data import values
-from minildm.errors import InputError
 from minildm.tables import present
 
 BUILT_IN = ("phantom", "procedural")  # data sets that are rendered on demand and need no path
@@ -38,28 +36,6 @@ class DataSet:
 
     def __len__(self):
         return len(self.records)
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
-def files_below(root, *suffixes):
-    """{file name: path} of all files below ``root`` with one of the (lower-case) suffixes, except hidden ones.
-
-    Published zip files unpack to different depths, but their file names are unique.
-    """
-    paths = {}
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in names:
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                paths.setdefault(name, Path(folder) / name)
-    return paths
-
-
-def not_found(root, looked_for):
-    """The InputError for a folder that does not hold the data set: what was expected and what is there."""
-    names = sorted(os.listdir(root))
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return InputError(f"{root} does not hold {looked_for}; it holds {shown or 'nothing'}")
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The thresholds were set on 303 real chest X-rays (counts in docs/data.md). A war
 the images with the reasons, a person decides, and ``--exclude`` leaves out those that stay on the list.
 """
 
+import hashlib
 from collections import defaultdict
 
 import numpy as np
@@ -93,35 +94,61 @@ def _greys(pixels, width, height):
 
 
 def near_duplicates(hashes, greys):
-    """Pairs of images that show one exposure: rescaled, recompressed or brightened copies.
+    """Groups of images that show one exposure: rescaled, recompressed or brightened copies.
+
+    Copies of copies belong to one group. Of images that look the same, but for a constant, one is compared, and
+    images that are already in one group not again, so thousands of blank images cost little more than others.
 
     Args: hashes: uint8 (n, 32) from perceptual_hash; greys: uint8 (n, 1024) from small_grey.
-    Returns: list of (i, j), i < j.
+    Returns: lists of indices, each of two or more, ascending.
     """
-    return [(i, j) for i, j in near_hashes(hashes) if same_greys(greys[i], greys[j])]
+    alike = defaultdict(list)
+    for i, (bits, grey) in enumerate(zip(hashes, greys)):
+        alike[hashlib.sha256(bits.tobytes() + (grey - grey.min()).tobytes()).digest()].append(i)
+    alike = list(alike.values())
+    firsts = np.array([members[0] for members in alike])
+    hashes, greys, group_of = hashes[firsts], greys[firsts], np.arange(len(firsts))
+    for i, near in near_hashes(hashes, group_of):
+        for others in np.array_split(near, len(near) // 4096 + 1):  # 16 MB of greys at a time
+            for other in others[same_greys(greys[i], greys[others])]:
+                if group_of[other] != group_of[i]:
+                    group_of[group_of == group_of[other]] = group_of[i]
+    groups = defaultdict(list)
+    for group, members in zip(group_of.tolist(), alike):
+        groups[group] += members
+    return [sorted(members) for members in groups.values() if len(members) > 1]
 
 
-def same_greys(a, b):
-    """Whether two small_grey arrays correlate as copies do."""
-    a, b = a - a.mean(), b - b.mean()
-    return a @ b >= MIN_CORRELATION * np.sqrt((a @ a) * (b @ b))  # two flat images: 0 >= 0
+def same_greys(a, others):
+    """Whether small_grey ``a`` (1024,) and each of ``others`` (n, 1024) correlate as copies do: bool (n,)."""
+    a, others = a.astype(np.float32), others.astype(np.float32)
+    a, others = a - a.mean(), others - others.mean(axis=1, keepdims=True)
+    lengths = np.sqrt((a @ a) * np.einsum("nd,nd->n", others, others))
+    return others @ a >= MIN_CORRELATION * lengths  # two flat images: 0 >= 0
 
 
-def near_hashes(hashes):
-    """Pairs (i, j), i < j, whose hashes differ in at most MAX_HASH_DISTANCE bits.
+def near_hashes(hashes, group_of=None):
+    """Yield (i, indices j > i whose hashes differ from i's in at most MAX_HASH_DISTANCE bits), each pair once.
 
     Two hashes of 16 words that differ in at most 15 bits agree in at least one whole word, so only images that share a
     word are compared. For 160,000 images this avoids 13 billion comparisons.
+
+    Args: group_of: int (n,), which the caller may change; images with one number are not compared.
     """
     words = np.ascontiguousarray(hashes).view(np.uint16)  # (n, 16)
-    near = set()
     for column in range(words.shape[1]):
         images_with_word = defaultdict(list)
         for i, word in enumerate(words[:, column].tolist()):
             images_with_word[word].append(i)
-        for members in map(np.array, images_with_word.values()):
+        for members in images_with_word.values():
+            members = np.array(members)
             for place, i in enumerate(members[:-1].tolist()):
                 others = members[place + 1 :]
-                distances = BIT_COUNTS[hashes[others] ^ hashes[i]].sum(axis=1)
-                near.update((i, j) for j in others[distances <= MAX_HASH_DISTANCE].tolist())
-    return sorted(near)
+                if group_of is not None:
+                    others = others[group_of[others] != group_of[i]]
+                    if not others.size:
+                        continue
+                others = others[BIT_COUNTS[hashes[others] ^ hashes[i]].sum(axis=1) <= MAX_HASH_DISTANCE]
+                others = others[(words[others, :column] != words[i, :column]).all(axis=1)]  # else it came before
+                if others.size:
+                    yield i, others

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minildm.errors import InputError
-from minildm.metrics.sources import open_rgb
+from minildm.metrics.sources import read_as_training
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def prompt_adherence(images, wanted, measure, obeys):
     """
     if len(images) != len(wanted) or not images:
         raise InputError(f"{len(images)} images and {len(wanted)} prompts: expected one prompt per image")
-    readings = [measure(np.asarray(open_rgb(image).convert("L"))) for image in images]
+    readings = [measure(np.asarray(read_as_training(image).convert("L"))) for image in images]
     verdicts = [[obeys(reading, fields) for fields in wanted] for reading in readings]  # image i, prompt j
     result = {}
     for name in sorted({name for row in verdicts for verdict in row for name in verdict}):

@@ -21,13 +21,23 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from minildm.data.open import DataSettings
+from minildm.data.reading import Transform
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 from minildm.loading import find_weights
 from minildm.metrics.extractors import FeatureSettings, open_extractor
 from minildm.metrics.features import batches
 from minildm.metrics.inception import WEIGHTS_NAME
-from minildm.metrics.sources import as_tensor, image_name, list_images, open_rgb, write_json
+from minildm.metrics.sources import (
+    RECORD_SIZE,
+    as_tensor,
+    image_name,
+    list_as_training,
+    list_images,
+    read_as_training,
+    write_json,
+)
 from minildm.settings import Parser, add_flags, from_flags
 
 COMPARED_SIZE, SHIFT = 64, 5  # pixels a side of the compared images; largest shift in each direction
@@ -36,6 +46,7 @@ CANDIDATES = 10  # images nearest at half the size, which are then compared at f
 NEIGHBOURS = 5  # held-out images that a training image's distance is compared with
 FALSE_ALARM = 0.01  # probability of any false near-copy in a whole audit
 FEWEST_HELD_OUT = 10
+NOT_OF_AUDIT = ("limit", "balance", "prompt_template", "split", "skip_bad")  # data flags that do not apply
 
 
 @dataclass(frozen=True)
@@ -56,15 +67,19 @@ class Comparison:
     leaked: np.ndarray  # indices of held-out images that are themselves near-copies of training images
 
 
-def audit(generated, train, holdout, extractor, batch_size=16, seed=0, progress=False):
-    """Audit lists of images (from ``list_images``): a Comparison by pixels and one by the extractor's features."""
+def audit(generated, train, holdout, extractor, batch_size=16, seed=0, progress=False, transform=None):
+    """Audit lists of images (paths or records): a Comparison by pixels and one by the extractor's features.
+
+    Args: transform: reading.Transform with which all images are read, as training does; default: 512 px, the centre.
+    """
+    transform = Transform(RECORD_SIZE) if transform is None else transform
     if len(holdout) < FEWEST_HELD_OUT:
         raise InputError(
             f"{len(holdout)} held-out images are too few to show how near independent images come; give at least "
             f"{FEWEST_HELD_OUT}"
         )
     described = [
-        _describe(images, extractor, batch_size, name if progress else None)
+        _describe(images, transform, extractor, batch_size, name if progress else None)
         for name, images in (("generated", generated), ("training", train), ("held out", holdout))
     ]
     (pixels_g, features_g), (pixels_t, features_t), (pixels_h, features_h) = described
@@ -75,24 +90,18 @@ def audit(generated, train, holdout, extractor, batch_size=16, seed=0, progress=
     ]
 
 
-def _describe(images, extractor, batch_size, progress):
-    """Pixels (n, 4, 64, 64) and features (n, d) of the images' central squares, in one pass."""
+def _describe(images, transform, extractor, batch_size, progress):
+    """Pixels (n, 4, 64, 64) and features (n, d) of the images, in one pass."""
     pixels = {}
 
     def prepare(image):
-        square = _central_square(open_rgb(image))
+        square = read_as_training(image, transform)
         pixels[image] = detail(as_tensor(square))
         return extractor.prepare(square)
 
     deepest = max(extractor.dims)
     features = [batch[deepest] for _, batch in batches(images, extractor, batch_size, progress, prepare)]
     return torch.stack([pixels[image] for image in images]), torch.from_numpy(np.concatenate(features))
-
-
-def _central_square(image):
-    side, (width, height) = min(image.size), image.size
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -250,7 +259,7 @@ def share_test(to_train, to_holdout, seed, relabellings=9999):
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def side_by_side(path, comparisons, generated, train, holdout, rows=8):
+def side_by_side(path, comparisons, generated, train, holdout, transform, rows=8):
     """Write a figure: the most suspicious generated images beside their nearest training and held-out images."""
     from matplotlib.figure import Figure
 
@@ -267,7 +276,7 @@ def side_by_side(path, comparisons, generated, train, holdout, rows=8):
             ("nearest held out", holdout[worst.nearest_holdout[index]], f"{worst.name}: {worst.to_holdout[index]:.3g}"),
         )
         for axis, (title, image, remark) in zip(row, cells):
-            axis.imshow(_central_square(open_rgb(image)).resize((256, 256)))
+            axis.imshow(read_as_training(image, transform).resize((256, 256)))
             axis.set_axis_off()
             axis.set_title(f"{title}\n{image_name(image)}\n{remark}", fontsize=7, color=colour)
     with written_beside(path) as beside:
@@ -315,9 +324,13 @@ def main(argv):
         "--holdout", required=True, metavar="DATA", help="the same, of other patients, never trained on"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder for audit.json and audit.png (default: GENERATED/audit)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for audit.json and audit.png (default: GENERATED/audit, or audit here for a data set)",
     )
     add_flags(parser, FeatureSettings, "features")
+    add_flags(parser, DataSettings, "how training selected and read its images", skip=NOT_OF_AUDIT)
     parser.set_defaults(features="inception" if find_weights(WEIGHTS_NAME).is_file() else "random")
     arguments = parser.parse_args(argv)
     settings = from_flags(FeatureSettings, arguments)
@@ -325,10 +338,14 @@ def main(argv):
         raise InputError(
             f"--train and --holdout are both {arguments.train}; give --holdout images the model was not trained on"
         )
-    lists = [list_images(source) for source in (arguments.generated, arguments.train, arguments.holdout)]
-    out = writable_folder(Path(arguments.generated) / "audit" if arguments.out is None else arguments.out)
+    data = from_flags(DataSettings, arguments)
+    transform = data.transform(RECORD_SIZE)
+    lists = [list_images(arguments.generated)]
+    lists += [list_as_training(source, data) for source in (arguments.train, arguments.holdout)]
+    beside = Path(arguments.generated) / "audit" if Path(arguments.generated).is_dir() else Path("audit")
+    out = writable_folder(beside if arguments.out is None else arguments.out)
     extractor = open_extractor(settings, dims=(2048,))
-    comparisons = audit(*lists, extractor, settings.batch_size, settings.seed, progress=True)
+    comparisons = audit(*lists, extractor, settings.batch_size, settings.seed, progress=True, transform=transform)
 
     generated, train, holdout = ([image_name(image) for image in images] for images in lists)
     print(f"{len(generated)} generated, {len(train)} training, {len(holdout)} held-out images")
@@ -353,8 +370,13 @@ def main(argv):
         for c in comparisons
     ]
     result = {"views": summary, "pictures": entries, "train": arguments.train, "holdout": arguments.holdout}
-    result |= {"features": extractor.facts, "seed": settings.seed, "false_alarm": FALSE_ALARM}
+    result |= {
+        "features": extractor.facts,
+        "seed": settings.seed,
+        "false_alarm": FALSE_ALARM,
+        "transform": str(transform),
+    }
     write_json(out / "audit.json", result)
-    side_by_side(out / "audit.png", comparisons, *lists)
+    side_by_side(out / "audit.png", comparisons, *lists, transform)
     print(f"wrote {out / 'audit.json'} and {out / 'audit.png'}: look at the images side by side")
     return 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import default_collate
 
+from minildm import kernels
 from minildm.adapters import NETWORKS
 from minildm.config import SPATIAL_FACTOR
 from minildm.data.cache import CachedLatents, context_cache
@@ -161,7 +162,8 @@ def finetune(task, method_class, settings, run, machine):
         torch._dynamo.config.recompile_limit = 64  # at 8 it would give up, silently, as layers grow
         model.unet.compile()
         model.text_encoder.compile()
-    state = train(method, task, config, run, task.steps)
+    with kernels.plain() if machine.plain else kernels.lean():
+        state = train(method, task, config, run, task.steps)
     if probe is not None:
         with state.averaged():
             probe.measure(state.step)

@@ -27,6 +27,7 @@ class Machine(Settings):
     device: str | None = setting(None, "cpu, cuda, ... (default: a GPU where there is one)")
     workers: int = setting(0, "processes that read ahead", at_least=0)
     cache: Path = setting(CACHE, "folder for latents and contexts")
+    plain: bool = setting(False, "only the textbook code: slower, the same up to rounding; a resumed run keeps it")
     compile: bool = setting(
         False, "compile the networks: slow to start, and when a layer's rank passes 8, 16, ...; then faster on a GPU"
     )

@@ -9,13 +9,15 @@
 - images alone, with one prompt for all of them: ``--prompt-template "chest x-ray"``.
 """
 
-from minildm.data.records import Record, described, not_found
+import os
+
+from minildm.data.folders import IMAGE_SUFFIXES, Finder, not_found, paths_below, record_name
+from minildm.data.records import Record, described
 from minildm.data.values import is_frontal
 from minildm.errors import InputError
 from minildm.tables import left_out_note, present, read_table, read_text
 
 LOOKED_FOR = "metadata.csv, metadata.jsonl, or images (.png .jpg .tif .dcm ...) with .txt captions beside them"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
 IMAGE_COLUMNS = ("file_name", "file", "image", "path")
 PATIENT_COLUMNS = ("patient_id", "patient", "subject_id")
 OTHER_COLUMNS = ("text", "age", "sex", "view", "projection", "finding", "diagnosis")
@@ -56,7 +58,7 @@ def _from_table(root, table):
         )
     view_column = next((name for name in ("view", "projection") if name in columns), None)
     codes = {row.get("sex", "").upper() for _, row in rows} & {"H", "V"}  # hombre, varon: M may be mujer
-    by_name, without_image, without_patient = {}, [], []
+    by_name, without_image, without_patient, finder = {}, [], [], Finder(root)
     for row_number, row in rows:
         if image_column not in row:
             without_image.append(row_number)
@@ -69,7 +71,7 @@ def _from_table(root, table):
             without_patient.append(name)
         patient = row.pop(patient_column) if patient_column else name
         frontal = True if view_column is None else is_frontal(row.get(view_column))
-        by_name[name] = Record(name, patient, path=root / name, frontal=frontal, **_described(row, codes))
+        by_name[name] = Record(name, patient, path=finder.find(name), frontal=frontal, **_described(row, codes))
     notes = left_out_note(table, without_image, (image_column,))
     if len(without_patient) == len(by_name):
         notes.append(_no_patients(f"no column {', '.join(PATIENT_COLUMNS)}"))
@@ -123,15 +125,14 @@ def _caption_notes(records, columns):
 
 # --- images with or without .txt captions -----------------------------------------------------------------------------
 def _from_captions(root):
-    paths = [
-        path
-        for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
+    paths = paths_below(root, *IMAGE_SUFFIXES)
     if not paths:
         raise not_found(root, LOOKED_FOR)
-    captions = [path.with_suffix(".txt") for path in paths]
-    texts = [read_text(caption) if caption.is_file() else None for caption in captions]
-    names = [str(path.relative_to(root)) for path in paths]
-    records = [Record(name, name, path=path, **described(text=text)) for name, path, text in zip(names, paths, texts)]
-    return records, [_no_patients("no patients are named")]
+    finder, records = Finder(root), {}
+    for path in paths:
+        name, caption = record_name(path, root), finder.find(os.path.relpath(path.with_suffix(".txt"), root))
+        if name in records:
+            raise InputError(f"{root} holds two images named {name}, in other bytes; rename one of them")
+        text = read_text(caption) if caption.is_file() else None
+        records[name] = Record(name, name, path=path, **described(text=text))
+    return list(records.values()), [_no_patients("no patients are named")]

@@ -12,9 +12,11 @@ these are the paper's 132 test images.
 import re
 import xml.etree.ElementTree as ElementTree
 
-from minildm.data.records import Record, described, files_below, not_found
+from minildm.data.folders import composed, files_below, is_left_behind, not_found, paths_below
+from minildm.data.records import Record, described
 from minildm.data.values import is_frontal
 from minildm.errors import InputError
+from minildm.files import file_bytes
 from minildm.tables import left_out_note, read_table
 
 LOOKED_FOR = "indiana_reports.csv and indiana_projections.csv, or NLMCXR_reports/ecgen-radiology/*.xml"
@@ -31,14 +33,16 @@ def records(root):
             raise InputError(f"{root} holds indiana_reports.csv but no indiana_projections.csv, which names the images")
         images = _kaggle_images(root / "indiana_reports.csv", projections, notes)
     else:
-        reports = sorted(root.rglob("ecgen-radiology/*.xml")) or sorted(root.glob("*.xml"))
+        reports = [path for path in paths_below(root, ".xml") if path.parent.name == "ecgen-radiology"]
+        reports = reports or [path for path in sorted(root.glob("*.xml")) if not is_left_behind(path.name)]
         if not reports:
             raise not_found(root, LOOKED_FOR)
         images = (image for report in reports for image in _xml_images(report))
     by_name = {}
     for name, report, texts in images:
         frontal = is_frontal(projections.get(_key(name), (None,))[0])
-        by_name[name] = Record(name, report, path=paths.get(name, root / name), frontal=frontal, **described(**texts))
+        path = paths.get(composed(name), root / name)
+        by_name[name] = Record(name, report, path=path, frontal=frontal, **described(**texts))
     return list(by_name.values()), notes
 
 
@@ -73,7 +77,7 @@ def _kaggle_images(table, projections, notes):
 def _xml_images(path):
     """Yield (file name, report, texts) for each image of one of the publisher's reports."""
     try:
-        root = ElementTree.parse(path).getroot()
+        root = ElementTree.fromstring(file_bytes(path))
         report = root.find("uId").get("id").removeprefix("CXR")
     except (ElementTree.ParseError, AttributeError, ValueError, LookupError) as error:  # the last two: its encoding
         raise InputError(f"{path}: not an Open-i report ({error})") from None

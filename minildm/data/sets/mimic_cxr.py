@@ -9,7 +9,8 @@ included (MIMIC-IV has them).
 import os
 import re
 
-from minildm.data.records import Record, described, not_found
+from minildm.data.folders import not_found
+from minildm.data.records import Record, described
 from minildm.data.values import is_frontal
 from minildm.tables import left_out_note, read_table, read_text
 
@@ -64,7 +65,8 @@ def default_prompt(records):
 
 
 def _find_table(root, name):
-    return next(iter(sorted(root.glob(f"mimic-cxr-2.*-{name}.csv*"))), None)
+    tables = (path for suffix in (".csv", ".csv.gz") for path in sorted(root.glob(f"mimic-cxr-2.*-{name}{suffix}")))
+    return next(tables, None)
 
 
 def _labels(table):

@@ -8,7 +8,8 @@ followed by the findings. The masks, which have the same file names as the image
 import dataclasses
 import re
 
-from minildm.data.records import Record, described, files_below, not_found
+from minildm.data.folders import files_below, not_found, paths_below
+from minildm.data.records import Record, described
 from minildm.tables import read_text
 
 LOOKED_FOR = "MontgomerySet/CXR_png/*.png and MontgomerySet/ClinicalReadings/*.txt"
@@ -19,8 +20,8 @@ def records(root):
     readings = {name: path for name, path in files_below(root, ".txt").items() if name.startswith("MCUCXR_")}
     if not readings:
         raise not_found(root, LOOKED_FOR)
-    images = next(iter(sorted(root.rglob("CXR_png"))), root)
-    linked = [_record(path, images / f"{path.stem}.png") for path in readings.values()]
+    images = {path.name: path for path in paths_below(root, ".png") if path.parent.name == "CXR_png"}
+    linked = [_record(path, images.get(f"{path.stem}.png", root / f"{path.stem}.png")) for path in readings.values()]
     patient_of = {}  # number of the image -> number of the patient's first image
     for record, links in sorted(linked, key=lambda pair: pair[0].name):
         patient_of[record.patient] = min([record.patient, *(patient_of.get(link, link) for link in links)])

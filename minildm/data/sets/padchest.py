@@ -7,7 +7,8 @@ Layout as published by BIMCV: the table ``PADCHEST_chest_x_ray_images_labels_160
 
 import re
 
-from minildm.data.records import Record, described, files_below, not_found
+from minildm.data.folders import composed, files_below, is_left_behind, not_found
+from minildm.data.records import Record, described
 from minildm.data.values import is_frontal
 from minildm.errors import InputError
 from minildm.tables import left_out_note, list_items, read_table
@@ -39,7 +40,8 @@ BROKEN = frozenset(f"216840111366964{rest}.png" for rest in _BROKEN.split())
 
 
 def records(root):
-    tables = sorted(root.glob("PADCHEST*.csv*")) or sorted(root.glob("*.tsv"))
+    tables = sorted(root.glob("PADCHEST*.csv")) + sorted(root.glob("PADCHEST*.csv.gz")) or sorted(root.glob("*.tsv"))
+    tables = [table for table in tables if not is_left_behind(table.name)]
     if not tables:
         raise not_found(root, LOOKED_FOR)
     paths = files_below(root, ".png")
@@ -67,7 +69,7 @@ def _record(row, paths, root):
     return Record(
         name=row["ImageID"],
         patient=row["PatientID"],
-        path=paths.get(row["ImageID"], root / row["ImageID"]),
+        path=paths.get(composed(row["ImageID"]), root / row["ImageID"]),
         frontal=is_frontal(row.get("Projection")),  # EXCLUDE and UNK: unknown
         **described(
             age=age(row.get("StudyDate_DICOM"), row.get("PatientBirth")),

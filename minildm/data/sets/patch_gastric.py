@@ -4,7 +4,8 @@ Layout of Zenodo record 6550925: ``captions.csv`` (id, subtype, text) and ``patc
 before the first ``_`` names the slide. A slide counts as a patient, so its patches are never in different splits.
 """
 
-from minildm.data.records import Record, described, files_below, not_found
+from minildm.data.folders import files_below, not_found
+from minildm.data.records import Record, described
 from minildm.tables import left_out_note, read_table
 
 LOOKED_FOR = "captions.csv and patches_captions/<id>_<hash>.jpg"
@@ -12,7 +13,7 @@ PROMPT = "{text}"
 
 
 def records(root):
-    table = next(iter(sorted(root.rglob("captions.csv"))), None)
+    table = files_below(root, "captions.csv").get("captions.csv")
     patches = files_below(root, ".jpg", ".jpeg", ".png")
     if table is None or not patches:
         raise not_found(root, LOOKED_FOR)
