@@ -18,7 +18,7 @@ SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "plms": "PLMS", "dpm++": "DPM++
 
 VOCABULARY = 49408  # CLIP's: the last two tokens are begin and end
 BETA_SCHEDULES = ("scaled_linear", "linear")
-TIMESTEP_SPACINGS = ("leading", "trailing")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
 
 def _require_sizes(config, **largest):
@@ -126,7 +126,8 @@ class ScheduleConfig:
     prediction: str = "epsilon"  # what the U-Net was trained to predict: the noise, or "v" (SD 2.x at 768 px)
     beta_schedule: str = "scaled_linear"  # what is evenly spaced: the betas' square roots, or "linear": the betas
     zero_terminal_snr: bool = False  # betas rescaled so that the last timestep is noise alone (arXiv:2305.08891)
-    timestep_spacing: str = "leading"  # of ddim, ddpm and plms: Stable Diffusion's, or "trailing": from the last one on
+    # Of ddim, ddpm and plms: Stable Diffusion's; "trailing" begins at the last timestep, "linspace" also ends at 0
+    timestep_spacing: str = "leading"
 
     def __post_init__(self):
         for name, choices in (

@@ -67,16 +67,22 @@ def read_json(path, kind=dict):
         raise FileNotFoundError(f"{path} is missing" if not path.exists() else f"{path} is not a regular file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"{path} has {path.stat().st_size:,} bytes, more than any JSON file read here; get it again")
+    return parse_json(path.read_bytes(), path, kind)
+
+
+def parse_json(text, name, kind=dict):
+    """The JSON document ``text``, str or UTF-8 bytes, of type ``kind``. Raises: InputError, beginning with ``name``."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text  # with or without a byte order mark
+        document = json.loads(text)
     except RecursionError:
-        raise InputError(f"{path} is not valid JSON for this purpose (nested too deeply); get it again") from None
+        raise InputError(f"{name} is not valid JSON for this purpose (nested too deeply); get it again") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of more than 4,300 digits
         reason = str(error).partition(";")[0][:200]
-        raise InputError(f"{path} is not valid JSON ({reason}); get it again") from None
+        raise InputError(f"{name} is not valid JSON ({reason}); get it again") from None
     if not isinstance(document, kind):
         wanted = {dict: "object", list: "array"}[kind]
-        raise InputError(f"{path} holds a {type(document).__name__}, expected a JSON {wanted}; get it again")
+        raise InputError(f"{name} holds a {type(document).__name__}, expected a JSON {wanted}; get it again")
     return document
 
 

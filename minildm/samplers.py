@@ -54,13 +54,15 @@ def leading_timesteps(schedule, steps):
 
 
 def spaced_timesteps(schedule, steps):
-    """The timesteps of ddim, ddpm and plms, descending, and the distance between them, as the schedule asks: "leading"
-    or "trailing", which starts at the last timestep: 999, 979, ..., 19 for 50 of 1000 (Lin et al. 2023,
-    arXiv:2305.08891, section 3.3)."""
-    if schedule.timestep_spacing == "leading":
-        return leading_timesteps(schedule, steps)
+    """The timesteps of ddim, ddpm and plms, descending, and the distance between them, as the schedule asks: "leading",
+    or for 50 of 1000 "trailing": 999, 979, ..., 19, or "linspace": 999, 979, ..., 20, 0 (Lin et al. 2023,
+    arXiv:2305.08891, section 3.3 and Table 2)."""
     n = schedule.n_timesteps
-    return [round(n - i * (n / steps)) - 1 for i in range(steps)], n // steps
+    if schedule.timestep_spacing == "trailing":
+        return [round(n - i * (n / steps)) - 1 for i in range(steps)], n // steps
+    if schedule.timestep_spacing == "linspace":
+        return [round((n - 1) * i / max(steps - 1, 1)) for i in reversed(range(steps))], n // steps
+    return leading_timesteps(schedule, steps)
 
 
 def starting_point(sampler, schedule, steps, skip=0, karras=False):

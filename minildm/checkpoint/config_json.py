@@ -6,7 +6,7 @@ Keys that are unknown here and not empty are named in a warning.
 
 import warnings
 
-from minildm.checkpoint.document import Document, same_or_list, shown
+from minildm.checkpoint.document import Document, brief, same_or_list
 from minildm.checkpoint.recognise import other_input_channels
 from minildm.config import (
     BETA_SCHEDULES,
@@ -77,6 +77,8 @@ VAE_HARMLESS = ("sample_size", "force_upcast")
 TEXT_FIXED = {"layer_norm_eps": 1e-5}
 TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 SCHEDULE_FIXED = {"trained_betas": None, "use_flow_sigmas": False}
+# How the samplers here work. clip_sample and steps_offset are not read: diffusers' pipeline sets them itself.
+SAMPLERS_FIXED = {"thresholding": False, "set_alpha_to_one": False}
 # All of them add noise as DDPM does and differ in how they take it away, which is the sampler's part.
 SCHEDULERS = [
     f"{name}Scheduler"
@@ -121,11 +123,12 @@ def unet_from_json(document, file="unet/config.json"):
 def _attention_levels(document, n_levels):
     """Which levels have attention, from the types of the blocks down and, where stated, up."""
     usual = ["CrossAttnDownBlock2D"] * (n_levels - 1) + ["DownBlock2D"]
-    blocks = document.take("down_block_types", usual)
-    for block in blocks if isinstance(blocks, (list, tuple)) else [blocks]:
+    if not isinstance(blocks := document.take("down_block_types", usual), list):
+        document.refuse("down_block_types", "a list")
+    for block in blocks:
         if block not in ("CrossAttnDownBlock2D", "DownBlock2D"):
             raise InputError(
-                f"{document.file}: block {shown(block)} is not part of Stable Diffusion v1.x / v2.x, whose blocks are "
+                f"{document.file}: block {brief(block)} is not part of Stable Diffusion v1.x / v2.x, whose blocks are "
                 "CrossAttnDownBlock2D and DownBlock2D"
             )
     mirrored = [block.replace("Down", "Up") for block in reversed(blocks)]
@@ -202,7 +205,7 @@ def text_encoder_from_json(document, file="text_encoder/config.json"):
     document = Document(document, file)
     if classes is not None and not (isinstance(classes, list) and classes and classes[0] in TEXT_CLASSES):
         raise InputError(
-            f"{file}: the text encoder is {shown(classes)}, expected CLIP's ({', '.join(TEXT_CLASSES)}); it is not a "
+            f"{file}: the text encoder is {brief(classes)}, expected CLIP's ({', '.join(TEXT_CLASSES)}); it is not a "
             "Stable Diffusion v1.x / v2.x model"
         )
     if (positions := document.integer("max_position_embeddings", MAX_TOKENS)) != MAX_TOKENS:
@@ -246,20 +249,18 @@ def schedule_from_json(document, file="scheduler/scheduler_config.json"):
     document = Document(document, file)
     if (name := document.take("_class_name", "PNDMScheduler")) not in SCHEDULERS:
         raise InputError(
-            f"{file}: the scheduler is {shown(name)}, which does not belong to Stable Diffusion v1.x / v2.x (flow "
+            f"{file}: the scheduler is {brief(name)}, which does not belong to Stable Diffusion v1.x / v2.x (flow "
             "matching, or a distilled model that needs its own sampler); if the model is an ordinary one, put the "
             "scheduler_config.json of its original there"
         )
     document.require(SCHEDULE_FIXED)
-    asked = [key for key in ("clip_sample", "thresholding") if document.take(key, False)]
-    if asked:
+    if asked := [key for key, usual in SAMPLERS_FIXED.items() if document.take(key, usual) != usual]:
         warnings.warn(
-            f"{file} asks for {' and '.join(asked)}, which no sampler here does, as Stable Diffusion's latents exceed "
-            "its range; images may differ from diffusers'",
+            f"{file} asks for {' and '.join(asked)}, which no sampler here does, as Stable Diffusion's own file "
+            "does not; images will differ from diffusers'",
             stacklevel=3,
         )
     names = {"epsilon": "epsilon", "v_prediction": "v"}
-    spacing = document.choice("timestep_spacing", "leading", (*TIMESTEP_SPACINGS, "linspace"))
     return _build(
         ScheduleConfig,
         file,
@@ -269,7 +270,7 @@ def schedule_from_json(document, file="scheduler/scheduler_config.json"):
         prediction=names[document.choice("prediction_type", "epsilon", tuple(names))],
         beta_schedule=document.choice("beta_schedule", "linear", BETA_SCHEDULES),
         zero_terminal_snr=document.choice("rescale_betas_zero_snr", False, (False, True)),
-        timestep_spacing="leading" if spacing == "linspace" else spacing,  # linspace is for the samplers that have it
+        timestep_spacing=document.choice("timestep_spacing", "leading", TIMESTEP_SPACINGS),
     )
 
 

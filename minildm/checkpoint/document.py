@@ -15,7 +15,7 @@ class Document:
         self.values, self.file, self.taken = values, file, set()
 
     def refuse(self, key, wanted):
-        raise InputError(f"{self.file}: {key} is {shown(self.values.get(key))}, expected {wanted}")
+        raise InputError(f"{self.file}: {key} is {brief(self.values.get(key))}, expected {wanted}")
 
     def take(self, key, default=REQUIRED):
         self.taken.add(key)
@@ -52,13 +52,13 @@ class Document:
             value = same_or_list(self.take(key, wanted))
             if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
                 raise InputError(
-                    f"{self.file}: {key} is {shown(value)}, but Stable Diffusion v1.x / v2.x has {wanted!r}"
+                    f"{self.file}: {key} is {brief(value)}, but Stable Diffusion v1.x / v2.x has {wanted!r}"
                 )
 
     def warn_of_the_rest(self, harmless):
         """Name the keys that nobody took, unless they are empty."""
         rest = [key for key in self.values if key not in self.taken and key not in harmless and key[:1] != "_"]
-        if rest := [f"{key} = {shown(self.values[key])}" for key in rest if self.values[key] not in (None, False)]:
+        if rest := [f"{key} = {brief(self.values[key])}" for key in rest if self.values[key] not in (None, False)]:
             warnings.warn(
                 f"{self.file} states what minildm does not know and leaves out: {', '.join(rest[:3])}"
                 f"{', ...' * (len(rest) > 3)}; if it changes the network, images will differ",
@@ -66,12 +66,12 @@ class Document:
             )
 
 
-def shown(value):
+def brief(value):
     """A value for a message, however large it is."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more than 4,300 digits
-        text = "a number of thousands of digits"
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits; lists in lists
+        text = f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -24,12 +24,14 @@ from minildm.checkpoint.config_json import (
     vae_from_json,
     vae_to_json,
 )
+from minildm.checkpoint.document import brief
+from minildm.checkpoint.statements import warn_of_added_tokens
 from minildm.checkpoint.tensors import Source, TensorFile
 from minildm.checkpoint.writing import module_tensors, write_tensors
-from minildm.config import VOCABULARY, ModelConfig
+from minildm.config import ModelConfig
 from minildm.errors import InputError
 from minildm.files import read_json, written_beside
-from minildm.tokenizer import merges
+from minildm.tokenizer import merges, vocabulary
 
 NETWORKS = ("unet", "vae", "text_encoder")
 CLASSES = {  # of model_index.json, whose values are [library, class]
@@ -53,7 +55,7 @@ def read_config(path):
         )
     _check_index(path)
     text_encoder = _read_settings(path / "text_encoder" / "config.json", text_encoder_from_json)
-    _check_tokenizer(path / "tokenizer", text_encoder)
+    warn_of_added_tokens(path, text_encoder, _added_tokens(path / "tokenizer"))
     return ModelConfig(
         unet=_read_settings(path / "unet" / "config.json", unet_from_json),
         vae=read_vae_config(path / "vae" / "config.json"),
@@ -159,8 +161,8 @@ def _check_index(path):
             left_out.append(part)
         elif name not in CLASSES[part]:
             raise InputError(
-                f"{path / 'model_index.json'}: {part} is a {name}, expected {' or '.join(CLASSES[part])}; it is not a "
-                "Stable Diffusion v1.x / v2.x model"
+                f"{path / 'model_index.json'}: {part} is a {brief(name)}, expected {' or '.join(CLASSES[part])}; it "
+                "is not a Stable Diffusion v1.x / v2.x model"
             )
     pipeline = index.get("_class_name", "StableDiffusionPipeline")
     if left_out or not str(pipeline).startswith("StableDiffusion"):
@@ -170,47 +172,50 @@ def _check_index(path):
         )
 
 
-def _check_tokenizer(folder, text_encoder):
-    """Refuse a tokenizer that splits words otherwise than CLIP's; warn of tokens that were added to it."""
-    added, file = set(), folder / "tokenizer.json"
-    if file.exists():
+def _added_tokens(folder):
+    """The tokens that were added to the tokenizer in ``folder``, a set.
+
+    Raises InputError for a tokenizer that splits words or numbers tokens otherwise than CLIP's.
+    """
+    added = set()
+    if (file := folder / "tokenizer.json").exists():
         document = read_json(file)
-        entries = document.get("added_tokens")
-        added |= {str(entry.get("content")) for entry in entries or () if isinstance(entry, dict)}
-        model = document.get("model")
-        _require_merges(file, model.get("merges") if isinstance(model, dict) else None)
+        model = document["model"] if isinstance(document.get("model"), dict) else {}
+        _require_clips_merges(file, model.get("merges"))
+        added |= _beyond_clips(file, model.get("vocab")) | _contents(document.get("added_tokens"))
     if (file := folder / "merges.txt").exists():
         lines = _read_lines(file)
-        _require_merges(file, lines[1:] if lines and lines[0].startswith("#version") else lines)
+        _require_clips_merges(file, lines[1:] if lines and lines[0].startswith("#version") else lines)
     if (file := folder / "vocab.json").exists():
-        vocabulary = read_json(file)
-        added |= {token for token, i in vocabulary.items() if type(i) is not int or i >= VOCABULARY}
-        if vocabulary.get("<|endoftext|>") != VOCABULARY - 1:
-            raise InputError(
-                f"{file} is not CLIP's vocabulary, the only one minildm reads; get the model's v1 or v2 form"
-            )
+        added |= _beyond_clips(file, read_json(file))
     if (file := folder / "added_tokens.json").exists():
         added |= set(read_json(file))
     if (file := folder / "tokenizer_config.json").exists():
         about = read_json(file)
         name = about.get("tokenizer_class", "CLIPTokenizer")
         if name not in (*CLASSES["tokenizer"], None):
-            raise InputError(f"{file}: the tokenizer is {name!r}, expected one of {', '.join(CLASSES['tokenizer'])}")
+            raise InputError(
+                f"{file}: the tokenizer is {brief(name)}, expected one of {', '.join(CLASSES['tokenizer'])}"
+            )
         entries = about.get("added_tokens_decoder")
-        entries = entries.values() if isinstance(entries, dict) else ()
-        added |= {str(entry.get("content")) for entry in entries if isinstance(entry, dict)}
-    added -= {"<|startoftext|>", "<|endoftext|>", "!"}
-    surplus = text_encoder.vocabulary - VOCABULARY
-    if added or surplus:
-        first = f" ({', '.join(sorted(added)[:3])}{', ...' * (len(added) > 3)})" if added else ""
-        warnings.warn(
-            f"{folder.parent} has {max(len(added), surplus)} tokens beyond CLIP's{first}, as textual inversion adds "
-            "them; minildm's tokenizer does not, so prompts with them mean something else",
-            stacklevel=5,
-        )
+        added |= _contents(list(entries.values()) if isinstance(entries, dict) else None)
+    return added - vocabulary().keys()
 
 
-def _require_merges(file, found):
+def _contents(entries):
+    """The tokens of a list of {"content": token, ...}, a set."""
+    entries = entries if isinstance(entries, list) else []
+    return {str(entry.get("content")) for entry in entries if isinstance(entry, dict)}
+
+
+def _beyond_clips(file, found):
+    """The tokens of a vocabulary {token: id} beyond CLIP's, a set. Raises InputError unless it has all of CLIP's."""
+    if not isinstance(found, dict) or any(found.get(token) != i for token, i in vocabulary().items()):
+        raise InputError(f"{file} is not CLIP's vocabulary, the only one minildm has; get the model's v1 or v2 form")
+    return found.keys() - vocabulary().keys()
+
+
+def _require_clips_merges(file, found):
     """Raise InputError unless ``found``, "a b" or ["a", "b"] each, are the merges of CLIP's byte-pair encoding."""
     found = found if isinstance(found, list) else []
     found = [" ".join(map(str, merge)) if isinstance(merge, list) else str(merge) for merge in found]
@@ -239,7 +244,7 @@ def _pad_token_id(folder, text_encoder):
             if token is None:
                 continue
             if not isinstance(token, str) or token not in known:
-                raise InputError(f"{file}: pad_token is {token!r}, expected one of {', '.join(map(repr, known))}")
+                raise InputError(f"{file}: pad_token is {brief(token)}, expected one of {', '.join(map(repr, known))}")
             return known[token]
     return 49407 if text_encoder.activation == "quick_gelu" else 0
 

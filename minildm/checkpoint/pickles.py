@@ -54,8 +54,12 @@ class Storage(NamedTuple):
     """A run of numbers in the file, shared by the tensors that refer to it."""
 
     key: str
-    dtype: torch.dtype | None  # None: complex or quantized
-    numel: int
+    kind: str  # such as "torch.HalfStorage"
+
+    @property
+    def dtype(self):
+        """None if it holds complex or quantized numbers."""
+        return STORAGES.get(self.kind)
 
 
 class StoredTensor(NamedTuple):
@@ -130,7 +134,7 @@ def _read_zip(file):
             raise InputError(f"{file.name} is a TorchScript program, which is not run; expected a file of tensors")
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()):
             raise InputError(f"{file.name} is compressed or encrypted, which torch's checkpoints are not; get another")
-        if f"{roots[0]}byteorder" in entries and archive.read(f"{roots[0]}byteorder") != b"little":
+        if (order := entries.get(f"{roots[0]}byteorder")) and archive.open(order).read(16) != b"little":
             raise InputError(f"{file.name} was written on a big-endian machine; use the .safetensors file")
         program = entries[f"{roots[0]}data.pkl"]
         if program.file_size > MAX_PROGRAM_BYTES:
@@ -198,7 +202,7 @@ def _as_tensor(value, spans):
     counts = (offset, *stored.shape, *stored.strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 1 << 48 for n in counts):
         raise ValueError("a tensor has an impossible shape")
-    if (offset + max(stored.extent, math.prod(stored.shape))) * dtype.itemsize > n_bytes:
+    if (offset + stored.extent) * dtype.itemsize > n_bytes:
         raise ValueError("a tensor is larger than its storage")
     return stored
 
@@ -297,10 +301,10 @@ def read_pickle(stream, storages=None):
             case "DUP":
                 stack.append(stack[-1])
             case "BINPERSID":
-                kind, of, key, _, numel, *view = stack.pop()
+                kind, of, key, _, _, *view = stack.pop()
                 if kind != "storage" or not isinstance(key, str) or view not in ([], [None]):
                     raise ValueError("a reference to something other than a storage")
-                stack.append(Storage(key, STORAGES.get(of.name), numel))
+                stack.append(Storage(key, of.name))
                 if storages is not None:
                     storages[key] = stack[-1]
             case "PROTO" | "FRAME" | "STOP":

@@ -16,7 +16,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from minildm.checkpoint.recognise import other_input_channels, refuse_other_models
-from minildm.checkpoint.statements import stated_pixels, stated_prediction, stated_schedule
+from minildm.checkpoint.statements import (
+    stated_pixels,
+    stated_prediction,
+    stated_schedule,
+    warn_of_added_tokens,
+    warn_of_clip_skip,
+)
 from minildm.checkpoint.tensors import Source
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
@@ -40,6 +46,9 @@ def read_config(file, prediction=None):
             'need prediction="v" (--prediction v)',
             stacklevel=5,
         )
+    text_encoder = _text_encoder_config(file, v2)
+    warn_of_clip_skip(file)
+    warn_of_added_tokens(file.path, text_encoder)
     if pixels := stated_pixels(file):
         unet = replace(unet, latent_size=pixels // 8)
     elif v2 and stated == "v":  # the v2.x models that predict v are those for 768 px
@@ -47,7 +56,7 @@ def read_config(file, prediction=None):
     return ModelConfig(
         unet,
         _vae_config(file),
-        _text_encoder_config(file, v2),
+        text_encoder,
         stated_schedule(file, stated or "epsilon"),
         pad_token_id=0 if v2 else 49407,
     )

@@ -5,10 +5,12 @@ dialect (who writes such names), the kind (LoRA, LoHa, ...), the family of bases
 and ranks.
 """
 
-import json
 import math
 import re
 from collections import Counter
+
+from minildm.errors import InputError
+from minildm.files import parse_json
 
 FACTOR = re.compile(
     r"(?P<module>.+?)(?:"
@@ -186,7 +188,6 @@ def _config(file):
 def _json(text):
     """A JSON object; None if the text is missing or no such object."""
     try:
-        document = json.loads(text or "null")
-    except ValueError:
+        return parse_json(text or "", "metadata")
+    except InputError:
         return None
-    return document if isinstance(document, dict) else None
