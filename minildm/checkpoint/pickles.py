@@ -5,7 +5,7 @@ a class or a function, or for a call of one, the name is noted down: ``Made("pos
 that nobody acts on. Training frameworks leave many of these beside the tensors (callbacks, settings, NumPy numbers).
 Of the notes that torch.save writes for a tensor, `find_tensors` takes where its numbers lie in the file.
 
-Memory is bounded by what the file holds: the program may have 4 MB (that of SD v1.5 has 0.4), archives must be stored
+Memory is bounded by what the file holds: the program may have 2 MB (that of SD v1.5 has 0.4), archives must be stored
 without compression (torch never compresses), and a tensor must lie within the bytes of its storage.
 
 Both formats are read: the zip archive of torch >= 1.6 and the one before it, pickles followed by the storages.
@@ -23,7 +23,7 @@ import torch
 
 from minildm.errors import InputError
 
-MAX_PROGRAM_BYTES = 4 << 20
+MAX_PROGRAM_BYTES = 2 << 20
 MAX_SHARING = 4  # how often, on average, tensors may use the same bytes of the file
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 STORAGES = {

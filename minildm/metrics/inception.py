@@ -224,12 +224,9 @@ class InceptionV3(nn.Module):
         wanted = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(COUNTER)}
         missing = [key for key in wanted if key not in file.shapes]
         surplus = [key for key in file.shapes if key not in wanted and not key.endswith(COUNTER)]
-        wrong = (
-            missing
-            + surplus
-            + [key for key, shape in file.shapes.items() if key in wanted and shape != wanted[key].shape]
-        )
-        wrong += [key for key in wanted if key in file.shapes and file.dtypes[key] not in FLOATS]
+        present = [key for key in wanted if key in file.shapes]
+        misfits = [key for key in present if file.shapes[key] != wanted[key].shape or file.dtypes[key] not in FLOATS]
+        wrong = missing + surplus + misfits
         if wrong:
             raise InputError(
                 f"{path} is not the FID Inception network: {len(wrong)} names, shapes or types differ, first "
