@@ -16,7 +16,7 @@ from torch import nn
 
 from minildm import checkpoint
 from minildm.checkpoint import config_json, writing
-from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.latent_diffusion import LatentDiffusion
 from minildm.text_encoder import TextEncoder
 from minildm.unet import UNet
@@ -123,6 +123,15 @@ SD15_SCHEDULER = {
     "trained_betas": None,
     "clip_sample": False,
 }
+
+
+SD21 = ModelConfig(
+    UNetConfig(n_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True, latent_size=96),
+    VAEConfig(),
+    TextEncoderConfig(1024, 23, 16, 4096, "gelu"),
+    ScheduleConfig(prediction="v"),
+    0,
+)
 
 
 def assert_says(error, *parts):
@@ -345,6 +354,32 @@ def write_single_file(model, path, dtype=torch.float32, extras=True):
 def write_folder(model, path, dtype=torch.float32):
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
     checkpoint.save_folder(networks, model.config, path, dtype)
+    return path
+
+
+def published(config, path, dtype="F16", metadata=None, rename=lambda name: name, extra=()):
+    """A file with the header of a published checkpoint and no data: whoever reads a tensor fails."""
+    networks = checkpoint.build_networks(config)
+    lazy = {
+        name: {
+            key: writing.LazyTensor(torch.float16, tuple(value.shape), None)
+            for key, value in module.state_dict().items()
+        }
+        for name, module in networks.items()
+    }
+    header, at = {"__metadata__": metadata or {}}, 0
+    size = 2 if dtype == "F16" else 4
+    for name, shape in [
+        *((k, v.shape) for k, v in writing.single_file_tensors(lazy, config, networks).items()),
+        *extra,
+    ]:
+        end = at + size * torch.Size(shape).numel()
+        header[rename(name)] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)  # sparse: takes no space
     return path
 
 

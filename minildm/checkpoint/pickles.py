@@ -25,6 +25,8 @@ from minildm.errors import InputError
 
 MAX_PROGRAM_BYTES = 2 << 20
 MAX_SHARING = 4  # how often, on average, tensors may use the same bytes of the file
+# Under which key tools save the dictionary of tensors, from the outside in.
+WRAPPERS = ("state_dict", "state_dict", "model_state_dict", "model", "module")
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -87,9 +89,9 @@ def find_tensors(path):
         with open(path, "rb") as file:
             program, spans = _read_zip(file) if file.read(2) == b"PK" else _read_legacy(file)
         state = program
-        for _ in range(3):  # tools wrap it once, rarely twice
-            if isinstance(state, dict) and isinstance(state.get("state_dict"), (dict, Made)):
-                state = state["state_dict"]
+        for key in WRAPPERS:
+            if isinstance(state, dict) and isinstance(state.get(key), (dict, Made)):
+                state = state[key]
         if not isinstance(state, dict):
             what = f"{state.name}(...), which is not run" if isinstance(state, Made) else f"a {type(state).__name__}"
             raise InputError(f"{path} holds {what}, expected a dictionary of tensors; use the .safetensors file")

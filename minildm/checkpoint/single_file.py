@@ -27,6 +27,7 @@ from minildm.checkpoint.tensors import Source
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
 
+MAX_BLOCKS = 256  # of one kind; SD has 24 at most
 VIT_L, VIT_H = 768, 1024  # widths of the text encoders of SD 1.x and SD 2.x
 
 
@@ -157,10 +158,12 @@ def _size(file, name, axis=0):
 def _count(file, pattern):
     """How many numbers, from 0 on, the pattern's group matches in the names."""
     found = {int(match[1]) for name in file.shapes if (match := re.match(pattern, name)) and len(match[1]) < 10}
-    if missing := sorted(set(range(len(found))) - found):
+    missing = sorted(set(range(len(found))) - found)
+    if missing or len(found) > MAX_BLOCKS:
+        what = f"leave out number {missing[0]} but have {max(found)}" if missing else f"have {len(found):,} numbers"
         raise InputError(
-            f"{file.path}: names like {pattern.replace(chr(92), '')} leave out number {missing[0]} but have "
-            f"{max(found)}; the file is damaged or not a Stable Diffusion model"
+            f"{file.path}: names like {pattern.replace(chr(92), '')} {what}; the file is damaged or not a Stable "
+            "Diffusion model"
         )
     return len(found)
 
@@ -313,12 +316,15 @@ SCHEDULE_TABLES = """betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumpro
 
 def is_known_extra(name, config, text):
     """Whether published files carry a tensor that the networks do not need: training's moving average (the main weights
-    of an "ema-only" file are that average already), schedule tables, and the unused end of the text encoder."""
+    of an "ema-only" file are that average already), schedule tables, a safety checker, the unused end of the text
+    encoder."""
     last = f"{text.prefix}.{'transformer.resblocks' if text.open_clip else 'encoder.layers'}"
     root = text.prefix.partition(".model")[0].partition(".transformer")[0]
     ends = (".logit_scale", ".text_projection", ".text_projection.weight", ".attn_mask", ".position_ids")
     return (
-        name.startswith(("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.", "denoiser."))
+        name.startswith(
+            ("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.", "denoiser.", "safety_checker.")
+        )
         or name.startswith(f"{last}.{config.text_encoder.n_layers}.")
         or (name.startswith(f"{root}.") and name.endswith(ends))
         or name in (*SCHEDULE_TABLES, "v_pred", "ztsnr")
