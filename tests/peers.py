@@ -142,6 +142,13 @@ def assert_says(error, *parts):
         assert str(part) in message, f"{part!r} is not in: {message}"
 
 
+def assert_equal_weights(loaded, model):
+    """Assert that two models have the same parameters, to the bit."""
+    ours, theirs = loaded.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
+
+
 def noise(*shape, seed=0):
     """Seeded standard normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
