@@ -1,6 +1,7 @@
 """The assembled model: three networks, a tokenizer and a noise schedule. Prompts in, images out."""
 
 import functools
+import hashlib
 import math
 import operator
 import warnings
@@ -65,8 +66,10 @@ class LatentDiffusion(nn.Module):
 
     @functools.cached_property
     def base_hash(self):
-        """SHA-256 of the file that holds the U-Net, 64 hex digits. Reading a large file takes seconds."""
-        return sha256(self.files.hashed_file)
+        """SHA-256 of the file that holds the U-Net, 64 hex digits; of several, of their hashes one after the other.
+        Reading a large file takes seconds."""
+        first, *more = [sha256(file) for file in self.files.hashed_files]
+        return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
 
     @functools.cached_property
     def vae_hash(self):

@@ -303,6 +303,14 @@ def test_what_is_no_checkpoint_is_named_everywhere(content, folder, tmp_path):
     assert_says(refusal(folder), folder / "unet", NOT_CHECKPOINTS[content])
 
 
+def test_names_that_are_not_utf_8_are_escaped(tmp_path):
+    path = tmp_path / os.fsdecode(b"model\xff.safetensors")
+    peers.write_single_file(shared_model(), tmp_path / "a.safetensors").rename(path)
+    with pytest.raises(InputError) as error:
+        minildm.load(path, device="cpu")
+    assert_says(error, r"model\xff.safetensors", "not UTF-8", "rename it")
+
+
 def test_a_cut_download_says_how_much_is_there(tmp_path):
     path = peers.write_single_file(shared_model(), tmp_path / "a.safetensors")
     size = path.stat().st_size
@@ -338,7 +346,14 @@ def shard(folder, suffix, index_name):
 )
 def test_tensors_in_several_files_load(network, suffix, index, folder):
     shard(folder / network, suffix, index)
-    peers.assert_equal_weights(minildm.load(folder, device="cpu"), shared_model())
+    loaded = minildm.load(folder, device="cpu")
+    peers.assert_equal_weights(loaded, shared_model())
+    if network == "unet":
+        (last,) = (folder / network).glob(f"*-00003-of-00003.{suffix}")
+        state = dict(TensorFile(last).tensors(TensorFile(last).shapes))
+        state[next(iter(state))] += 1
+        save_file(state, last) if suffix == "safetensors" else torch.save(state, last)
+        assert minildm.load(folder, device="cpu").base_hash != loaded.base_hash  # which names all of the files
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def _read_settings(path, from_json):
 def find_tensors(path, networks):
     """Where the folder holds each parameter of ``networks``.
 
-    Returns: ({network: {parameter: Source}}, tensors that are no parameter, the U-Net's file, or its first).
+    Returns: ({network: {parameter: Source}}, tensors that are no parameter, the U-Net's files).
     """
     sources, unused, files = {}, [], {}
     for network, module in networks.items():
@@ -93,7 +93,7 @@ def find_tensors(path, networks):
                     sources[network][parameter] = Source(file, name)
                 elif not name.endswith(("position_ids", "text_projection.weight")) or network != "text_encoder":
                     unused.append(f"{network}/{name}")
-    return sources, unused, files["unet"][0].path
+    return sources, unused, [file.path for file in files["unet"]]
 
 
 def weights_files(folder):

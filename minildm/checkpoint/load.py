@@ -33,7 +33,7 @@ class Checkpoint:
     config: ModelConfig
     networks: dict[str, torch.nn.Module]  # unet, vae, text_encoder: built on the meta device, without memory
     sources: dict[str, dict[str, Source]]  # network -> parameter name -> source
-    hashed_file: Path  # the file whose SHA-256 identifies the checkpoint
+    hashed_files: list[Path]  # whose SHA-256 identifies the checkpoint: those that hold the U-Net
     unused: list[str] = field(default_factory=list)  # tensors that fit no parameter: an error when loading
     vae_path: Path | None = None  # where its VAE comes from, if not from ``path`` (autoencoder.py)
     vae_file: Path | None = None  # the file whose SHA-256 identifies that VAE
@@ -71,8 +71,8 @@ def _inspect_folder(path, prediction):
     if prediction is not None:
         config = replace(config, schedule=replace(config.schedule, prediction=prediction))
     networks = build_networks(config)
-    sources, unused, unet_file = folder.find_tensors(path, networks)
-    return Checkpoint(path, config, networks, sources, unet_file, unused)
+    sources, unused, unet_files = folder.find_tensors(path, networks)
+    return Checkpoint(path, config, networks, sources, unet_files, unused)
 
 
 def _inspect_single_file(path, prediction):
@@ -82,7 +82,7 @@ def _inspect_single_file(path, prediction):
         _warn_of_override(path, single_file.stated_prediction(file, strict=False), prediction)
     networks = build_networks(config)
     sources, unused = single_file.find_tensors(file, config, networks)
-    return Checkpoint(path, config, networks, sources, path, unused)
+    return Checkpoint(path, config, networks, sources, [path], unused)
 
 
 def _warn_of_override(path, stated, prediction):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from minildm.checkpoint import pickles
 from minildm.errors import InputError
+from minildm.files import shown
 
 DTYPES = {  # safetensors' codes
     "F64": torch.float64,
@@ -108,6 +109,10 @@ class Source(NamedTuple):
 
 def _read_safetensors_header(path):
     """{name: shape}, {name: dtype}, metadata."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{shown(path)}: its name is not UTF-8, which safetensors cannot open; rename it") from None
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
