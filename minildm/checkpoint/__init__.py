@@ -5,8 +5,8 @@
 - single_file.py: the layout of CompVis and Stability AI, one file; names and sizes
 - autoencoder.py: an autoencoder of its own in place of a checkpoint's (`replace_vae`)
 - tensors.py, pickles.py: a file of tensors, safetensors or pickle (`TensorFile`)
-- recognise.py: what a file is otherwise; statements.py: what a single file says about itself; config_json.py, document.py:
-  what a folder says
+- recognise.py: what a file is otherwise
+- statements.py: what a single file says about itself; config_json.py, document.py: what a folder says
 - writing.py: safetensors written one tensor at a time; the single-file layout (`save_single_file`)
 """
 
