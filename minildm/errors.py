@@ -5,6 +5,8 @@ import io
 import sys
 import warnings
 
+LONGEST_LINE = 500  # characters
+
 
 class InputError(ValueError):
     """A user's input (a file, a flag, a prompt) cannot be used; the message says what to change."""
@@ -25,7 +27,7 @@ def exit_cleanly(main, *arguments):
     for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8, and consoles that lack a character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(message)}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {one_line(message)}", file=sys.stderr)
     try:
         sys.exit(main(*arguments))
     except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
@@ -38,9 +40,15 @@ def exit_cleanly(main, *arguments):
 
 
 def _fail(code, message):
-    print(_one_line(message), file=sys.stderr)
+    print(one_line(message), file=sys.stderr)
     return code
 
 
-def _one_line(message):
-    return " ".join(str(message).split())
+def one_line(message):
+    """The message on one line of at most 500 characters, its middle left out if need be: the end says what to do.
+    Names in files may hold anything; what a terminal would obey or could not print is escaped."""
+    words = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE // 2]} [...] {line[-LONGEST_LINE // 2 + 7 :]}"

@@ -1,7 +1,9 @@
-"""Writing files so that none is ever left half-written: to a temporary name, then renamed. Reading regular ones."""
+"""Writing files so that none is ever left half-written: to a temporary name, then renamed. Reading regular ones, and
+JSON."""
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 
 from minildm.errors import InputError
 
+MAX_JSON_BYTES = 16 << 20  # a document takes up to fifty times its size in memory
 MAX_FILE_BYTES = 1 << 30  # larger files are not read whole; the largest radiographs have 100 MB
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
@@ -51,6 +54,36 @@ def writable_folder(path, flag="--out"):
     except OSError as error:
         raise PermissionError(f"cannot write into {path} ({error.strerror}); give another {flag}") from None
     return path
+
+
+def read_json(path, kind=dict):
+    """The JSON document in the file ``path``, of type ``kind`` (dict or list).
+
+    Raises: FileNotFoundError; InputError, naming the file, for whatever else may be wrong with it: not text, no JSON,
+    nested too deeply, numbers too long, larger than 16 MB, or of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing" if not path.exists() else f"{path} is not a regular file")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes, more than any JSON file read here; get it again")
+    return parse_json(path.read_bytes(), path, kind)
+
+
+def parse_json(text, name, kind=dict):
+    """The JSON document ``text``, str or UTF-8 bytes, of type ``kind``. Raises: InputError, beginning with ``name``."""
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text  # with or without a byte order mark
+        document = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{name} is not valid JSON for this purpose (nested too deeply); get it again") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of more than 4,300 digits
+        reason = str(error).partition(";")[0][:200]
+        raise InputError(f"{name} is not valid JSON ({reason}); get it again") from None
+    if not isinstance(document, kind):
+        wanted = {dict: "object", list: "array"}[kind]
+        raise InputError(f"{name} holds a {type(document).__name__}, expected a JSON {wanted}; get it again")
+    return document
 
 
 def shown(path):

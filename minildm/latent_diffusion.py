@@ -1,10 +1,11 @@
 """The assembled model: three networks, a tokenizer and a noise schedule. Prompts in, images out."""
 
 import functools
+import hashlib
 import math
 import operator
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -51,8 +52,7 @@ class LatentDiffusion(nn.Module):
         self.config = config
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer = Tokenizer(config.pad_token_id)
-        schedule = config.schedule
-        self.schedule = NoiseSchedule(schedule.prediction, schedule.n_timesteps, schedule.beta_start, schedule.beta_end)
+        self.schedule = NoiseSchedule(**asdict(config.schedule))
         self.files = files  # the Checkpoint it was loaded from
         self.merged = []  # adapters merged into it: [{"adapter": SHA-256, "multiplier": ..., "rank": ...}]
 
@@ -66,8 +66,10 @@ class LatentDiffusion(nn.Module):
 
     @functools.cached_property
     def base_hash(self):
-        """SHA-256 of the file that holds the U-Net, 64 hex digits. Reading a large file takes seconds."""
-        return sha256(self.files.hashed_file)
+        """SHA-256 of the file that holds the U-Net, 64 hex digits; of several, of their hashes one after the other.
+        Reading a large file takes seconds."""
+        first, *more = [sha256(file) for file in self.files.hashed_files]
+        return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
 
     @functools.cached_property
     def vae_hash(self):

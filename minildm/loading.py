@@ -30,8 +30,8 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=N
             weights by 0.6, "runs/a@2" or "runs/a@2:0.6" to use a DyLoRA adapter at rank 2.
         device: "cpu", "cuda", ...; None = a GPU if there is one, else the CPU.
         dtype: of the networks, such as torch.float16 or "float16"; None = float16 on a GPU, float32 elsewhere.
-        prediction: "epsilon" or "v"; None = what a folder's scheduler file says, and "epsilon" for a single file,
-            which cannot say (v2.0 and v2.1 at 768 px need "v").
+        prediction: "epsilon" or "v", with a warning if the checkpoint says otherwise; None = what it says, and
+            "epsilon" for a single file that says nothing (v2.0 and v2.1 at 768 px need "v").
         vae: file or folder of an autoencoder to use in place of the base's own, such as sd-vae-ft-mse.
     Returns: LatentDiffusion, frozen and in eval mode.
     Raises: FileNotFoundError; InputError (a ValueError) if a file is broken or holds another kind of model.
