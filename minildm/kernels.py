@@ -5,11 +5,13 @@ two. With ``kernels.enabled = False``, or inside ``with kernels.plain():``, only
 """
 
 import contextlib
-import math
+import functools
+import time
 import weakref
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 enabled = True
 winograd_enabled = True  # in `convolution`; off while training, which has better uses for the memory
@@ -35,6 +37,14 @@ def lean():
         yield
     finally:
         winograd_enabled = before
+
+
+def to_device(tensor, device, dtype=None):
+    """Twin: ``tensor.to(device, dtype)``. A plain copy to a GPU waits until all work queued there is done; one from
+    pinned memory does not."""
+    if enabled and device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.to(dtype or tensor.dtype).pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, dtype)
 
 
 def convolution(layer, x):
@@ -140,34 +150,67 @@ def _times_A(y, out=(None, None)):
     return (torch.add(y[0], y[1], out=out[0]).add_(y[2]), torch.sub(y[1], y[2], out=out[1]).sub_(y[3]))
 
 
-def attention(query, key, value, is_causal=False):
-    """Twin: `torch.nn.functional.scaled_dot_product_attention`, called everywhere but for bfloat16 on a CPU.
+# --- bfloat16 on processors without instructions for it --------------------------------------------------------------
+def is_bfloat16_on_cpu(dtype, device):
+    return dtype == torch.bfloat16 and device.type == "cpu"
 
-    Args: query (B, n_heads, L, d_head); key, value (B, n_heads, L_k, d_head); is_causal: mask the keys after a query.
-    Returns: (B, n_heads, L, d_head).
+
+def float32_is_faster(dtype, device):
+    """Whether products of ``dtype`` are faster in float32: for bfloat16 on a CPU that has no instructions for it. A
+    measurement of under 0.1 s, so whoever asks must store the answer beside the results. Prints a line if so."""
+    if not is_bfloat16_on_cpu(dtype, device):
+        return False
+    x, weight = torch.ones(256, 640), torch.ones(640, 640)
+    inputs = {kind: (x.to(kind), weight.to(kind)) for kind in (torch.float32, torch.bfloat16)}
+    seconds = {kind: [] for kind in inputs}
+    for _ in range(4):  # by turns; the fastest counts, as the first one prepares and others may be disturbed
+        for kind, pair in inputs.items():
+            begun = time.perf_counter()
+            F.linear(*pair)
+            seconds[kind].append(time.perf_counter() - begun)
+    faster = min(seconds[torch.float32]) < min(seconds[torch.bfloat16])
+    if faster:
+        print("bfloat16 is slower than float32 on this processor: weights in bfloat16, products in float32 (--plain: "
+              "all in bfloat16)")  # fmt: skip
+    return faster
+
+
+def compute_in_float32(model):
+    """Compute the products of all frozen layers in float32: their weights and what lies between layers stay bfloat16,
+    and so does the memory of a training step. Twin: the layers as they are.
+
+    Sets, in each layer: ``wide``, x -> the output in float32; ``forward``.
     """
-    # A compiler fuses the plain code by itself.
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.compiler.is_compiling():
-        return attention_by_products(query, key, value, is_causal)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight.dtype == torch.bfloat16:
+            layer.wide = functools.partial(_wide, layer)
+            layer.forward = functools.partial(_in_float32, layer)
 
 
-def attention_by_products(query, key, value, is_causal=False, rows=512):
-    """`attention` as matrix products, which use a CPU's bfloat16 instructions; PyTorch's fused CPU kernel does not.
+def _wide(layer, x):
+    weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x.float(), weight, bias)
+    return F.conv2d(x.float(), weight, bias, layer.stride, layer.padding)
 
-    Measured at heads of 40 channels: 0.25 TFLOP/s here, 0.09 in the fused kernel.
-    """
-    query = query * query.shape[-1] ** -0.5
-    if query.shape[2] * key.shape[2] <= 1 << 16:  # small enough to hold the (L, L_k) weights of all heads
-        weights = query @ key.transpose(-1, -2)
-        if is_causal:
-            weights = weights + torch.full(weights.shape[-2:], -math.inf, dtype=weights.dtype).triu(1)
-        return weights.softmax(-1, dtype=query.dtype) @ value
-    if is_causal or any(x.requires_grad for x in (query, key, value)):  # autograd would keep the (L, L_k) weights
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=1.0)
-    # One head and ``rows`` queries at a time, so that the (rows, L_k) weights stay in the processor's cache.
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for q, k, v, o in zip(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), out.flatten(0, 1)):
-        for q_block, o_block in zip(q.split(rows), o.split(rows)):  # (rows, d_head)
-            torch.mm((q_block @ k.t()).softmax(-1), v, out=o_block)
-    return out
+
+def _in_float32(layer, x):
+    return Float32Product.apply(x, layer)
+
+
+class Float32Product(torch.autograd.Function):
+    """A frozen layer in bfloat16, computed in float32. (Autograd itself would keep the weights in float32.)"""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        """x (..., in) or (B, C_in, h, w), layer: nn.Linear or nn.Conv2d -> its output, in x's dtype."""
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer.wide(x).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        layer, dy_wide = ctx.layer, dy.float()
+        if isinstance(layer, nn.Linear):
+            return (dy_wide @ layer.weight.float()).to(dy.dtype), None
+        dx = torch.nn.grad.conv2d_input(ctx.shape, layer.weight.float(), dy_wide, layer.stride, layer.padding)
+        return dx.to(dy.dtype), None

@@ -117,12 +117,15 @@ def _scale(tensors, factors):
 
 
 class FusedAdamW:
-    """torch's own AdamW, one kernel a step, with the interface of `AdamW`: for full fine-tuning, where the two spare
-    copies of the weights that AdamW's passes hold would count."""
+    """torch's own AdamW, with the interface of `AdamW`: for full fine-tuning, where the two spare copies of the weights
+    that AdamW's passes hold would count. Parameters with the same factor share one pass over all of them."""
 
     def __init__(self, parameters, factors=None, weight_decay=0.0):
         self.parameters, self.factors = list(parameters), list(factors or [1.0] * len(parameters))
-        groups = [{"params": [p], "factor": f} for p, f in zip(self.parameters, self.factors)]
+        groups = [
+            {"params": [p for p, f in zip(self.parameters, self.factors) if f == factor], "factor": factor}
+            for factor in dict.fromkeys(self.factors)
+        ]
         self.torch = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
     def take_restarted(self):

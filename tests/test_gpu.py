@@ -1,0 +1,150 @@
+"""Sampling and training steps on a GPU that is not there (fake_gpu.py): all tensors are where they should be, and the
+CPU waits no more often than it must."""
+
+import contextlib
+
+import pytest
+import torch
+from fake_gpu import CUDA, fake_gpu, to_gpu
+from made_runs import samples, settings, small_model
+
+from minildm import kernels
+from minildm.adapters import METHODS
+from minildm.samplers import SAMPLERS
+from minildm.training.finetune import Finetuning
+from minildm.training.loop import train_step
+from minildm.training.machine import checkpoint_blocks
+from minildm.training.state import State
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with fake_gpu(monkeypatch) as gpu:
+        yield gpu
+
+
+# --- the fake GPU notices --------------------------------------------------------------------------------------------
+def test_mixed_devices_are_an_error(gpu):
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3, device=CUDA) + torch.ones(3)
+    assert (torch.ones(3) + torch.ones(3)).tolist() == [2, 2, 2]  # the CPU is real
+
+
+@pytest.mark.parametrize(
+    "wait, noted",
+    [
+        (lambda x: x.sum().item(), "value read"),
+        (lambda x: bool(x.isfinite().all()), "value read"),
+        (lambda x: x.tolist(), "values read"),
+        (lambda x: x.cpu(), "copy cuda -> cpu"),
+        (lambda x: torch.zeros(3).copy_(x), "copy cuda -> cpu"),
+        (lambda x: torch.zeros(3).to(x.device), "copy cpu -> cuda"),
+        (lambda x: torch.zeros(3).to(x), "copy cpu -> cuda"),
+        (lambda x: x.copy_(torch.zeros(3)), "copy cpu -> cuda"),
+        (lambda x: torch.zeros(3).to(x.device, non_blocking=True), "copy of pageable memory"),
+    ],
+)
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+def test_every_kind_of_wait_is_noted(gpu, wait, noted, mode):
+    with mode():
+        wait(torch.ones(3, device=CUDA))
+    assert gpu.waits == [noted]
+
+
+def test_its_backward_reaches_every_parameter_with_the_right_shape(gpu):
+    weight, bias = (torch.ones(shape, device=CUDA, requires_grad=True) for shape in ((4, 3), (4,)))
+    x = torch.ones(2, 3, device=CUDA)
+    (torch.nn.functional.linear(x, weight, bias) * bias.sum()).square().mean().backward()
+    assert weight.grad.shape == (4, 3) and bias.grad.shape == (4,) and bias.grad.is_cuda
+
+
+def test_copies_to_a_gpu_do_not_wait(gpu):
+    x = torch.rand(2, 3)
+    there = kernels.to_device(x, CUDA, torch.float16)
+    assert there.is_cuda and there.dtype == torch.float16 and there.shape == (2, 3)
+    assert gpu.waits == []
+    assert kernels.to_device(x, torch.device("cpu")) is x
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:.*starts from pure noise")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_no_sampling_step_waits(gpu, sampler, guidance):
+    """Before the steps, token ids are copied; after them, one value says whether all latents are finite."""
+    model = to_gpu(small_model())
+    options = {"sampler": sampler, "guidance": guidance, "eta": 1.0 if sampler == "ddim" else 0.0}
+    waits, n = [], 3
+    latents = model.sample(
+        ["a", "b"], steps=n, output="latent", callback=lambda *_: waits.append(len(gpu.waits)), **options
+    )
+    assert latents.device == CUDA and latents.shape == (2, 4, 8, 8)
+    assert gpu.waits == ["copy cpu -> cuda", "value read"]
+    assert waits == [1] * (n + (sampler == "plms"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_images_are_encoded_and_decoded_where_the_model_is(gpu, dtype):
+    model = to_gpu(small_model().to(dtype))
+    images = model.sample(
+        ["a"], steps=2, sampler="dpm++", init_images=torch.zeros(1, 1, 64, 64), strength=0.5, output="tensor"
+    )
+    assert images.device == CUDA and images.shape == (1, 3, 64, 64) and images.dtype == torch.float32
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+def training_steps(gpu, adapter, n=2, dtype=torch.float32, checkpointing=False, contexts=None, **changes):
+    """Take ``n`` steps. Returns: what the CPU waited for in each, and what each logged."""
+    model = to_gpu(small_model().to(dtype))
+    method_settings, config = settings(adapter, **changes)
+    task = Finetuning(model, samples(), samples(0), config, contexts)
+    method = METHODS[adapter](model, method_settings, 10, seed=0)
+    if checkpointing:
+        checkpoint_blocks(model.unet, model.text_encoder)
+    state, steps = State(method, config), []
+    for batch in task.batches(0, n):
+        gpu.waits.clear()
+        entry = train_step(state, method, task, config, batch, 1e-3)
+        state.step += 1
+        state.average.update(state.step, state.trained)
+        steps.append((list(gpu.waits), entry))
+    assert all(parameter.is_cuda for parameter in state.trained.values())
+    return steps
+
+
+CHANGES = {
+    "plain": {},
+    "min-snr": {"min_snr_gamma": 5.0, "noise_offset": 0.1, "caption_dropout": 0.5, "ema_decay": 0.9},
+    "micro-batches": {"micro_batch": 3, "min_snr_gamma": 5.0},
+    "checkpointing": {"checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.parametrize("adapter", METHODS)
+def test_a_training_step_waits_once(gpu, adapter, changes):
+    """For the loss and the norm of its gradient: whether the step is finite decides what the CPU does next."""
+    first, second = training_steps(gpu, adapter, **CHANGES[changes], expand_interval=10, prune_interval=10)
+    assert second[0] == ["values read"]
+    assert set(first[0]) <= {"values read", "copy cpu -> cuda"}  # the schedule's tables are copied once
+    assert second[1].keys() >= {"loss", "lr", "grad_norm"} and "skipped" not in second[1]
+    assert ("penalty" in second[1]) == (adapter == "adalora")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "selora"])
+def test_a_step_in_float16_waits_once_too(gpu, adapter):
+    _, (waits, _) = training_steps(gpu, adapter, dtype=torch.float16, expand_interval=10)
+    assert waits == ["values read"]
+
+
+@pytest.mark.parametrize("changes", [{"expand_interval": 2}, {"expand_interval": 2, "expand_criterion": "expected"}])
+def test_a_test_of_selora_reads_its_scores_in_one_go(gpu, changes):
+    _, (waits, entry) = training_steps(gpu, "selora", **changes)
+    assert "fisher_ratios" in entry and waits == ["values read"] * 2
+
+
+def test_a_pruning_of_adalora_reads_its_ranks_in_one_go(gpu):
+    changes = {"prune_interval": 1, "initial_share": 0.1, "final_share": 0.6}
+    *_, (pruned, entry), (frozen, _) = training_steps(gpu, "adalora", n=4, **changes)
+    assert "ranks" in entry and pruned == ["values read"] * 2
+    assert frozen == ["values read"] * 3
