@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any
+from torch.utils.checkpoint import GraphExecGroup
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -93,6 +94,11 @@ def to_gpu(model):
 
 def run_backward(loss):
     """``loss.backward()``, node by node: torch's own engine wants a real device."""
+    with torch.no_grad(), GraphExecGroup():  # in one group, checkpointing computes a block again only once
+        _run_backward(loss)
+
+
+def _run_backward(loss):
     root = loss.grad_fn
     incoming = collections.Counter()  # edges into each node
     found, stack = {root}, [root]
