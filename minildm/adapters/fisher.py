@@ -28,6 +28,7 @@ import torch
 
 from minildm.adapters.inject import adapter_layers
 from minildm.adapters.lora import kaiming_rows
+from minildm.kernels import to_device
 
 
 class Tap(torch.autograd.Function):
@@ -99,7 +100,8 @@ class FisherProbe:
         self.sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=device)  # one tensor: summed over processes
         self.layers = {}
         for sums, (path, layer) in zip(self.sums, layers.items()):
-            expansion = kaiming_rows(1, layer.base.in_features, generator).t().to(device)
+            expansion = kaiming_rows(1, layer.base.in_features, generator).t()
+            expansion = to_device(expansion, torch.device(device))
             self.layers[path] = LayerProbe(layer, expansion, sums, expected, batch_size)
 
     def scores(self):
