@@ -100,8 +100,7 @@ class FisherProbe:
         self.sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=device)  # one tensor: summed over processes
         self.layers = {}
         for sums, (path, layer) in zip(self.sums, layers.items()):
-            expansion = kaiming_rows(1, layer.base.in_features, generator).t()
-            expansion = to_device(expansion, torch.device(device))
+            expansion = to_device(kaiming_rows(1, layer.base.in_features, generator).t(), device)
             self.layers[path] = LayerProbe(layer, expansion, sums, expected, batch_size)
 
     def scores(self):
