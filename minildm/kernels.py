@@ -177,7 +177,7 @@ def float32_is_faster(dtype, device):
 
 def compute_in_float32(model):
     """Compute the products of all frozen layers in float32: their weights and what lies between layers stay bfloat16,
-    and so does the memory of a training step. Twin: the layers as they are.
+    so a training step keeps no more memory. Twin: the layers as they are.
 
     Sets, in each layer: ``wide``, x -> the output in float32; ``forward``.
     """

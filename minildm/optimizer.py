@@ -42,7 +42,7 @@ class AdamW:
         if not isinstance(self.ages[i], tuple):
             rows = torch.full((parameter.shape[dim],), self.ages[i], dtype=torch.float64, device=parameter.device)
             self.ages[i] = (dim, rows)
-        self.ages[i][1][row] = 0
+        self.ages[i][1][row].zero_()  # "= 0" would copy the 0 to a GPU, and wait for it
         self.means[i].select(dim, row).zero_()
         self.squares[i].select(dim, row).zero_()
         self.restarted.append((parameter, row, dim))

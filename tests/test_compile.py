@@ -69,7 +69,9 @@ def compiled_run(graphs, adapter, checkpointing=False, **changes):
     "adapter, changes",
     [
         ("lora", {"min_snr_gamma": 5.0}),
-        ("adalora", {"prune_interval": 1, "initial_share": 0.1, "final_share": 0.8}),
+        pytest.param(
+            "adalora", {"prune_interval": 1, "initial_share": 0.1, "final_share": 0.8}, marks=pytest.mark.slow
+        ),
         pytest.param("full", {}, marks=pytest.mark.slow),
         pytest.param("lora", {"checkpointing": True, "micro_batch": 2}, marks=pytest.mark.slow),
         pytest.param("dylora", {"max_rank": 1, "update_rule": "single"}, marks=pytest.mark.slow),
@@ -77,7 +79,7 @@ def compiled_run(graphs, adapter, checkpointing=False, **changes):
 )
 def test_training_compiles_one_graph_for_each_network(graphs, adapter, changes):
     step, _, _ = compiled_run(graphs, adapter, **changes)
-    entries = [step() for _ in range(4)]
+    entries = [step() for _ in range(3)]
     assert len(graphs) == 2
     assert all("skipped" not in entry for entry in entries) and entries[0]["grad_norm"] > 0
 
@@ -89,6 +91,7 @@ def test_dylora_compiles_once_for_each_rank(graphs):
     assert len(graphs) == 2 * len(ranks) == 6
 
 
+@pytest.mark.slow
 def test_growth_compiles_a_network_again_once_per_8_ranks_whichever_layers_grow(graphs, capsys, monkeypatch):
     """Layers pass rank 8 one after the other. A step with a test runs as written, the one after it is compiled."""
     step, method, state = compiled_run(graphs, "selora", rank=7, expand_interval=2)
