@@ -29,12 +29,14 @@ class Method:
         defaults: {training setting: value} that suit the method better than TrainingConfig's own defaults.
         float32_weights: load the base in float32, and use the run's precision for products only (autocast).
         result: name of the file or folder in the run's folder that `save` writes.
+        compiled: whether the networks are compiled, so that a change of shapes is expensive; set by the caller.
     """
 
     settings_class = Settings
     defaults = {}
     float32_weights = False
     result = "adapter.safetensors"
+    compiled = False
 
     def __init__(self, model, settings, steps, seed):
         """Wrap or unfreeze layers of ``model`` (a LatentDiffusion); its output does not change.

@@ -158,6 +158,7 @@ def finetune(task, method_class, settings, run, machine):
     print_forecast(task, method, run)
     if config.checkpointing:
         checkpoint_blocks(model.unet, model.text_encoder)
+    method.compiled = machine.compile
     if machine.compile:
         torch._dynamo.config.recompile_limit = 64  # at 8 it would give up, silently, as layers grow
         model.unet.compile()
