@@ -1,5 +1,7 @@
 """bfloat16 on processors without instructions for it: products in float32, the choice stored and kept."""
 
+import copy
+
 import pytest
 import torch
 from peers import random_network, relative_error
@@ -38,13 +40,13 @@ def test_the_measurement_is_made_only_for_bfloat16_on_a_cpu_and_says_what_it_fou
         (nn.Conv2d(6, 10, 3, padding=1), (2, 6, 5, 7)),
         (nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 5, 8)),
         (nn.Conv2d(6, 10, 1), (1, 6, 3, 3)),
+        (nn.Conv2d(640, 640, 3, padding=1).to(memory_format=torch.channels_last), (1, 640, 3, 2)),  # one product
     ],
 )
 def test_a_layer_in_float32_is_the_layer_and_its_gradient(layer, shape):
     generator = torch.Generator().manual_seed(0)
     layer = layer.bfloat16().requires_grad_(False)
-    exact = nn.Sequential(layer.__class__(**{**_arguments(layer)})).double()
-    exact[0].load_state_dict(layer.state_dict())
+    exact = copy.deepcopy(layer).double()
     x = torch.randn(shape, generator=generator).bfloat16()
     kernels.compute_in_float32(layer)
     y, (dx,) = _with_gradient(layer, x)
@@ -52,14 +54,6 @@ def test_a_layer_in_float32_is_the_layer_and_its_gradient(layer, shape):
     half = 2.0**-8  # one rounding to bfloat16
     assert y.dtype == dx.dtype == torch.bfloat16
     assert relative_error(y, exact_y) <= half and relative_error(dx, exact_dx) <= 2 * half
-
-
-def _arguments(layer):
-    if isinstance(layer, nn.Linear):
-        return {"in_features": 6, "out_features": 10, "bias": layer.bias is not None}
-    return {"in_channels": 6, "out_channels": 10} | {
-        name: getattr(layer, name) for name in ("kernel_size", "stride", "padding")
-    }
 
 
 def _with_gradient(network, *inputs):
