@@ -8,6 +8,7 @@ from metrics_helpers import random_weights, reference_inception, smooth_noise
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from minildm.checkpoint import TensorFile
 from minildm.errors import InputError
 from minildm.metrics import InceptionV3, inception
 
@@ -96,6 +97,45 @@ def test_safetensors_loads_the_same(network, tmp_path):
     images = smooth_noise(1, 99, seed=4)
     other = InceptionV3.from_file(tmp_path / "inception.safetensors")
     torch.testing.assert_close(other.features(images)[2048], network.features(images)[2048])
+
+
+def without_counters(state):
+    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle", "legacy pickle", "in a dictionary", "with int32 counters"])
+def test_conversions_without_the_batch_norms_counters_load_the_same(form, network, weights, tmp_path):
+    state = TensorFile(weights)
+    state = without_counters(dict(state.tensors(state.shapes)))
+    path = tmp_path / "converted"
+    if form == "safetensors":
+        save_file(state, path)
+    elif form == "with int32 counters":
+        name = "Conv2d_1a_3x3.bn.num_batches_tracked"
+        torch.save(state | {name: torch.tensor(3, dtype=torch.int32)}, path)
+    else:
+        state = {"state_dict": state} if form == "in a dictionary" else state
+        torch.save(state, path, _use_new_zipfile_serialization=form != "legacy pickle")
+    images = smooth_noise(1, 99, seed=4)
+    features = InceptionV3.from_file(path).features(images, dims=(64,))[64]
+    torch.testing.assert_close(features, network.features(images, dims=(64,))[64], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda state: {f"module.{name}": tensor for name, tensor in state.items()}, "DistributedDataParallel"),
+        (lambda state: state | {"fc.bias": state["fc.bias"].int()}, "1 names, shapes or types differ, first 'fc.bias'"),
+        (lambda state: state | {"fc.bias": state["fc.bias"].to_sparse()}, "first 'fc.bias'"),
+        (lambda state: state | {"extra.weight": torch.zeros(1)}, "first 'extra.weight'"),
+    ],
+)
+def test_other_weights_are_refused_by_name(change, says, weights, tmp_path):
+    state = TensorFile(weights)
+    torch.save(change(dict(state.tensors(state.shapes))), tmp_path / "changed.pth")
+    with pytest.raises(InputError) as error:
+        InceptionV3.from_file(tmp_path / "changed.pth")
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_random_networks_are_reproducible_and_keep_images_apart():
