@@ -168,7 +168,10 @@ class SeLoRA(LoRA):
 
     def load_state_dict(self, state):
         for path, layer in self.layers.items():
-            while layer.rank < state["ranks"][path]:
+            rank = state["ranks"][path]
+            if type(rank) is not int or not layer.rank <= rank <= sum(layer.base.weight.shape[:2]):
+                raise ValueError(f"rank {rank} of {path}")
+            while layer.rank < rank:
                 layer.grow(0.0)  # the values follow with the trained parameters
 
 
