@@ -58,7 +58,7 @@ def check_type(field, value, hint):
     if typing.get_origin(kind) is tuple:
         members = value if isinstance(value, (tuple, list)) else (object(),)
         kind = typing.get_args(kind)[0]
-    kinds = {int: numbers.Integral, float: numbers.Real, Path: (Path, str)}.get(kind, kind)
+    kinds = {int: numbers.Integral, float: numbers.Real, Path: (Path, str), str: (str, Path)}.get(kind, kind)
     if not all(isinstance(member, kinds) and (kind is bool or not isinstance(member, bool)) for member in members):
         raise InputError(f"{flag(field.name)} must be of type {kind.__name__}, got {value!r}")
 

@@ -1,4 +1,4 @@
-"""Damage for files: bytes, JSON documents and dictionaries of a saved state. Every mutation is a function of its rng."""
+"""Damage for files: bytes, JSON documents and dictionaries of a saved state. Each is a function of its rng."""
 
 import copy
 import json
@@ -8,11 +8,12 @@ import torch
 
 NUMBERS = (0, -1, 1, 7, 2**31, 2**63, -(2**63), 10**9, 0.5, -0.0, 1e300)
 TEXTS = ("", "x", "../../etc/passwd", "\x1b[31m", "é" * 300, "nan", "None", "\0", "-" * 5000, "😀", "\ud800", "1e400")
+NO_DOCUMENTS = (b"", b"[" * 20000, b'{"a":' * 20000, b"1" * 6000, b"null", b"[]", b"\xff\xfe", b'{"a": NaN}')
 LEAVES = (*NUMBERS, *TEXTS, None, True, False, [], {}, [[]], [1, "a"], {"a": 1}, math.nan, math.inf)
 
 
 def of_bytes(rng, data):
-    """One to three of: bits flipped, bytes overwritten, cut, removed, repeated, inserted; a length field made extreme."""
+    """One to three of: bits flipped, bytes overwritten, cut, removed, repeated, inserted; a field made extreme."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(data) + 1)
@@ -40,9 +41,7 @@ def of_bytes(rng, data):
 def of_document(rng, document):
     """The JSON text of ``document`` with up to three values replaced, keys removed or added; or no such text at all."""
     if rng.random() < 0.15:
-        return rng.choice(
-            (b"", b"[" * 20000, b'{"a":' * 20000, b"1" * 6000, b"null", b"[]", b"\xff\xfe", b'{"a": NaN}')
-        )
+        return rng.choice(NO_DOCUMENTS)
     document = copy.deepcopy(document)
     for _ in range(rng.randint(1, 3)):
         replace_one(rng, document, LEAVES)

@@ -8,6 +8,8 @@ import copy
 import io
 import json
 import shutil
+import warnings
+from functools import partial
 
 import made_data
 import numpy as np
@@ -118,7 +120,7 @@ def images(folder, rng):
     while True:
         name, data = rng.choice(files)
         damage = of_bytes(rng, data)
-        yield lambda: decode(damage, name)
+        yield partial(decode, damage, name)
 
 
 def text_of_png(folder, rng):
@@ -141,12 +143,11 @@ def text_of_png(folder, rng):
 def tables(folder, rng):
     table = b'prompt,age\n"chest x-ray, \xc3\xa4",40\nb,50\n'
     lines = b'{"prompt": "a", "age": 40}\n{"text": "b"}\n'
+    files = [("a.csv", table), ("a.tsv", table.replace(b",", b"\t")), ("a.jsonl", lines), ("a.txt", table)]
     while True:
-        name, data = rng.choice(
-            (("a.csv", table), ("a.tsv", table.replace(b",", b"\t")), ("a.jsonl", lines), ("a.txt", table))
-        )
+        name, data = rng.choice(files)
         damaged(rng, folder / name, data)
-        yield lambda: read_prompts(folder / name)
+        yield partial(read_prompts, folder / name)
 
 
 def data_sets(folder, rng):
@@ -185,15 +186,18 @@ def trained(folder, resume, method="lora", steps=2):
     return run
 
 
+def resumed(folder, method):
+    return trained(folder, True, method, steps=3).entries()
+
+
 def run_state(folder, rng):
-    for name in ("selora", "adalora"):
+    methods = ("selora", "adalora")
+    for name in methods:
         trained(folder / name, resume=False, method=name)
-    states = {
-        name: torch.load(folder / name / "last" / "state.pt", weights_only=True) for name in ("selora", "adalora")
-    }
-    logs = {name: (folder / name / "log.jsonl").read_bytes() for name in states}
+    states = {name: torch.load(folder / name / "last" / "state.pt", weights_only=True) for name in methods}
+    logs = {name: (folder / name / "log.jsonl").read_bytes() for name in methods}
     while True:
-        name = rng.choice(("selora", "adalora"))
+        name = rng.choice(methods)
         path = folder / name / "last" / "state.pt"
         (folder / name / "log.jsonl").write_bytes(logs[name])
         torch.save(states[name], path)
@@ -204,7 +208,7 @@ def run_state(folder, rng):
             torch.save(of_state(rng, states[name]), path)
         else:
             damaged(rng, folder / name / "log.jsonl", logs[name])
-        yield lambda: trained(folder / name, True, name, steps=3).entries()
+        yield partial(resumed, folder / name, name)
 
 
 def run_config(folder, rng):
@@ -260,43 +264,33 @@ def saved_statistics(folder, rng):
 
 def scripts(folder, rng):
     whole, path = folder / "whole.pt", folder / "script.pt"
-    torch.jit.trace(torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten()), torch.rand(2, 3, 224, 224)).save(
-        whole
-    )
+    network = torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(network, torch.rand(2, 3, 224, 224)).save(whole)
     data = whole.read_bytes()
     while True:
         damaged(rng, path, data)
         yield lambda: script_extractor(path)
 
 
-WORDS = (
-    "",
-    "0",
-    "-1",
-    "nan",
-    "1e999",
-    "9" * 30,
-    "x",
-    "a:b",
-    "folder:/nowhere",
-    "phantom",
-    "\udcff",
-    "none",
-    "@",
-    ":",
-    "\x1b[2J",
-)
+WORDS = "0 -1 nan 1e999 99999999999999999999999999 x a:b folder:/nowhere phantom none @ :".split()
+WORDS += ["", "\udcff", "\x1b[2J"]
+TRAIN_FLAGS = """--adapter --base --vae --on-top-of --data --dtype --steps --lr --split --seed --rank --resume --preset
+--batch-size --size --min-age --prompt-template --instance-prompt --dry-run --no-balance"""
+SAMPLE_FLAGS = """--prompts --column --negative -n --init-image --like --sampler --steps --guidance --eta --seed --height
+--width --strength --base --adapter --batch-size --out"""
 
 
 def command_lines(folder, rng):
-    train_flags = ["--adapter", "--base", "--vae", "--on-top-of", "--data", "--dtype", "--steps", "--lr", "--split", "--seed", "--rank", "--resume", "--preset", "--batch-size", "--size", "--min-age", "--prompt-template", "--instance-prompt", "--dry-run", "--no-balance"]  # fmt: skip
-    sample_flags = ["--prompts", "--column", "--negative", "-n", "--init-image", "--like", "--sampler", "--steps", "--guidance", "--eta", "--seed", "--height", "--width", "--strength", "--base", "--adapter", "--batch-size", "--out"]  # fmt: skip
     while True:
-        flags, command = rng.choice(((train_flags, parse), (sample_flags, sample.parse)))
-        line = [rng.choice((rng.choice(flags), rng.choice(WORDS))) for _ in range(rng.randint(0, 6))]
+        text, command = rng.choice(((TRAIN_FLAGS, parse), (SAMPLE_FLAGS, sample.parse)))
+        flags = text.split()
         if rng.random() < 0.5:
             line = [word for _ in range(rng.randint(1, 3)) for word in (rng.choice(flags), rng.choice(WORDS))]
-        yield lambda: command(line)
+        else:
+            line = [rng.choice((rng.choice(flags), rng.choice(WORDS))) for _ in range(rng.randint(0, 6))]
+        yield partial(command, line)
 
 
 TARGETS = {

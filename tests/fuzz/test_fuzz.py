@@ -23,9 +23,9 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # also when run as a script
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from targets import TARGETS
+from targets import TARGETS  # noqa: E402
 
-from minildm.errors import InputError
+from minildm.errors import InputError  # noqa: E402
 
 ALLOWED = (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 SECONDS, MEMORY = 5, 4 << 30  # per case: seconds, bytes of address space beyond what is used
@@ -49,9 +49,8 @@ def fuzz(target, cases, seed=0):
                     faults.append((number, f"exit code {end.code}"))
             except Exception as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
-                faults.append(
-                    (number, f"{type(error).__name__}: {str(error)[:100]} ({place.name}, line {place.lineno})")
-                )
+                where = f"{Path(place.filename).name}, line {place.lineno}"
+                faults.append((number, f"{type(error).__name__}: {str(error)[:100]} ({where})"))
     return faults
 
 
