@@ -86,7 +86,9 @@ def parse(arguments):
         preset = "tiny"
     defaults = PRESETS.get(preset, {})
     name = given.get("adapter", (defaults | stored).get("adapter", Goal.adapter))
-    if name not in METHODS:  # a flag's choices are checked below, but the run's file may hold anything
+    if (
+        not isinstance(name, str) or name not in METHODS
+    ):  # a flag's choices are checked below, but the run's file may hold anything
         raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]
     stored = {key: value for key, value in stored.items() if key not in ("resume", "out", "dry_run", "preset")}

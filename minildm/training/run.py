@@ -186,8 +186,11 @@ class Run:
         except errors as error:
             if is_out_of_memory(error):
                 raise
+            reason = _first_line(error)
+            if "inline_container" in reason:  # torch.save's words for it
+                reason = "the disk is full, or the file too large"
             raise InputError(
-                f"could not write to {self.folder} ({_first_line(error)}); everything saved so far is intact; make "
+                f"could not write to {self.folder} ({reason}); everything saved so far is intact; make "
                 f"room, then continue with: {self.continue_with}"
             ) from None
 

@@ -274,12 +274,12 @@ def scripts(folder, rng):
         yield lambda: script_extractor(path)
 
 
-WORDS = "0 -1 nan 1e999 99999999999999999999999999 x a:b folder:/nowhere phantom none @ :".split()
+WORDS = ["0", "-1", "nan", "1e999", "9" * 26, "x", "a:b", "folder:/nowhere", "phantom", "none", "@", ":"]
 WORDS += ["", "\udcff", "\x1b[2J"]
-TRAIN_FLAGS = """--adapter --base --vae --on-top-of --data --dtype --steps --lr --split --seed --rank --resume --preset
---batch-size --size --min-age --prompt-template --instance-prompt --dry-run --no-balance"""
-SAMPLE_FLAGS = """--prompts --column --negative -n --init-image --like --sampler --steps --guidance --eta --seed --height
---width --strength --base --adapter --batch-size --out"""
+TRAIN_FLAGS = """--adapter --base --vae --on-top-of --data --dtype --steps --lr --split --seed --rank --resume
+--preset --batch-size --size --min-age --prompt-template --instance-prompt --dry-run --no-balance"""
+SAMPLE_FLAGS = """--prompts --column --negative -n --init-image --like --sampler --steps --guidance --eta --seed
+--height --width --strength --base --adapter --batch-size --out"""
 
 
 def command_lines(folder, rng):
