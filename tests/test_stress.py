@@ -71,8 +71,8 @@ def test_kills_over_training_change_nothing(adapter, place):
 def test_kills_over_sampling_change_nothing(place, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"chest x-ray {i}\n" for i in range(40)))
-    arguments = ["sample.py", "--prompts", str(prompts), "--base", str(place / "base"), "--device", "cpu", "--steps", "2",
-                 "--guidance", "1", "--batch-size", "1", "--out"]  # fmt: skip
+    words = f"sample.py --prompts {prompts} --base {place / 'base'} --device cpu --steps 2 --guidance 1 --batch-size 1"
+    arguments = [*words.split(), "--out"]
     begun = time.perf_counter()
     killed_at_random([*arguments, str(tmp_path / "whole")], 0, 0, None)
     seconds = time.perf_counter() - begun
