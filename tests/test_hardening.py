@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -52,6 +53,19 @@ def full_disk(room):
 
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a short run that has ended."""
+    *_, run, _ = short_run(tmp_path_factory.mktemp("finished") / "run", steps=4)
+    return run.folder
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 # --- full disks ------------------------------------------------------------------------------------------------------
@@ -335,9 +349,9 @@ def test_two_processes_that_fill_a_cache_at_once_lose_nothing(tmp_path):
     race_for_a_cache(tmp_path, 10)
 
 
-def test_a_run_that_began_and_ended_meanwhile_is_not_overwritten(tmp_path):
+def test_a_run_that_began_and_ended_meanwhile_is_not_overwritten(finished, tmp_path):
     late = Run(tmp_path / "run", {})
-    short_run(tmp_path / "run")
+    shutil.copytree(finished, tmp_path / "run", dirs_exist_ok=True)
     before = contents(tmp_path / "run")
     with pytest.raises(InputError, match="holds a run already"):
         late.begin()
@@ -354,9 +368,8 @@ def test_a_fixed_name_that_others_took_must_hold_the_same_image(tmp_path):
 
 # --- damaged runs, caches, statistics --------------------------------------------------------------------------------
 @pytest.mark.parametrize("change", ["deleted", "shortened", "state says 0", "state says more", "no end of line"])
-def test_a_log_that_is_not_the_states_is_kept_and_said(change, tmp_path):
-    short_run(tmp_path / "run")
-    log, state = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "last" / "state.pt"
+def test_a_log_that_is_not_the_states_is_kept_and_said(change, run_folder):
+    log, state = run_folder / "log.jsonl", run_folder / "last" / "state.pt"
     whole, saved = log.read_bytes(), torch.load(state, weights_only=True)
     if change == "deleted":
         log.unlink()
@@ -368,7 +381,7 @@ def test_a_log_that_is_not_the_states_is_kept_and_said(change, tmp_path):
         torch.save(saved | {"log_bytes": 0 if change.endswith("0") else 10**6}, state)
     before = log.read_bytes() if log.exists() else b""
     for _ in range(1 if change == "no end of line" else 2):
-        run = Run(tmp_path / "run", {"seed": 0}, resume=True)
+        run = Run(run_folder, {"seed": 0}, resume=True)
         with pytest.warns(UserWarning, match="is not the log that the state was saved with"):
             run.load_state()
         run.log(step=99, loss=1.0)
@@ -378,8 +391,8 @@ def test_a_log_that_is_not_the_states_is_kept_and_said(change, tmp_path):
         before = lines
 
 
-def test_a_damaged_line_of_the_log_is_left_out_and_counted(tmp_path):
-    *_, run, _ = short_run(tmp_path / "run")
+def test_a_damaged_line_of_the_log_is_left_out_and_counted(run_folder):
+    run = Run(run_folder, {"seed": 0}, resume=True)
     n = len(run.entries())
     with open(run.folder / "log.jsonl", "ab") as file:
         file.write(b'{"step": 1\n\xff\n[1]\n' + b"[" * 5000 + b"\n" + b'{"a": ' + b"1" * 5000 + b"}\n")
@@ -418,12 +431,11 @@ def test_a_damaged_config_of_a_run_is_named(damage, words, tmp_path):
         lambda state: state | {"optimizer": {"ages": [], "means": [], "squares": []}},
     ],
 )
-def test_a_state_of_another_structure_is_named(damage, tmp_path):
-    short_run(tmp_path / "run")
-    path = tmp_path / "run" / "last" / "state.pt"
+def test_a_state_of_another_structure_is_named(damage, run_folder):
+    path = run_folder / "last" / "state.pt"
     torch.save(damage(torch.load(path, weights_only=True)), path)
     with pytest.raises(InputError) as error:
-        short_run(tmp_path / "run", resume=True)
+        short_run(run_folder, resume=True, steps=4)
     assert_says(error, f"{path} is damaged", "--out")
 
 
