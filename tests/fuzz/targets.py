@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import shutil
 import warnings
 from functools import partial
@@ -18,6 +19,7 @@ from made_runs import small_model
 from mutations import of_bytes, of_document, of_state
 from peers import random_model, write_folder, write_single_file
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
 import minildm
 import sample
@@ -238,10 +240,21 @@ def cache_files(folder, rng):
     data = shard.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
+    keys = (torch.zeros(4, 32, dtype=torch.uint8), torch.zeros(4, 32), torch.zeros(128, dtype=torch.uint8))
+    rows = (
+        torch.ones(4, 2, 3),
+        torch.full((4, 2, 3), math.nan),
+        torch.ones(4, 3, 2),
+        torch.ones(3, 2, 3),
+        torch.ones(()),
+    )
     while True:
-        if rng.random() < 0.5:
+        kind = rng.randrange(3)
+        if kind == 0:
             text = of_document(rng, header)
             shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        elif kind == 1:
+            save_file({"keys": rng.choice(keys), "rows": rng.choice(rows).half()}, shard)
         else:
             damaged(rng, shard, data)
         yield read_all
