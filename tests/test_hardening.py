@@ -318,6 +318,7 @@ def run_both(target, each):
 
 
 def race_for_names(folder, n):
+    folder.mkdir(exist_ok=True)
     run_both(save_images, lambda i, barrier: (folder, "ab"[i], barrier, n))
     texts = {Image.open(path).info["parameters"] for path in folder.iterdir()}
     assert texts == {f"{name} {i}" for name in "ab" for i in range(n)}
