@@ -48,11 +48,11 @@ def parse(arguments):
     add("--prediction", choices=("epsilon", "v"), help="what a single file's U-Net predicts; v for SD v2.x at 768 px")
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float16 on a GPU, float32 elsewhere)")
-    add("--compile", action="store_true", help="compile the U-Net: starts a minute later, then runs faster")
+    add("--compile", action="store_true", help="compile the networks: starts minutes later, then runs faster")
     add("--plain", action="store_true", help="only the textbook code: slower, least memory, the same up to rounding")
     add("--batch-size", type=at_least(1), default=4, help="images at a time")
     add("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
-    parser.set_defaults(recorded=None)
+    parser.set_defaults(recorded=None, products=None)
     args = parser.parse_args(arguments)
     if args.like is not None:
         parser.set_defaults(**like.flags_like(args))
@@ -76,11 +76,13 @@ def main(arguments):
     adapters = sampling.choose_adapters(args.adapter, args.base)
     model = load(args.base, adapters, args.device, args.dtype, args.prediction, args.vae)
     settings = complete_settings(settings, model.config, init_image is not None)
+    if not (args.plain or args.compile) and sampling.float32_wanted(model, args.products):
+        model.compute_in_float32()
     if args.compile:
-        model.unet.compile()
+        model.compile_networks()
     print(
         f"{model.files.title}: {model.config.schedule.prediction}-prediction, {model.config.image_size} px, "
-        f"{str(model.dtype).removeprefix('torch.')} on {model.device}, loaded in {time.perf_counter() - start:.1f} s"
+        f"{record.dtype_name(model.precision)} on {model.device}, loaded in {time.perf_counter() - start:.1f} s"
     )
 
     request = record.Request(args, settings, model, adapters, init_image)

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import torch
 
-from minildm import load
+from minildm import kernels, load
 from minildm.data.cache import latent_cache
 from minildm.data.open import open_data_set
 from minildm.data.prompts import prompts_for
@@ -59,6 +59,7 @@ def main(arguments):
 
     # Records -> images -> latents, encoded once; the VAE runs in float32, the reference for all precisions
     model.vae.float()
+    products = machine.products(dtype, device, run)
     latents = latent_cache(data.records, transform, model.vae, machine.cache, skip_bad=plan.data.skip_bad)
     if unreadable := len(data.records) - len(latents.records):
         print(f"note: {unreadable:,} of {len(data.records):,} images cannot be decoded and are left out (--skip-bad)")
@@ -80,6 +81,7 @@ def main(arguments):
         base=model.base_hash,
         vae=goal.vae and [model.vae_hash, model.config.vae.scaling_factor],
         dtype=_name(dtype),
+        products=products,
         pixels=transform.size,
         data=samples.fingerprint,
         class_images=class_images and class_images.fingerprint,
@@ -91,7 +93,7 @@ def main(arguments):
         "contexts": contexts_folder(plan.method_settings, machine.cache),
         "balance": plan.data.balance,
         "workers": machine.workers,
-        "precision": dtype if weights != dtype else None,
+        "precision": dtype if weights != dtype and products is None else None,
     }
     if captioned:
         task = Finetuning(model, training, validation, config, **options)
@@ -99,6 +101,8 @@ def main(arguments):
         task = DreamBooth(model, training, validation, config, class_images, dreambooth.weight, **options)
     sizes = ", ".join(f"{len(part.records):,} {name}" for name, part in splits.items())
     print(f"{data.name}: {sizes} images; {task.steps:,} steps of {config.batch_size}; run: {run.folder}")
+    if products is not None and device.type == "cpu":
+        kernels.compute_in_float32(model)
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
     print(f"next: {sample_command(goal, run, training.prompts[0], transform.size)}")

@@ -75,6 +75,13 @@ def merge(arguments):
     return main(arguments)
 
 
+def convert(arguments):
+    """write an adapter for another tool: ComfyUI, A1111, diffusers"""
+    from minildm.tools.convert import main
+
+    return main(arguments)
+
+
 def shrink(arguments):
     """lower an adapter's rank, keeping as much of its change as possible"""
     from minildm.tools.shrink import main
@@ -97,6 +104,7 @@ COMMANDS = {
     "clip-score": clip_score,
     "audit": audit,
     "info": info,
+    "convert": convert,
     "merge": merge,
     "shrink": shrink,
     "rare-tokens": rare_tokens,

@@ -16,6 +16,23 @@ STRENGTH = 0.8  # of image-to-image sampling, where none is given: diffusers' de
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "plms": "PLMS", "dpm++": "DPM++ 2M"}  # ours: AUTOMATIC1111's
 
 
+VOCABULARY = 49408  # CLIP's: the last two tokens are begin and end
+BETA_SCHEDULES = ("scaled_linear", "linear")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+
+
+def _require_sizes(config, **largest):
+    """Raise InputError unless the fields are whole numbers from 1 to ``largest``. Tuples: each element of theirs.
+
+    The limits lie far beyond any Stable Diffusion. A network of 10**9 blocks would not fit any machine.
+    """
+    for name, limit in largest.items():
+        value = getattr(config, name)
+        for n in value if isinstance(value, tuple) else (value,):
+            if type(n) is not int or not 1 <= n <= limit:
+                raise InputError(f"{name} must be a whole number from 1 to {limit:,}, got {str(n)[:40]}")
+
+
 def _require_divisible(widths, norm_groups):
     for width in widths:
         if width % norm_groups:
@@ -35,6 +52,10 @@ class UNetConfig:
     latent_size: int = 64  # height and width in training: 64 latents = 512 px
 
     def __post_init__(self):
+        _require_sizes(self, widths=1 << 15, n_heads=1 << 15, layers_per_block=16, context_dim=1 << 15)
+        _require_sizes(self, norm_groups=1 << 15, latent_channels=64, latent_size=1 << 12)
+        if not 1 <= len(self.widths) <= 8:
+            raise InputError(f"a U-Net has 1 to 8 levels, got {len(self.widths)} widths")
         lengths = {name: len(getattr(self, name)) for name in ("widths", "attention", "n_heads")}
         if len(set(lengths.values())) != 1:
             raise InputError(f"widths, attention and n_heads need one entry per U-Net level, got lengths {lengths}")
@@ -59,8 +80,9 @@ class VAEConfig:
     scaling_factor: float = 0.18215  # 1 / standard deviation of the raw code z, so that latents have unit variance
 
     def __post_init__(self):
+        _require_sizes(self, widths=1 << 15, layers_per_block=16, latent_channels=64, norm_groups=1 << 15)
         _require_divisible(self.widths, self.norm_groups)
-        if not 0 < self.scaling_factor < float("inf"):
+        if not 0 < self.scaling_factor < math.inf:
             raise InputError(f"the VAE's scaling_factor must be a positive number, got {self.scaling_factor}")
         if 2 ** (len(self.widths) - 1) != SPATIAL_FACTOR:
             raise InputError(f"the VAE must have 4 levels (one latent per {SPATIAL_FACTOR} pixels), got {self.widths}")
@@ -77,9 +99,15 @@ class TextEncoderConfig:
     n_heads: int = 12
     mlp_width: int = 3072
     activation: str = "quick_gelu"  # OpenAI's CLIP (SD 1.x); "gelu": OpenCLIP (SD 2.x)
-    vocabulary: int = 49408
+    vocabulary: int = VOCABULARY  # more: tokens that were added to CLIP's
 
     def __post_init__(self):
+        _require_sizes(self, width=1 << 15, n_layers=128, n_heads=1 << 15, mlp_width=1 << 17, vocabulary=1 << 20)
+        if self.vocabulary < VOCABULARY:
+            raise InputError(
+                f"the text encoder has a vocabulary of {self.vocabulary}, fewer than CLIP's {VOCABULARY} tokens, so it "
+                "belongs to another tokenizer"
+            )
         if self.activation not in ("quick_gelu", "gelu"):
             raise InputError(f"text encoder activation must be quick_gelu or gelu, got {self.activation!r}")
         if self.width % self.n_heads:
@@ -96,14 +124,29 @@ class ScheduleConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction: str = "epsilon"  # what the U-Net was trained to predict: the noise, or "v" (SD 2.x at 768 px)
+    beta_schedule: str = "scaled_linear"  # what is evenly spaced: the betas' square roots, or "linear": the betas
+    zero_terminal_snr: bool = False  # betas rescaled so that the last timestep is noise alone (arXiv:2305.08891)
+    # Of ddim, ddpm and plms: Stable Diffusion's; "trailing" begins at the last timestep, "linspace" also ends at 0
+    timestep_spacing: str = "leading"
 
     def __post_init__(self):
-        if self.prediction not in ("epsilon", "v"):
-            raise InputError(f"prediction must be 'epsilon' or 'v', got {self.prediction!r}")
-        if not (self.n_timesteps >= 1 and 0 < self.beta_start <= self.beta_end < 1):
+        for name, choices in (
+            ("prediction", ("epsilon", "v")),
+            ("beta_schedule", BETA_SCHEDULES),
+            ("timestep_spacing", TIMESTEP_SPACINGS),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        _require_sizes(self, n_timesteps=100_000)
+        if not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(
                 "a noise schedule needs at least one timestep and 0 < beta_start <= beta_end < 1, got "
                 f"{self.n_timesteps} timesteps, betas from {self.beta_start} to {self.beta_end}"
+            )
+        if self.zero_terminal_snr and (self.prediction != "v" or self.n_timesteps < 2):
+            raise InputError(
+                "a noise schedule with zero terminal SNR needs v-prediction (--prediction v): at its last timestep the "
+                f"noise says nothing about the image; got {self.prediction!r}"
             )
 
 

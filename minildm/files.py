@@ -16,6 +16,7 @@ from pathlib import Path
 
 from minildm.errors import InputError
 
+MAX_JSON_BYTES = 16 << 20  # a document takes up to fifty times its size in memory
 MAX_FILE_BYTES = 1 << 30  # larger files are not read whole; the largest radiographs have 100 MB
 MAX_JSON_BYTES = 16 << 20  # a document takes up to fifty times its size in memory
 UMASK = os.umask(0)  # it can only be read by setting it

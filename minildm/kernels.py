@@ -5,11 +5,13 @@ two. With ``kernels.enabled = False``, or inside ``with kernels.plain():``, only
 """
 
 import contextlib
-import math
+import functools
+import time
 import weakref
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 enabled = True
 winograd_enabled = True  # in `convolution`; off while training, which has better uses for the memory
@@ -37,6 +39,14 @@ def lean():
         winograd_enabled = before
 
 
+def to_device(tensor, device, dtype=None):
+    """Twin: ``tensor.to(device, dtype)``. A plain copy to a GPU waits until all work queued there is done; one from
+    pinned memory does not."""
+    if enabled and torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.to(dtype or tensor.dtype).pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, dtype)
+
+
 def convolution(layer, x):
     """Twin: the layer's own convolution, `torch.nn.functional.conv2d` with padding 1.
 
@@ -44,6 +54,8 @@ def convolution(layer, x):
     """
     if winograd_enabled and winograd_pays(layer, x):
         return winograd(x, winograd_weight(layer), layer.bias)
+    if product_pays(layer, x):
+        return ConvolutionAsProduct.apply(x, layer.weight, layer.bias)
     return F.conv2d(x, layer.weight, layer.bias, padding=1)
 
 
@@ -140,34 +152,141 @@ def _times_A(y, out=(None, None)):
     return (torch.add(y[0], y[1], out=out[0]).add_(y[2]), torch.sub(y[1], y[2], out=out[1]).sub_(y[3]))
 
 
-def attention(query, key, value, is_causal=False):
-    """Twin: `torch.nn.functional.scaled_dot_product_attention`, called everywhere but for bfloat16 on a CPU.
+def product_pays(layer, x):
+    """Whether `ConvolutionAsProduct` does. Measured on CPUs without and with AMX, in float32 and bfloat16; for frozen
+    weights."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == layer.weight.dtype in (torch.float32, torch.bfloat16)
+        and is_small_map(layer.weight, x)
+        and not layer.weight.requires_grad
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
+    )
 
-    Args: query (B, n_heads, L, d_head); key, value (B, n_heads, L_k, d_head); is_causal: mask the keys after a query.
-    Returns: (B, n_heads, L, d_head).
+
+def is_small_map(weight, x):
+    """At least 640 channels, and no more positions than output channels: there one product is 1 to 2.8 times as fast in
+    float32 and 1.2 to 4 times in bfloat16, more on smaller maps."""
+    return (
+        min(weight.shape[:2]) >= 640
+        and len(x) * x.shape[2] * x.shape[3] <= weight.shape[0]
+        and weight.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+class ConvolutionAsProduct(torch.autograd.Function):
+    """`convolution` as one matrix product: each position's neighbourhood of 9 C_in numbers times the weight.
+
+    oneDNN's convolution copies the weight into its own order at every call, forward and backward, which on small maps
+    takes longer than the products. A product reads a channels-last weight as it lies.
     """
-    # A compiler fuses the plain code by itself.
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.compiler.is_compiling():
-        return attention_by_products(query, key, value, is_causal)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight, ctx.shape = weight, x.shape
+        return convolve_by_product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return gradient_by_product(dy, ctx.weight, ctx.shape), None, None
 
 
-def attention_by_products(query, key, value, is_causal=False, rows=512):
-    """`attention` as matrix products, which use a CPU's bfloat16 instructions; PyTorch's fused CPU kernel does not.
+def convolve_by_product(x, weight, bias):
+    """x (B, C_in, h, w), weight (C_out, C_in, 3, 3) -> (B, C_out, h, w), channels-last."""
+    batch, c_in, h, w = x.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h + 2, w + 2, C_in)
+    columns = x.new_empty(batch, h, w, 3, 3, c_in)
+    for i in range(3):
+        for j in range(3):
+            columns[:, :, :, i, j] = padded[:, i : i + h, j : j + w]
+    y = F.linear(columns.view(-1, 9 * c_in), weight.permute(0, 2, 3, 1).flatten(1), bias)  # (B h w, C_out)
+    return y.view(batch, h, w, -1).permute(0, 3, 1, 2)
 
-    Measured at heads of 40 channels: 0.25 TFLOP/s here, 0.09 in the fused kernel.
+
+def gradient_by_product(dy, weight, shape):
+    """The gradient with respect to x, of x's ``shape``, from that of the output, dy (B, C_out, h, w)."""
+    batch, c_in, h, w = shape
+    rows = dy.permute(0, 2, 3, 1).reshape(batch * h * w, -1)
+    columns = (rows @ weight.permute(0, 2, 3, 1).flatten(1)).view(batch, h, w, 3, 3, c_in)
+    dx = dy.new_zeros(batch, h + 2, w + 2, c_in, dtype=torch.float32)
+    for i in range(3):
+        for j in range(3):
+            dx[:, i : i + h, j : j + w] += columns[:, :, :, i, j]
+    return dx[:, 1:-1, 1:-1].permute(0, 3, 1, 2).to(dy.dtype)
+
+
+# --- bfloat16 on processors without instructions for it --------------------------------------------------------------
+def is_bfloat16_on_cpu(dtype, device):
+    return dtype == torch.bfloat16 and device.type == "cpu"
+
+
+def float32_is_faster(dtype, device):
+    """Whether products of ``dtype`` are faster in float32: for bfloat16 on a CPU that has no instructions for it. A
+    measurement of under 0.1 s, so whoever asks must store the answer beside the results. Prints a line if so."""
+    if not is_bfloat16_on_cpu(dtype, device):
+        return False
+    x, weight = torch.ones(256, 640), torch.ones(640, 640)
+    inputs = {kind: (x.to(kind), weight.to(kind)) for kind in (torch.float32, torch.bfloat16)}
+    seconds = {kind: [] for kind in inputs}
+    for _ in range(4):  # by turns; the fastest counts, as the first one prepares and others may be disturbed
+        for kind, pair in inputs.items():
+            begun = time.perf_counter()
+            F.linear(*pair)
+            seconds[kind].append(time.perf_counter() - begun)
+    faster = min(seconds[torch.float32]) < min(seconds[torch.bfloat16])
+    if faster:
+        print("bfloat16 is slower than float32 on this processor: weights in bfloat16, products in float32 (--plain: "
+              "all in bfloat16)")  # fmt: skip
+    return faster
+
+
+def compute_in_float32(model):
+    """Compute the products of all frozen layers in float32: their weights and what lies between layers stay bfloat16,
+    so a training step keeps no more memory. Twin: the layers as they are.
+
+    Sets, in each layer: ``wide``, x -> the output in float32; ``forward``.
     """
-    query = query * query.shape[-1] ** -0.5
-    if query.shape[2] * key.shape[2] <= 1 << 16:  # small enough to hold the (L, L_k) weights of all heads
-        weights = query @ key.transpose(-1, -2)
-        if is_causal:
-            weights = weights + torch.full(weights.shape[-2:], -math.inf, dtype=weights.dtype).triu(1)
-        return weights.softmax(-1, dtype=query.dtype) @ value
-    if is_causal or any(x.requires_grad for x in (query, key, value)):  # autograd would keep the (L, L_k) weights
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=1.0)
-    # One head and ``rows`` queries at a time, so that the (rows, L_k) weights stay in the processor's cache.
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for q, k, v, o in zip(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), out.flatten(0, 1)):
-        for q_block, o_block in zip(q.split(rows), o.split(rows)):  # (rows, d_head)
-            torch.mm((q_block @ k.t()).softmax(-1), v, out=o_block)
-    return out
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight.dtype == torch.bfloat16:
+            layer.wide = functools.partial(_wide, layer)
+            layer.forward = functools.partial(_in_float32, layer)
+
+
+def _wide(layer, x):
+    weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x.float(), weight, bias)
+    if is_plain_conv3x3(layer) and is_small_map(weight, x):
+        return convolve_by_product(x.float(), weight, bias)
+    return F.conv2d(x.float(), weight, bias, layer.stride, layer.padding)
+
+
+def is_plain_conv3x3(layer):
+    return layer.kernel_size == (3, 3) and layer.stride == (1, 1) and layer.padding == (1, 1)
+
+
+def _in_float32(layer, x):
+    return Float32Product.apply(x, layer)
+
+
+class Float32Product(torch.autograd.Function):
+    """A frozen layer in bfloat16, computed in float32. (Autograd itself would keep the weights in float32.)"""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        """x (..., in) or (B, C_in, h, w), layer: nn.Linear or nn.Conv2d -> its output, in x's dtype."""
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer.wide(x).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        layer, dy_wide = ctx.layer, dy.float()
+        if isinstance(layer, nn.Linear):
+            return (dy_wide @ layer.weight.float()).to(dy.dtype), None
+        weight = layer.weight.float()
+        if is_plain_conv3x3(layer) and is_small_map(weight, dy):
+            return gradient_by_product(dy_wide, weight, ctx.shape).to(dy.dtype), None
+        dx = torch.nn.grad.conv2d_input(ctx.shape, weight, dy_wide, layer.stride, layer.padding)
+        return dx.to(dy.dtype), None

@@ -1,10 +1,11 @@
 """The assembled model: three networks, a tokenizer and a noise schedule. Prompts in, images out."""
 
 import functools
+import hashlib
 import math
 import operator
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from minildm.config import SPATIAL_FACTOR, STRENGTH, SamplingSettings
 from minildm.errors import InputError
 from minildm.files import sha256
+from minildm.kernels import to_device
 from minildm.samplers import SAMPLERS, guide, starting_point
 from minildm.schedule import NoiseSchedule
 from minildm.tokenizer import Tokenizer
@@ -51,9 +53,9 @@ class LatentDiffusion(nn.Module):
         self.config = config
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer = Tokenizer(config.pad_token_id)
-        schedule = config.schedule
-        self.schedule = NoiseSchedule(schedule.prediction, schedule.n_timesteps, schedule.beta_start, schedule.beta_end)
+        self.schedule = NoiseSchedule(**asdict(config.schedule))
         self.files = files  # the Checkpoint it was loaded from
+        self.rounded_to = None  # the dtype of weights that `compute_in_float32` has converted
         self.merged = []  # adapters merged into it: [{"adapter": SHA-256, "multiplier": ..., "rank": ...}]
 
     @property
@@ -64,15 +66,34 @@ class LatentDiffusion(nn.Module):
     def dtype(self):
         return self.unet.conv_in.weight.dtype
 
+    @property
+    def precision(self):
+        """The dtype that the weights have, or were rounded to."""
+        return self.rounded_to or self.dtype
+
+    def compute_in_float32(self):
+        """Convert all weights to float32, without changing their values."""
+        self.rounded_to = self.precision
+        self.float()
+
     @functools.cached_property
     def base_hash(self):
-        """SHA-256 of the file that holds the U-Net, 64 hex digits. Reading a large file takes seconds."""
-        return sha256(self.files.hashed_file)
+        """SHA-256 of the file that holds the U-Net, 64 hex digits; of several, of their hashes one after the other.
+        Reading a large file takes seconds."""
+        first, *more = [sha256(file) for file in self.files.hashed_files]
+        return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
 
     @functools.cached_property
     def vae_hash(self):
         """SHA-256 of the file of an autoencoder that is not the base's own, 64 hex digits; else None."""
         return None if self.files.vae_file is None else sha256(self.files.vae_file)
+
+    def compile_networks(self, **options):
+        """Compile what `sample` runs, U-Net, text encoder and the VAE's decoder: each becomes one graph at its first
+        call. Args: options: of torch.compile."""
+        self.unet.compile(**options)
+        self.text_encoder.compile(**options)
+        self.vae.decode = torch.compile(self.vae.decode, **options)
 
     # --- text --------------------------------------------------------------------------------------------------------
     def tokenize(self, prompts):
@@ -184,7 +205,7 @@ class LatentDiffusion(nn.Module):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
         def sample_noise():
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+            return to_device(torch.stack([torch.randn(shape, generator=g) for g in generators]), self.device)
 
         options = {"eta": eta} if sampler == "ddim" else {"karras": karras} if sampler == "dpm++" else {}
         with torch.inference_mode():

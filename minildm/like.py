@@ -48,6 +48,7 @@ def _flags_of_record(args, record):
         "prediction": record["prediction"],
         "device": record["machine"]["device"],
         "dtype": record["dtype"],
+        "products": record["products"],
         "compile": record["compile"],
         "plain": record["plain"],
     }
@@ -203,6 +204,6 @@ def _decisive(record):
         "negative prompt": record["negative_prompt"],
         **record["sampling"],
         **{name: hashes(record[key]) for name, key in files.items()},
-        **{key: record[key] for key in ("prediction", "dtype", "compile", "plain")},
+        **{key: record[key] for key in ("prediction", "dtype", "products", "compile", "plain")},
         "device": record["machine"]["device"],
     }

@@ -1,6 +1,6 @@
 """Find the base model, load it on a device in a precision, and merge adapters into it."""
 
-import contextlib
+import math
 import os
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 
 from minildm import checkpoint
 from minildm.adapters.files import merge_file
+from minildm.adapters.reading import adapter_file
 from minildm.errors import InputError
 from minildm.latent_diffusion import LatentDiffusion
 
@@ -16,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent  # an installed package carries the em
 WEIGHTS = PACKAGE.parent / "weights"  # a checkout keeps it in weights/tiny, beside the user's own base models
 EMBEDDED = (WEIGHTS if (WEIGHTS / "tiny").is_dir() else PACKAGE) / "tiny"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST = 1000  # of an adapter's multiplier; beyond 2 or so, images only break
 EMBEDDED_ADAPTER = EMBEDDED / "adapter.safetensors"  # SeLoRA for chest radiographs
 
 
@@ -28,8 +30,8 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=N
             weights by 0.6, "runs/a@2" or "runs/a@2:0.6" to use a DyLoRA adapter at rank 2.
         device: "cpu", "cuda", ...; None = a GPU if there is one, else the CPU.
         dtype: of the networks, such as torch.float16 or "float16"; None = float16 on a GPU, float32 elsewhere.
-        prediction: "epsilon" or "v"; None = what a folder's scheduler file says, and "epsilon" for a single file,
-            which cannot say (v2.0 and v2.1 at 768 px need "v").
+        prediction: "epsilon" or "v", with a warning if the checkpoint says otherwise; None = what it says, and
+            "epsilon" for a single file that says nothing (v2.0 and v2.1 at 768 px need "v").
         vae: file or folder of an autoencoder to use in place of the base's own, such as sd-vae-ft-mse.
     Returns: LatentDiffusion, frozen and in eval mode.
     Raises: FileNotFoundError; InputError (a ValueError) if a file is broken or holds another kind of model.
@@ -74,21 +76,37 @@ def parse_adapter(adapter):
     """Split "path@2:0.6" into (Path("path"), multiplier 0.6, rank 2).
 
     Without them the multiplier is 1 and the rank None (all rows). What exists as a file or folder is a path, whatever
-    its name ends in. A folder stands for its adapter.safetensors.
+    its name ends in. A folder stands for the adapter in it (`adapter_file`).
+
+    Raises: InputError if what follows the path of a file that exists is no number.
     """
     path, multiplier, rank = str(adapter), 1.0, None
-    if not Path(path).exists() and ":" in path:
+    if not os.path.exists(path) and ":" in path:
         before, _, number = path.rpartition(":")
-        with contextlib.suppress(ValueError):  # the colon is part of the path
+        try:
             path, multiplier = before, float(number)
-    if not Path(path).exists() and (match := re.fullmatch(r"(.+)@(-?[0-9]+)", path)):
-        path, rank = match[1], int(match[2])
-    return (Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)), multiplier, rank
+        except ValueError:  # the colon is part of the path, or a mistake
+            if os.path.exists(before) or os.path.exists(before.rpartition("@")[0]):
+                problem = f"expected a number after the colon, got {number!r:.40}"
+                raise InputError(f"{adapter}: {problem}; write PATH:0.6") from None
+        if not math.isfinite(multiplier) or abs(multiplier) > MOST:
+            raise InputError(f"{adapter}: the multiplier must be within {MOST} of 0, got {number:.40}; write PATH:0.6")
+    if not os.path.exists(path) and "@" in path:
+        before, _, number = path.rpartition("@")
+        if re.fullmatch(r"-?[0-9]{1,9}", number):
+            path, rank = before, int(number)
+        elif os.path.exists(before):
+            raise InputError(f"{adapter}: expected a rank after the @, got {number!r:.40}; write PATH@2")
+    return adapter_file(path), multiplier, rank
 
 
-def split_multiplier(adapter):
-    """The path and the multiplier of `parse_adapter`."""
-    return parse_adapter(adapter)[:2]
+def whole_adapter(adapter):
+    """The path of `parse_adapter`, for a tool that takes an adapter as it is. Raises: InputError for a multiplier or a
+    rank, which would have no effect."""
+    path, multiplier, rank = parse_adapter(adapter)
+    if multiplier != 1 or rank is not None:
+        raise InputError(f"{adapter}: the adapter is taken as it is, without a multiplier or rank; give {path}")
+    return path
 
 
 def weights_folders():

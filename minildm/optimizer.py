@@ -42,7 +42,7 @@ class AdamW:
         if not isinstance(self.ages[i], tuple):
             rows = torch.full((parameter.shape[dim],), self.ages[i], dtype=torch.float64, device=parameter.device)
             self.ages[i] = (dim, rows)
-        self.ages[i][1][row] = 0
+        self.ages[i][1][row].zero_()  # "= 0" would copy the 0 to a GPU, and wait for it
         self.means[i].select(dim, row).zero_()
         self.squares[i].select(dim, row).zero_()
         self.restarted.append((parameter, row, dim))
@@ -121,12 +121,15 @@ def _scale(tensors, factors):
 
 
 class FusedAdamW:
-    """torch's own AdamW, one kernel a step, with the interface of `AdamW`: for full fine-tuning, where the two spare
-    copies of the weights that AdamW's passes hold would count."""
+    """torch's own AdamW, with the interface of `AdamW`: for full fine-tuning, where the two spare copies of the weights
+    that AdamW's passes hold would count. Parameters with the same factor share one pass over all of them."""
 
     def __init__(self, parameters, factors=None, weight_decay=0.0):
         self.parameters, self.factors = list(parameters), list(factors or [1.0] * len(parameters))
-        groups = [{"params": [p], "factor": f} for p, f in zip(self.parameters, self.factors)]
+        groups = [
+            {"params": [p for p, f in zip(self.parameters, self.factors) if f == factor], "factor": factor}
+            for factor in dict.fromkeys(self.factors)
+        ]
         self.torch = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
     def take_restarted(self):

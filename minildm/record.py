@@ -41,6 +41,7 @@ FORM = {  # what `read_record` expects: a type, several in a tuple, None; a list
     "adapters": [FILE | {"multiplier": NUMBER, "rank": (int, None)}],
     "prediction": str,
     "dtype": str,
+    "products": str,  # float32 where bfloat16 was slower (kernels.product_dtype), else as dtype
     "vae_dtype": str,  # float32 once the VAE has overflowed in half precision
     "compile": bool,
     "plain": bool,
@@ -87,8 +88,9 @@ class Request:
             "vae": None if vae_path is None else _describe_file(vae_path, model.vae_hash),
             "adapters": self.adapters,
             "prediction": model.config.schedule.prediction,
-            "dtype": _dtype(model.unet),
-            "vae_dtype": _dtype(model.vae),
+            "dtype": dtype_name(model.precision),
+            "products": dtype_name(model.dtype),
+            "vae_dtype": dtype_name(next(model.vae.parameters()).dtype),
             "compile": self.args.compile,
             "plain": self.args.plain,
             "batch": {"size": len(batch), "index": batch.index(image)},
@@ -109,8 +111,8 @@ def _describe_adapters(adapters, given):
     ]
 
 
-def _dtype(network):
-    return str(next(network.parameters()).dtype).removeprefix("torch.")
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def machine_of(device):

@@ -53,19 +53,31 @@ def leading_timesteps(schedule, steps):
     return [i * stride + offset for i in reversed(range(steps))], stride
 
 
+def spaced_timesteps(schedule, steps):
+    """The timesteps of ddim, ddpm and plms, descending, and the distance between them, as the schedule asks: "leading",
+    or for 50 of 1000 "trailing": 999, 979, ..., 19, or "linspace": 999, 979, ..., 20, 0 (Lin et al. 2023,
+    arXiv:2305.08891, section 3.3 and Table 2)."""
+    n = schedule.n_timesteps
+    if schedule.timestep_spacing == "trailing":
+        return [round(n - i * (n / steps)) - 1 for i in range(steps)], n // steps
+    if schedule.timestep_spacing == "linspace":
+        return [round((n - 1) * i / max(steps - 1, 1)) for i in reversed(range(steps))], n // steps
+    return leading_timesteps(schedule, steps)
+
+
 def starting_point(sampler, schedule, steps, skip=0, karras=False):
     """(t, alpha_bar) of a sampler's first network call after ``skip`` skipped ones: its timestep and noise level."""
     if sampler == "dpm++":
         timesteps, ratios = _karras_steps(schedule, steps) if karras else _linspace_steps(schedule, steps)
         return timesteps[skip], _alpha_and_sigma(ratios[skip])[0] ** 2
-    timesteps, _ = leading_timesteps(schedule, steps)
+    timesteps, _ = spaced_timesteps(schedule, steps)
     t = (_repeat_second(timesteps) if sampler == "plms" else timesteps)[skip]
     return t, schedule.alpha_bar[t]
 
 
 def ddim(denoise, latents, schedule, steps, sample_noise, skip=0, eta=0.0):
     """DDIM (Song et al. 2021, arXiv:2010.02502). ``eta`` 0 is deterministic; 1 adds as much noise as DDPM."""
-    timesteps, stride = leading_timesteps(schedule, steps)
+    timesteps, stride = spaced_timesteps(schedule, steps)
     for t in timesteps[skip:]:
         alpha_bar, alpha_bar_prev = schedule.alpha_bar[t], schedule.alpha_bar[max(t - stride, 0)]
         prediction = denoise(latents, t)
@@ -82,7 +94,7 @@ def ddim(denoise, latents, schedule, steps, sample_noise, skip=0, eta=0.0):
 def ddpm(denoise, latents, schedule, steps, sample_noise, skip=0):
     """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, Algorithm 2) on a subsequence of the timesteps (Nichol and
     Dhariwal 2021, arXiv:2102.09672, section 4), with the smaller of the paper's two variances and no clipping."""
-    timesteps, _ = leading_timesteps(schedule, steps)
+    timesteps, _ = spaced_timesteps(schedule, steps)
     for t, t_prev in list(zip(timesteps, [*timesteps[1:], None]))[skip:]:
         alpha_bar = schedule.alpha_bar[t]
         alpha_bar_prev = 1.0 if t_prev is None else schedule.alpha_bar[t_prev]  # the last step ends at zero noise
@@ -110,7 +122,7 @@ def plms(denoise, latents, schedule, steps, sample_noise=None, skip=0):
     warm-up's sake; if the list starts later, the warm-up still takes two calls for one step, so from then on every
     timestep is one step lower than the noise left in the latents, and a little of it remains. DDIM has no such fault.
     """
-    timesteps, stride = leading_timesteps(schedule, steps)
+    timesteps, stride = spaced_timesteps(schedule, steps)
 
     def ddim_step(t, latents, prediction):  # eta = 0
         alpha_bar, alpha_bar_prev = schedule.alpha_bar[t], schedule.alpha_bar[max(t - stride, 0)]
@@ -176,6 +188,8 @@ def _linspace_steps(schedule, steps):
     are 999, ..., 0, because the spacing of fewer steps would repeat 500."""
     last = schedule.n_timesteps - 1
     timesteps = [round(last * i / steps) if steps <= last else i - 1 for i in range(steps, 0, -1)]
+    if schedule.timestep_spacing == "trailing":
+        timesteps, _ = spaced_timesteps(schedule, steps)
     return timesteps, [_ratio(schedule.alpha_bar[t]) for t in timesteps] + [0.0]
 
 
@@ -195,6 +209,7 @@ def _karras_steps(schedule, steps, rho=7.0):
 
 
 def _ratio(alpha_bar):
+    alpha_bar = max(alpha_bar, 2**-24)  # at zero terminal SNR the last ratio would be infinite; diffusers' value
     return math.sqrt((1 - alpha_bar) / alpha_bar)
 
 

@@ -102,8 +102,9 @@ def choose_adapters(adapters, base):
     if not adapters and is_embedded(base) and EMBEDDED_ADAPTER.is_file():
         print("using the embedded base with its adapter for chest radiographs (--adapter none: without it)")
         return (str(EMBEDDED_ADAPTER),)
-    paths = [parse_adapter(adapter)[0] for adapter in adapters]
-    if absent := [path for path in paths if not path.is_file()]:
+    with naming("--adapter"):
+        paths = [parse_adapter(adapter)[0] for adapter in adapters]
+    if absent := [path for path in paths if not os.path.isfile(path)]:
         if (absent[0].parent / "model").is_dir():
             raise FileNotFoundError(
                 f"{absent[0].parent} is a run of full fine-tuning, which has no adapter; give --base "
@@ -203,7 +204,7 @@ def describe_image(image, negative, settings, model, adapters="", init_image=Non
         "Size": f"{settings.width}x{settings.height}",
         "Model": model_name(model.files.path),
         "Prediction": model.config.schedule.prediction,
-        "Precision": str(model.dtype).removeprefix("torch."),
+        "Precision": str(model.precision).removeprefix("torch."),
     }
     if model.vae_hash:  # the web UI's names
         pairs |= {"VAE hash": model.vae_hash[:10], "VAE": model.files.vae_path.absolute().name}
@@ -221,3 +222,13 @@ def model_name(path):
     path = Path(os.path.abspath(path))  # for "." and ".."; a link keeps its own name
     known = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
     return path.stem if known and not path.is_dir() else path.name
+
+
+def float32_wanted(model, recorded):
+    """Whether products of a model in bfloat16 are to be computed in float32. ``recorded``: the dtype they were computed
+    in before ("float32", "bfloat16"), which is kept; None: what is faster here."""
+    from minildm import kernels
+
+    if recorded is None:
+        return kernels.float32_is_faster(model.dtype, model.device)
+    return recorded == "float32" and kernels.is_bfloat16_on_cpu(model.dtype, model.device)

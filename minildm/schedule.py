@@ -19,12 +19,27 @@ class NoiseSchedule:
     CPU. To see the values of those on a GPU, the CPU would have to wait for it.
     """
 
-    def __init__(self, prediction="epsilon", n_timesteps=1000, beta_start=0.00085, beta_end=0.012):
-        ScheduleConfig(n_timesteps, beta_start, beta_end, prediction)  # checks the values
-        self.prediction = prediction
+    def __init__(
+        self,
+        prediction="epsilon",
+        n_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        zero_terminal_snr=False,
+        timestep_spacing="leading",
+    ):
+        ScheduleConfig(  # checks the values
+            n_timesteps, beta_start, beta_end, prediction, beta_schedule, zero_terminal_snr, timestep_spacing
+        )
+        self.prediction, self.timestep_spacing = prediction, timestep_spacing
         # "scaled_linear": the square roots are evenly spaced (CompVis latent-diffusion, make_beta_schedule "linear")
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, n_timesteps, dtype=torch.float64) ** 2
+        power = 0.5 if beta_schedule == "scaled_linear" else 1
+        betas = torch.linspace(beta_start**power, beta_end**power, n_timesteps, dtype=torch.float64) ** (1 / power)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if zero_terminal_snr:
+            alphas_cumprod = _rescale_to_zero_snr(alphas_cumprod)
+            betas = 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
         self.betas, self.alphas_cumprod = betas.float(), alphas_cumprod.float()
         self.alpha_bar = alphas_cumprod.tolist()
         self._tables = {torch.device("cpu"): (self.betas, self.alphas_cumprod)}  # `_at` adds copies on other devices
@@ -105,3 +120,11 @@ class NoiseSchedule:
         # Copying to a GPU need not wait for the GPU's work in progress; copying from it must.
         alpha_bar = alpha_bar.to(latents.device, non_blocking=latents.device.type == "cuda").view(-1, 1, 1, 1)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def _rescale_to_zero_snr(alphas_cumprod):
+    """Shift and stretch sqrt(alpha_bar) so that the last is 0 and the first stays. Lin et al. 2023, arXiv:2305.08891,
+    Algorithm 1."""
+    signal = alphas_cumprod.sqrt()
+    first, last = signal[0], signal[-1]
+    return ((signal - last) * first / (first - last)) ** 2

@@ -81,10 +81,17 @@ def check(field, value):
     limits = {rule: rules[rule] for rule in tests if rules[rule] is not None}
     if not limits:
         return
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)  # also NumPy's
-    if not is_number or not all(tests[rule][1](value, limit) for rule, limit in limits.items()):
+    if not is_finite_number(value) or not all(tests[rule][1](value, limit) for rule, limit in limits.items()):
         wanted = " and ".join(f"{tests[rule][0]} {limit:g}" for rule, limit in limits.items())
         raise InputError(f"{flag(field.name)} must be a number {wanted}, got {value}")
+
+
+def is_finite_number(value):
+    """Whether ``value`` is a number, also NumPy's, that a float can hold: no bool, no NaN, no 10**400."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

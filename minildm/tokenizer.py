@@ -33,11 +33,24 @@ def _byte_pair_encoder():
     return module._tokenizer  # the one built on import; another would take 0.2 s
 
 
+@functools.cache
+def merges():
+    """CLIP's merges in their order, each "a b"."""
+    ranks = _byte_pair_encoder().bpe_ranks
+    return [" ".join(pair) for pair in sorted(ranks, key=ranks.get)]
+
+
+@functools.cache
+def vocabulary():
+    """{token: id} of CLIP's 49,408 tokens, in order."""
+    ids = _byte_pair_encoder().encoder
+    ours = sorted(ids, key=ids.get)[:BEGIN]  # open_clip has other names for the last two
+    tokens = [*ours, "<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}
+
+
 def vocabulary_files(pad_token_id=END):
     """{file name: text} of the files from which transformers builds this tokenizer."""
-    encoder = _byte_pair_encoder()
-    merges = [" ".join(pair) for pair in sorted(encoder.bpe_ranks, key=encoder.bpe_ranks.get)]
-    tokens = [*sorted(encoder.encoder, key=encoder.encoder.get)[:BEGIN], "<|startoftext|>", "<|endoftext|>"]
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -46,8 +59,8 @@ def vocabulary_files(pad_token_id=END):
     }
     about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "do_lower_case": True}
     return {
-        "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}),
-        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+        "vocab.json": json.dumps(vocabulary()),
+        "merges.txt": "\n".join(["#version: 0.2", *merges()]) + "\n",
         "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(about | special, indent=2) + "\n",
     }

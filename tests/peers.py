@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minildm import checkpoint
-from minildm.checkpoint import folder, writing
-from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minildm.checkpoint import config_json, writing
+from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.latent_diffusion import LatentDiffusion
 from minildm.text_encoder import TextEncoder
 from minildm.unet import UNet
@@ -125,12 +125,28 @@ SD15_SCHEDULER = {
 }
 
 
+SD21 = ModelConfig(
+    UNetConfig(n_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True, latent_size=96),
+    VAEConfig(),
+    TextEncoderConfig(1024, 23, 16, 4096, "gelu"),
+    ScheduleConfig(prediction="v"),
+    0,
+)
+
+
 def assert_says(error, *parts):
     """Assert that an error is one line and contains every part."""
     message = str(error.value if hasattr(error, "value") else error)
     assert "\n" not in message, message
     for part in parts:
         assert str(part) in message, f"{part!r} is not in: {message}"
+
+
+def assert_equal_weights(loaded, model):
+    """Assert that two models have the same parameters, to the bit."""
+    ours, theirs = loaded.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
 
 
 def noise(*shape, seed=0):
@@ -250,19 +266,19 @@ def diffusers_unet(unet, document=None):
     """diffusers' U-Net with the same config (or a published one, ``document``) around the same tensors."""
     from diffusers import UNet2DConditionModel
 
-    return _peer(lambda: UNet2DConditionModel.from_config(document or folder.unet_to_json(unet.config)), unet)
+    return _peer(lambda: UNet2DConditionModel.from_config(document or config_json.unet_to_json(unet.config)), unet)
 
 
 def diffusers_vae(vae, document=None):
     from diffusers import AutoencoderKL
 
-    return _peer(lambda: AutoencoderKL.from_config(document or folder.vae_to_json(vae.config)), vae)
+    return _peer(lambda: AutoencoderKL.from_config(document or config_json.vae_to_json(vae.config)), vae)
 
 
 def transformers_text_encoder(text_encoder, document=None):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    document = document or folder.text_encoder_to_json(text_encoder.config)
+    document = document or config_json.text_encoder_to_json(text_encoder.config)
     return _peer(
         lambda: CLIPTextModel(CLIPTextConfig(**{k: v for k, v in document.items() if k != "architectures"})),
         text_encoder,
@@ -345,6 +361,32 @@ def write_single_file(model, path, dtype=torch.float32, extras=True):
 def write_folder(model, path, dtype=torch.float32):
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
     checkpoint.save_folder(networks, model.config, path, dtype)
+    return path
+
+
+def published(config, path, dtype="F16", metadata=None, rename=lambda name: name, extra=()):
+    """A file with the header of a published checkpoint and no data: whoever reads a tensor fails."""
+    networks = checkpoint.build_networks(config)
+    lazy = {
+        name: {
+            key: writing.LazyTensor(torch.float16, tuple(value.shape), None)
+            for key, value in module.state_dict().items()
+        }
+        for name, module in networks.items()
+    }
+    header, at = {"__metadata__": metadata or {}}, 0
+    size = 2 if dtype == "F16" else 4
+    for name, shape in [
+        *((k, v.shape) for k, v in writing.single_file_tensors(lazy, config, networks).items()),
+        *extra,
+    ]:
+        end = at + size * torch.Size(shape).numel()
+        header[rename(name)] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)  # sparse: takes no space
     return path
 
 

@@ -32,7 +32,7 @@ from minildm.checkpoint import build_networks
 from minildm.config import ModelConfig, UNetConfig
 from minildm.errors import InputError
 from minildm.latent_diffusion import LatentDiffusion
-from minildm.loading import split_multiplier
+from minildm.loading import parse_adapter
 
 
 @pytest.fixture
@@ -319,10 +319,11 @@ def test_the_expected_criterion_is_the_mean_over_rows(model, batch):
 
 
 def probed(layer, expansion, x, dy, expected=False):
-    """The score of a layer after one backward."""
+    """(original, expanded) of a layer after one backward: means over the samples."""
     probe = LayerProbe(layer, expansion, torch.zeros(3, dtype=torch.float64), expected, batch_size=None)
     probe.add(x, dy)
-    return probe.score()
+    original, added, count = probe.sums.tolist()
+    return original / count, (original + added) / count
 
 
 @pytest.mark.parametrize("expected", [False, True])
@@ -442,8 +443,8 @@ def test_a_multiplier_scales_and_adapters_stack(model, tmp_path):
     merge_file(at_once, tmp_path / "a.safetensors", 0.75)
     for name, tensor in at_once.state_dict().items():
         torch.testing.assert_close(twice.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
-    assert split_multiplier("runs/a:0.6") == (Path("runs/a"), 0.6)
-    assert split_multiplier(tmp_path) == (tmp_path / "adapter.safetensors", 1.0)
+    assert parse_adapter("runs/a:0.6") == (Path("runs/a"), 0.6, None)
+    assert parse_adapter(tmp_path) == (tmp_path / "adapter.safetensors", 1.0, None)
 
 
 def test_files_that_do_not_fit_are_refused_and_change_nothing(model, tmp_path):

@@ -15,7 +15,7 @@ from minildm import sampling
 from minildm.adapters import adapter_layers, add_adapter, merge_adapter, merge_file, save_adapter
 from minildm.adapters.dylora import DyLoRA, RowAdamW, at_rank, curve_ranks
 from minildm.errors import InputError
-from minildm.loading import parse_adapter, split_multiplier
+from minildm.loading import parse_adapter
 from minildm.training.finetune import Finetuning
 from minildm.training.loop import train_step
 from minildm.training.state import State
@@ -303,7 +303,6 @@ def test_a_rank_above_a_layers_width_is_an_error(tmp_path):
 )
 def test_an_adapters_text_is_split_into_path_multiplier_and_rank(text, expected):
     assert parse_adapter(text) == (Path(expected[0]), *expected[1:])
-    assert split_multiplier(text) == (Path(expected[0]), expected[1])
 
 
 def test_what_exists_is_a_path_whatever_its_name_ends_in(tmp_path):
@@ -313,6 +312,32 @@ def test_what_exists_is_a_path_whatever_its_name_ends_in(tmp_path):
     assert parse_adapter(f"{tmp_path}/run@2@1:0.6") == (tmp_path / "run@2" / "adapter.safetensors", 0.6, 1)
     assert parse_adapter(f"{tmp_path}/run@2:0.6") == (tmp_path / "run@2" / "adapter.safetensors", 0.6, None)
     assert parse_adapter(f"{tmp_path}/run@4:0.6") == (tmp_path / "run", 0.6, 4)
+
+
+@pytest.mark.parametrize(
+    ("ending", "says"),
+    [
+        (":abc", "a number after the colon, got 'abc'"),
+        (":", "a number after the colon, got ''"),
+        ("@2:x", "a number after the colon, got 'x'"),
+        (":nan", "within 1000 of 0, got nan"),
+        (":1e9", "within 1000 of 0, got 1e9"),
+        (":-1e400", "within 1000 of 0, got -1e400"),
+        ("@", "a rank after the @, got ''"),
+        ("@2.5", "a rank after the @, got '2.5'"),
+        ("@" + "9" * 5000, "a rank after the @, got '999"),
+    ],
+)
+def test_what_follows_a_file_that_exists_is_a_number_or_an_error(ending, says, tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(InputError) as error:
+        parse_adapter(f"{tmp_path}/a{ending}")
+    assert_says(error, f"{tmp_path}/a{ending}"[:80], says)
+
+
+def test_a_name_that_no_file_can_have_is_a_path():
+    for name in ("x" * 300, "a\0b", "x" * 300 + ":0.5"):
+        assert not parse_adapter(name)[0].name.endswith("0.5")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from peers import assert_says, noise, relative_error
 from safetensors.torch import save_file
 
 import minildm
-from minildm.checkpoint import autoencoder, folder, single_file
+from minildm.checkpoint import autoencoder, config_json, single_file
 from minildm.config import ModelConfig, VAEConfig
 from minildm.errors import InputError
 
@@ -112,7 +112,7 @@ def write(state, path):
 
 def write_config(path, config=OTHER, **changes):
     path.mkdir(parents=True, exist_ok=True)
-    document = {name: value for name, value in (folder.vae_to_json(config) | changes).items() if value is not ...}
+    document = {name: value for name, value in (config_json.vae_to_json(config) | changes).items() if value is not ...}
     (path / "config.json").write_text(json.dumps(document))
     return path
 
@@ -219,12 +219,12 @@ def test_the_hash_is_the_files_and_none_without(vae, base, tmp_path):
         ({"use_quant_conv": False}, ("use_quant_conv",)),
         ({"_class_name": "AutoencoderTiny"}, ("AutoencoderTiny", "AutoencoderKL")),
         ({"scaling_factor": 0}, ("scaling_factor", "positive")),
-        ({"scaling_factor": "big"}, ("config.json", "wrong kind")),
-        ({"scaling_factor": None}, ("config.json", "wrong kind")),
+        ({"scaling_factor": "big"}, ("config.json", "scaling_factor is 'big', expected a number")),
+        ({"scaling_factor": None}, ("config.json", "scaling_factor is None, expected a number")),
         ({"block_out_channels": ...}, ("config.json", "block_out_channels")),
         ({"block_out_channels": [32, 64, 64]}, ("4 levels",)),
         ({"block_out_channels": [32, 32, 64, 64]}, ("do not match", "of another shape", "encoder.down_blocks.1")),
-        ({"layers_per_block": 1}, ("do not match", "not used by the model", "resnets.1")),
+        ({"layers_per_block": 1}, ("do not match", "not used by the model", "resnets.2")),
         ({"layers_per_block": 3}, ("do not match", "missing")),
     ],
 )

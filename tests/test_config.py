@@ -9,33 +9,33 @@ import peers
 import pytest
 from peers import assert_says
 
-from minildm.checkpoint import folder
+from minildm.checkpoint import config_json
 from minildm.config import ModelConfig, SamplingSettings, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
 from minildm.samplers import SAMPLERS
 
 READERS = {
-    "unet": (folder.unet_from_json, folder.unet_to_json),
-    "vae": (folder.vae_from_json, folder.vae_to_json),
-    "text_encoder": (folder.text_encoder_from_json, folder.text_encoder_to_json),
-    "schedule": (folder.schedule_from_json, folder.schedule_to_json),
+    "unet": (config_json.unet_from_json, config_json.unet_to_json),
+    "vae": (config_json.vae_from_json, config_json.vae_to_json),
+    "text_encoder": (config_json.text_encoder_from_json, config_json.text_encoder_to_json),
+    "schedule": (config_json.schedule_from_json, config_json.schedule_to_json),
 }
 
 
 def test_the_defaults_are_sd_15_as_published():
-    assert folder.unet_from_json(peers.SD15_UNET) == UNetConfig()
-    assert folder.vae_from_json(peers.SD15_VAE) == VAEConfig()
-    assert folder.text_encoder_from_json(peers.SD15_TEXT) == TextEncoderConfig()
-    assert folder.schedule_from_json(peers.SD15_SCHEDULER) == ScheduleConfig()
+    assert config_json.unet_from_json(peers.SD15_UNET) == UNetConfig()
+    assert config_json.vae_from_json(peers.SD15_VAE) == VAEConfig()
+    assert config_json.text_encoder_from_json(peers.SD15_TEXT) == TextEncoderConfig()
+    assert config_json.schedule_from_json(peers.SD15_SCHEDULER) == ScheduleConfig()
     assert ModelConfig().image_size == 512
 
 
 def test_sd_21_is_read_as_published():
-    unet = folder.unet_from_json(peers.SD21_UNET)
+    unet = config_json.unet_from_json(peers.SD21_UNET)
     assert unet == UNetConfig(n_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True, latent_size=96)
     assert [width // heads for width, heads in zip(unet.widths, unet.n_heads)] == [64] * 4
-    assert folder.text_encoder_from_json(peers.SD21_TEXT) == TextEncoderConfig(1024, 23, 16, 4096, "gelu")
-    schedule = folder.schedule_from_json(peers.SD15_SCHEDULER | {"prediction_type": "v_prediction"})
+    assert config_json.text_encoder_from_json(peers.SD21_TEXT) == TextEncoderConfig(1024, 23, 16, 4096, "gelu")
+    schedule = config_json.schedule_from_json(peers.SD15_SCHEDULER | {"prediction_type": "v_prediction"})
     assert schedule == ScheduleConfig(prediction="v")
 
 
@@ -50,18 +50,16 @@ def test_a_config_survives_a_round_trip_through_json(network, config):
 
 
 def test_the_number_of_heads_is_read_under_both_of_its_names():
-    document = folder.unet_to_json(UNetConfig.tiny())
+    document = config_json.unet_to_json(UNetConfig.tiny())
     del document["attention_head_dim"]
-    assert folder.unet_from_json(document | {"num_attention_heads": 2}).n_heads == (2, 2)
-    assert folder.unet_from_json(document | {"num_attention_heads": None, "attention_head_dim": [4, 8]}).n_heads == (
-        4,
-        8,
-    )
+    assert config_json.unet_from_json(document | {"num_attention_heads": 2}).n_heads == (2, 2)
+    both = document | {"num_attention_heads": None, "attention_head_dim": [4, 8]}
+    assert config_json.unet_from_json(both).n_heads == (4, 8)
 
 
 @pytest.mark.parametrize(
     "fixed, network",
-    [(folder.UNET_FIXED, "unet"), (folder.VAE_FIXED, "vae"), (folder.SCHEDULE_FIXED, "schedule")],
+    [(config_json.UNET_FIXED, "unet"), (config_json.VAE_FIXED, "vae"), (config_json.SCHEDULE_FIXED, "schedule")],
     ids=["unet", "vae", "schedule"],
 )
 def test_any_other_value_of_a_fixed_key_is_refused_by_name(fixed, network):

@@ -27,6 +27,7 @@ from minildm.loading import find_base, find_weights
 from minildm.metrics import extractors
 from minildm.metrics.inception import WEIGHTS_NAME
 from minildm.published import CATALOGUE, DIFFUSERS_FILES, SHA256
+from minildm.tokenizer import vocabulary_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SD15 = "v1-5-pruned-emaonly.safetensors"
@@ -114,6 +115,7 @@ def test_what_is_fetched_as_a_folder_loads_and_predicts_v_without_a_flag(hub, tm
     state = {path: (folder / path).read_bytes() for path in DIFFUSERS_FILES if (folder / path).is_file()}
     scheduler = json.loads(state["scheduler/scheduler_config.json"]) | {"prediction_type": "v_prediction"}
     state["scheduler/scheduler_config.json"] = json.dumps(scheduler).encode()
+    state |= {f"tokenizer/{name}": text.encode() for name, text in vocabulary_files(pad_token_id=0).items()}
     hub.repositories[SD21] = {path: state.get(path, b"{}") for path in DIFFUSERS_FILES}
     hub.repositories[SD21]["unet/diffusion_pytorch_model.fp16.safetensors"] = b"not asked for"
     assert main(["fetch", "sd21"]) == 0

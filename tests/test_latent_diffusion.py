@@ -411,22 +411,6 @@ def test_non_finite_latents_are_an_error():
     assert model.vae.post_quant_conv.weight.dtype == torch.bfloat16  # the VAE was not converted in vain
 
 
-def test_the_denoising_loop_is_compiled_once():
-    """The U-Net gets its timesteps as a tensor; each Python integer would be compiled anew."""
-    model = peers.random_model(ModelConfig.tiny(), seed=4)
-    programs = []
-
-    def count(graph, inputs):
-        programs.append(graph)
-        return graph.forward
-
-    before = model.sample(["a"], steps=12, output="latent")
-    torch.compiler.reset()
-    model.unet.compile(backend=count)
-    assert torch.equal(model.sample(["a"], steps=12, output="latent"), before)
-    assert len(programs) == 1
-
-
 def first_timestep(model, monkeypatch, **options):
     """(the first timestep the U-Net sees, the warnings)."""
     seen, forward = [], model.unet.forward

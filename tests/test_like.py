@@ -15,11 +15,12 @@ from PIL import Image
 from test_sample_command import ROOT, sample_py
 
 import minildm
+from minildm import kernels
 from minildm.adapters import add_adapter, save_adapter
 from minildm.config import ModelConfig
 from minildm.errors import InputError
 from minildm.files import sha256
-from minildm.images import FROM_IMAGE, RECORD, SYNTHETIC, parameters_text, save_png
+from minildm.images import FROM_IMAGE, RECORD, SYNTHETIC, parameters_text, read_text, save_png
 from minildm.record import FORM, read_record
 
 QUICK = ["--steps", "2", "--sampler", "dpm++"]
@@ -154,6 +155,7 @@ def test_the_number_of_threads_is_as_it_was(folder, tmp_path):
 def test_a_vae_that_had_overflowed_decodes_in_float32_at_once(folder, tmp_path, monkeypatch):
     """A batch overflows, those after it are decoded in float32; made again alone, nothing would overflow."""
     load = minildm.loading.load
+    monkeypatch.setattr(kernels, "float32_is_faster", lambda *_: False)
     monkeypatch.setattr(minildm.loading, "load", lambda *a: half_after_overflow(load(*a), overflowed))
     overflowed = True
     path = make(folder, tmp_path / "out", "a", "--dtype", "bfloat16")
@@ -162,6 +164,21 @@ def test_a_vae_that_had_overflowed_decodes_in_float32_at_once(folder, tmp_path, 
     assert np.array_equal(pixels(run(tmp_path / "again", "--like", path)), pixels(path))
     other = edit_record(path, lambda record: record | {"vae_dtype": "bfloat16"})
     assert not np.array_equal(pixels(run(tmp_path / "other", "--like", other)), pixels(path))
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_products_in_float32_are_recorded_and_kept_whatever_is_faster_later(folder, tmp_path, monkeypatch, faster):
+    monkeypatch.setattr(kernels, "float32_is_faster", lambda dtype, device: faster)
+    path = make(folder, tmp_path / "out", "a", "--dtype", "bfloat16")
+    record = read_record(path)
+    assert record["dtype"] == "bfloat16" and record["products"] == ("float32" if faster else "bfloat16")
+    assert "Precision: bfloat16" in read_text(path)["parameters"]
+    monkeypatch.setattr(kernels, "float32_is_faster", lambda dtype, device: not faster)
+    assert np.array_equal(pixels(run(tmp_path / "again", "--like", path)), pixels(path))
+    plain = read_record(run(tmp_path / "plain", "--like", path, "--plain"))
+    assert plain["products"] == "bfloat16"
+    other = read_record(run(tmp_path / "float32", "--like", path, "--dtype", "float32"))
+    assert other["dtype"] == other["products"] == "float32"
 
 
 def half_after_overflow(model, overflowed):

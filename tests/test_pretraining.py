@@ -25,8 +25,7 @@ from torch.distributions import Normal, kl_divergence
 import minildm
 from minildm import __main__ as command_line
 from minildm import config as configs
-from minildm.checkpoint import NETWORKS
-from minildm.checkpoint import folder as diffusers_folder
+from minildm.checkpoint import NETWORKS, config_json
 from minildm.config import ModelConfig
 from minildm.data.cache import CachedLatents
 from minildm.data.reading import Transform
@@ -877,10 +876,10 @@ def test_the_large_shapes_are_the_published_ones():
         ("sd15", peers.SD15_UNET, peers.SD15_TEXT, "epsilon"),
         ("sd21", peers.SD21_UNET, peers.SD21_TEXT, "v"),
     ):
-        shape, published = SHAPES[name], diffusers_folder.unet_from_json(unet)
+        shape, published = SHAPES[name], config_json.unet_from_json(unet)
         assert shape.unet == dataclasses.replace(published, latent_size=shape.unet.latent_size)  # it follows --size
-        assert shape.text_encoder == diffusers_folder.text_encoder_from_json(text)
-        assert shape.vae == diffusers_folder.vae_from_json(peers.SD15_VAE)
+        assert shape.text_encoder == config_json.text_encoder_from_json(text)
+        assert shape.vae == config_json.vae_from_json(peers.SD15_VAE)
         assert shape.schedule.prediction == prediction
 
 

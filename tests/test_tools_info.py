@@ -10,46 +10,16 @@ from peers import assert_says, edit_json
 from safetensors.torch import load_file, save_file
 
 from minildm.__main__ import main
-from minildm.checkpoint import build_networks
 from minildm.checkpoint.folder import vae_to_json
-from minildm.checkpoint.writing import LazyTensor, single_file_tensors
-from minildm.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minildm.config import ModelConfig, VAEConfig
 from minildm.errors import InputError
 from minildm.tools.info import inspect, shown_metadata
-
-SD21 = ModelConfig(
-    UNetConfig(n_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True, latent_size=96),
-    VAEConfig(),
-    TextEncoderConfig(1024, 23, 16, 4096, "gelu"),
-    ScheduleConfig(prediction="v"),
-    0,
-)
-
-
-def published(config, path, dtype="F16", metadata=None, rename=lambda name: name, extra=()):
-    """A file with the header of a published checkpoint and no data: whoever reads a tensor fails."""
-    networks = build_networks(config)
-    lazy = {
-        name: {key: LazyTensor(torch.float16, tuple(value.shape), None) for key, value in module.state_dict().items()}
-        for name, module in networks.items()
-    }
-    header, at = {"__metadata__": metadata or {}}, 0
-    size = 2 if dtype == "F16" else 4
-    for name, shape in [*((k, v.shape) for k, v in single_file_tensors(lazy, config, networks).items()), *extra]:
-        end = at + size * torch.Size(shape).numel()
-        header[rename(name)] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)  # sparse: takes no space
-    return path
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 def test_a_published_sd15_file(tmp_path, capsys):
     ema = [("model_ema.decay", ()), ("model_ema.diffusion_modelout2bias", (4,))]
-    path = published(ModelConfig(), tmp_path / "v1-5.safetensors", "F32", extra=ema)
+    path = peers.published(ModelConfig(), tmp_path / "v1-5.safetensors", "F32", extra=ema)
     report = inspect(path)
     assert report["architecture"] == "Stable Diffusion v1.x" and report["layout"] == "single file"
     assert {name: size["parameters"] for name, size in report["networks"].items()} == {
@@ -81,7 +51,7 @@ def test_a_published_sd15_file(tmp_path, capsys):
     ],
 )
 def test_a_published_sd21_file_and_where_its_prediction_is_known_from(metadata, prediction, source, size, tmp_path):
-    report = inspect(published(SD21, tmp_path / "v2-1.safetensors", metadata=metadata))
+    report = inspect(peers.published(peers.SD21, tmp_path / "v2-1.safetensors", metadata=metadata))
     assert report["architecture"] == "Stable Diffusion v2.x"
     assert report["networks"]["unet"] == {"parameters": 865_910_724, "precision": {"float16": 865_910_724}}
     assert report["networks"]["text_encoder"]["parameters"] == 340_387_840

@@ -211,7 +211,7 @@ def test_the_command_says_what_it_wrote_and_what_to_type_next(place, tmp_path, c
         (["{v1}-none", "--out", "{tmp}/o"], ("no such adapter",)),
         (["{a}:nan", "--out", "{tmp}/o"], ("multiplier",)),
         (["{a}@2", "--out", "{tmp}/o"], ("one rank only", "@2")),
-        (["{a2}", "--out", "{tmp}/o"], ("adapter-v2", "proj_in")),
+        (["{a2}", "--out", "{tmp}/o"], ("adapter-v2", "another base")),
         (["{a}", "--base", "{a}", "--out", "{tmp}/o"], ("an adapter (LoRA)",)),
         (["{a}", "--base", "{tmp}/none", "--out", "{tmp}/o"], ("no such base model",)),
         (["{a}", "--out", "{tmp}/o.ckpt"], ("--out", "safetensors", "suffix")),

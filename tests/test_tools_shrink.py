@@ -148,6 +148,8 @@ def test_the_command_reports_each_network_and_names_its_file(adapter, capsys):
     [
         (["{a}"], ("--rank N or --energy",)),
         (["{a}", "--rank", "2", "--energy", "0.5"], ("--rank N or --energy",)),
+        (["{a}:0.5", "--rank", "1"], (":0.5", "as it is")),
+        (["{a}@1", "--rank", "1"], ("@1", "as it is")),
         (["{a}", "--energy", "0"], ("--energy", "above 0")),
         (["{a}", "--energy", "1.5"], ("--energy", "at most 1", "1.5")),
         (["{a}", "--energy", "nan"], ("--energy", "nan")),

@@ -18,11 +18,12 @@ from made_runs import small_model
 from peers import assert_says, edit_json, write_folder
 
 import train
-from minildm import load
+from minildm import kernels, load
 from minildm.adapters import METHODS, add_adapter, save_adapter
 from minildm.data.cache import weights_fingerprint
 from minildm.errors import InputError
 from minildm.images import read_parameters
+from minildm.training import loop
 from minildm.training.command_line import parse
 from minildm.training.config import PRESETS, TrainingConfig
 from minildm.training.run import Run, read_record
@@ -539,3 +540,37 @@ def test_the_forecast_of_full_fine_tuning_at_full_size_is_within_15_percent_of_t
 def free_gb():
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024 / 1e9
+
+
+def test_products_in_float32_are_stored_and_kept_whatever_is_faster_later(place, tmp_path, monkeypatch):
+    """A run in bfloat16, interrupted and resumed on a machine that would choose otherwise."""
+
+    def begin(name, faster, steps, *resume):
+        monkeypatch.setattr(kernels, "float32_is_faster", lambda dtype, device: faster)
+        monkeypatch.setattr(loop, "train_step", stopping(steps))
+        arguments = resume or (
+            *flags(place, dtype="bfloat16", steps=2, sample_interval=0),
+            "--out",
+            str(tmp_path / name),
+        )
+        assert train.main([*arguments]) == 0
+        return tmp_path / name
+
+    ordinary = loop.train_step
+
+    def stopping(at):
+        def step(state, *arguments):
+            if state.step == at:
+                signal.raise_signal(signal.SIGINT)
+            return ordinary(state, *arguments)
+
+        return step
+
+    whole, half = begin("whole", True, None), begin("half", False, None)
+    assert read_record(whole)["found"]["products"] == "float32" and read_record(half)["found"]["products"] is None
+    with pytest.raises(KeyboardInterrupt):
+        begin("again", True, 1)
+    again = begin("again", False, None, "--resume", str(tmp_path / "again"))
+    ours, theirs, other = (weights(run)["trained"] for run in (again, whole, half))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not all(torch.equal(ours[name], other[name]) for name in other)

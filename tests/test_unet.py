@@ -189,7 +189,7 @@ def test_gradients_reach_every_parameter_and_match_diffusers():
 def test_full_size_parameters_are_those_of_diffusers(document, size):
     from diffusers import UNet2DConditionModel
 
-    from minildm.checkpoint.folder import unet_from_json
+    from minildm.checkpoint.config_json import unet_from_json
 
     with torch.device("meta"):
         ours, theirs = UNet(unet_from_json(document)), UNet2DConditionModel.from_config(document)

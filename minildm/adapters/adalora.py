@@ -70,10 +70,10 @@ class AdaLoRALinear(LoRALinear):
     def n_parameters(self):
         return self.rank * (self.base.in_features + self.base.out_features + 1)
 
-    def freeze(self, kept):
-        """Keep the triplets where ``kept`` (init_rank,) is True, and no others, from now on."""
+    def freeze(self, kept, rank):
+        """Keep the ``rank`` triplets where ``kept`` (init_rank,) is True, and no others, from now on."""
         self.mask.copy_(kept[:, None])
-        self.rank = int(kept.sum())
+        self.rank = rank
 
 
 class Importance:
@@ -205,8 +205,8 @@ class AdaLoRA(LoRA):
 
     def freeze(self, kept):
         """Begin the final phase: the mask ``kept`` (layers, init_rank) stays."""
-        for layer, row in zip(self.layers.values(), kept):
-            layer.freeze(row)
+        for layer, row, rank in zip(self.layers.values(), kept, kept.sum(1).tolist()):
+            layer.freeze(row, rank)
         self.frozen, self.importance = True, None
 
     def may_be_best(self, step):

@@ -1,136 +1,56 @@
-"""Adapter files: our own format, and merging one into a model.
+"""The live adapter to a file, and a file into a model: what reading.py and writing.py are for."""
 
-A safetensors file with ``<module path>.lora_A`` (rank, in) and ``.lora_B`` (out, rank), float32, and one metadata
-entry ``minildm``: a JSON object with the kind, the scale, ranks by path, the base's hash and what else the caller
-gives. Never captions or tags: they may be patient text.
-"""
-
-import json
-import math
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import nn
 
 from minildm.adapters.inject import adapter_layers
+from minildm.adapters.reading import FAMILIES, Factors, context_width, read_adapter
+from minildm.adapters.writing import check_format, write_adapter
 from minildm.errors import InputError
-from minildm.files import sha256, written_beside
+from minildm.files import sha256
+from minildm.settings import is_finite_number
 
-FORMAT = 1
 NESTED = ("dylora",)  # kinds of which the first rows are an adapter, too
 
 
-class Factors(NamedTuple):
-    """A layer's change of the weights, dW = scale B A."""
-
-    A: torch.Tensor  # (rank, in)
-    B: torch.Tensor  # (out, rank)
-    scale: float
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What an adapter file holds."""
-
-    path: Path
-    dialect: str  # whose names it has
-    kind: str  # the method that trained it
-    factors: dict[str, Factors]  # by module path
-    about: dict  # what else the file says about itself
-
-
 def save_adapter(model, path, format="native", settings=None):
-    """Write the live adapter. ``settings``: a dict to record beside it (steps, learning rate, seed, ...).
+    """Write the live adapter.
 
+    Args: format: "native", "kohya" (ComfyUI, A1111 and others) or "diffusers", see writing.py. settings: a dict to
+        record beside it in native files (steps, learning rate, seed, ...).
     Raises: InputError if the model has no live adapter, or for another format.
     """
-    if format != "native":
-        raise InputError(f"adapter format must be 'native', got {format!r}")
+    check_format(format)
     layers = adapter_layers(model)
     if not layers:
         raise InputError("the model has no live adapter to save; add_adapter(model) first")
     ((kind, scale),) = {(layer.kind, layer.scale) for layer in layers.values()}
     about = {"base": model.base_hash if model.files else None, "on_top_of": model.merged, "settings": settings or {}}
-    write_native({name: Factors(*layer.factors(), scale) for name, layer in layers.items()}, path, kind, about)
-
-
-def write_native(factors, path, kind, about):
-    """Write {module path: Factors}, all of one scale. ``about``: {"base": ..., "on_top_of": ..., "settings": ...}."""
-    (scale,) = {entry.scale for entry in factors.values()}
-    tensors = {
-        f"{name}.lora_{letter}": factor.cpu().contiguous()
-        for name, entry in factors.items()
-        for letter, factor in zip("AB", entry)
-    }
-    ranks = {name: len(entry.A) for name, entry in factors.items()}
-    metadata = {"format": FORMAT, "kind": kind, "scale": scale, "ranks": ranks} | about
-    with written_beside(path) as beside:
-        save_file(tensors, beside, metadata={"minildm": json.dumps(metadata)})
-
-
-def read_adapter(path):
-    """The Adapter of a file.
-
-    Raises: FileNotFoundError; InputError for a file that is no whole adapter, or holds numbers that are not finite.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such adapter: {path}; give PATH[@RANK][:MULTIPLIER] of a file or a run folder")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("minildm", "null"))
-            names = list(file.keys())
-            if not isinstance(about, dict) or "scale" not in about:  # a checkpoint, too: not read for that
-                raise InputError(
-                    f"{path} is not an adapter in minildm's format (no such metadata); its tensors: "
-                    f"{', '.join(sorted(names)[:2])}, ..."
-                )
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error})") from None
-    if about.get("format") != FORMAT or not isinstance(about.get("scale"), float | int):
-        raise InputError(
-            f"{path}: format {about.get('format')!r} with scale {about.get('scale')!r}, expected format "
-            f"{FORMAT} and a number; it was written by another version of minildm"
-        )
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise InputError(f"{path}: {bad[0]} holds NaN or infinite numbers; the training that made it had failed")
-    paths = sorted({name.rpartition(".")[0] for name in tensors})
-    expected = {f"{name}.lora_{factor}" for name in paths for factor in "AB"}
-    if odd := sorted(expected ^ set(tensors)):
-        raise InputError(f"{path}: tensor {odd[0]} is {'missing' if odd[0] in expected else 'not of an adapter'}")
-    factors = {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], about["scale"]) for name in paths}
-    return Adapter(path, "native", str(about.get("kind")), factors, about)
+    factors = {name: Factors(*layer.factors(), scale) for name, layer in layers.items()}
+    write_adapter(factors, path, kind, about, format)
 
 
 def merge_file(model, path, multiplier=1.0, rank=None):
-    """Add an adapter file to the model's weights: W += multiplier scale B A, in float32 before the cast.
+    """Add an adapter file of any dialect to the model's weights: W += multiplier scale B A, in float32 before the cast.
 
     Args: rank: use the first ``rank`` rows of a DyLoRA file; None = all.
     Returns: what the file says about itself, a dict.
     Raises: InputError for a file that is not an adapter, or one that does not fit, naming the tensor; for a rank that
-        the file does not have.
+        the file does not have. Then nothing has changed.
     """
-    path = Path(path)
-    if not math.isfinite(multiplier):
-        raise InputError(f"the multiplier of {path} must be a finite number, got {multiplier}")
+    if not is_finite_number(multiplier):
+        raise InputError(f"the multiplier of {path} must be a finite number, got {multiplier!r:.40}")
     adapter = read_adapter(path)
-    about = adapter.about
-    layers = {name: _linear(model, name, path) for name in adapter.factors}
-    for name, (A, B, _) in adapter.factors.items():
-        layer, rows = layers[name], len(A)
-        if A.shape != (rows, layer.in_features) or B.shape != (layer.out_features, rows):
-            raise InputError(
-                f"{path} is for another base: {name} has lora_A {tuple(A.shape)} and lora_B "
-                f"{tuple(B.shape)}, expected ({rows}, {layer.in_features}) and ({layer.out_features}, "
-                f"{rows})"
-            )
+    path, about = adapter.path, adapter.about
+    _check_family(model, adapter)
+    layers = {name: _layer(model, name, adapter) for name in adapter.factors}
+    for name, factors in adapter.factors.items():
+        _check_fit(name, factors, layers[name], path)
+        _check_size(name, factors, multiplier, layers[name], path)
     if rank is not None:
-        _check_rank(rank, path, adapter.kind, max(len(A) for A, _, _ in adapter.factors.values()))
+        check_rank(rank, adapter, f"@{rank}")
     if about.get("base") and model.files and about["base"] != model.base_hash:
         warnings.warn(
             f"{path} was trained on another base ({about['base'][:10]}) than this one ({model.base_hash[:10]})",
@@ -140,30 +60,72 @@ def merge_file(model, path, multiplier=1.0, rank=None):
         warnings.warn(
             f"{path} was trained on top of other adapters, not merged here: {', '.join(missing)}", stacklevel=2
         )
-    at_rank = {} if rank is None else {"rank": rank}
-    model.merged.append({"adapter": sha256(path), "multiplier": multiplier, **at_rank})
+    digest, at_rank = sha256(path), {} if rank is None else {"rank": rank}
     for name, (A, B, scale) in adapter.factors.items():  # only now that all of it fits
         layer = layers[name]
-        A, B = (factor.to(layer.weight.device, torch.float32) for factor in (A[:rank], B[:, :rank]))
-        layer.weight.data = (layer.weight.float() + multiplier * scale * B @ A).to(layer.weight.dtype)
+        A, B = (factor.to(layer.weight.device, torch.float32).flatten(1) for factor in (A[:rank], B[:, :rank]))
+        change = (multiplier * scale * B @ A).reshape(layer.weight.shape)
+        layer.weight.data = (layer.weight.float() + change).to(layer.weight.dtype)
+    model.merged.append({"adapter": digest, "multiplier": multiplier, **at_rank})
     return about
 
 
-def _check_rank(rank, path, kind, max_rank):
-    if kind not in NESTED:
+def check_rank(rank, adapter, flag):
+    """Refuse a rank that cannot be taken from an Adapter; ``flag``: what gave it."""
+    if adapter.kind not in NESTED:
         raise InputError(
-            f"{path} is a {kind} adapter, which has one rank only: leave @{rank} out (only dylora files can be loaded "
-            "at any rank)"
+            f"{adapter.path} is a {adapter.kind} adapter, which has one rank only: leave {flag} out (only dylora files "
+            "can be loaded at any rank)"
         )
+    max_rank = max(len(A) for A, _, _ in adapter.factors.values())
     if not isinstance(rank, int) or not 1 <= rank <= max_rank:
-        raise InputError(f"the rank of {path} must be in [1, {max_rank}], got {rank}; change @{rank}")
+        raise InputError(f"the rank of {adapter.path} must be in [1, {max_rank}], got {rank}; change {flag}")
 
 
-def _linear(model, name, path):
+def _layer(model, name, adapter):
+    """The layer of the base that an adapter changes."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
-        raise InputError(f"{path} is for another base: this one has no {name}") from None
-    if not isinstance(layer, torch.nn.Linear):
-        raise InputError(f"{path}: {name} is no linear layer of the base (a live adapter must be merged first)")
+        raise InputError(f"{adapter.path} is for another base: this one has no {name}") from None
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        raise InputError(f"{adapter.path}: {name} is no plain layer of the base (a live adapter must be merged first)")
     return layer
+
+
+def _check_family(model, adapter):
+    """Name the two families of models where the text features of adapter and base differ in width."""
+    width = context_width({name: entry.A.shape for name, entry in adapter.factors.items()})
+    expected = model.config.unet.context_dim
+    if width != expected and None not in (FAMILIES.get(width), FAMILIES.get(expected)):
+        raise InputError(
+            f"{adapter.path} is for {FAMILIES[width]} (text features of width {width}), but the base is "
+            f"{FAMILIES[expected]} ({expected}); give an adapter for this base, or another --base"
+        )
+
+
+def _check_fit(name, factors, layer, path):
+    """Refuse factors whose product is no change of the layer's weight. A 1x1 convolution counts as a linear layer."""
+    A, B, rows = factors.A, factors.B, len(factors.A)
+    size, kernel = layer.weight.shape[:2], tuple(layer.weight.shape[2:])
+    kernels = ((), (1, 1)) if kernel in ((), (1, 1)) else (kernel,)
+    if A.shape[1] != size[1] or B.shape[0] != size[0] or tuple(A.shape[2:]) not in kernels:
+        raise InputError(
+            f"{path} is for another base: {name} has factors A {tuple(A.shape)} and B {tuple(B.shape)}, expected "
+            f"{(rows, size[1], *kernel)} and {(size[0], rows, *[1 for _ in kernel])}"
+        )
+
+
+def _check_size(name, factors, multiplier, layer, path):
+    """Refuse a change of the weights that their precision cannot hold, by the bound |dW| <= |scale| sum_r |A_r| |B_r|
+    of the largest values; half of the range is left to the weights themselves."""
+    A, B, scale = factors
+    if not len(A):
+        return
+    largest = A.flatten(1).abs().amax(1).double() @ B.flatten(1).abs().amax(0).double()
+    bound, dtype = abs(float(multiplier) * scale) * largest.item(), layer.weight.dtype
+    if not bound < torch.finfo(dtype).max / 2:
+        raise InputError(
+            f"{path} with multiplier {float(multiplier):g} and scale {scale:g} changes {name} by up to {bound:.1e}, "
+            f"more than {str(dtype).removeprefix('torch.')} can hold; lower the multiplier"
+        )

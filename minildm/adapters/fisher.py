@@ -28,6 +28,7 @@ import torch
 
 from minildm.adapters.inject import adapter_layers
 from minildm.adapters.lora import kaiming_rows
+from minildm.kernels import to_device
 
 
 class Tap(torch.autograd.Function):
@@ -76,11 +77,6 @@ class LayerProbe:
         factor = (size * self.layer.scale) ** 2
         self.sums += torch.stack([factor * original, factor * added, torch.full_like(original, n)])
 
-    def score(self):
-        """(original, expanded): the layer's Fisher score as it is, and with the tested rows added."""
-        original, added, count = self.sums.tolist()
-        return original / max(count, 1), (original + added) / max(count, 1)
-
 
 def squares(tensor):
     return tensor.double().square().sum()
@@ -104,12 +100,16 @@ class FisherProbe:
         self.sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=device)  # one tensor: summed over processes
         self.layers = {}
         for sums, (path, layer) in zip(self.sums, layers.items()):
-            expansion = kaiming_rows(1, layer.base.in_features, generator).t().to(device)
+            expansion = to_device(kaiming_rows(1, layer.base.in_features, generator).t(), device)
             self.layers[path] = LayerProbe(layer, expansion, sums, expected, batch_size)
 
     def scores(self):
-        """{module path: (original, expanded)}; expanded / original is SeLoRA's ratio."""
-        return {path: layer.score() for path, layer in self.layers.items()}
+        """{module path: (original, expanded)}: the layer's Fisher score as it is, and with the tested rows added;
+        expanded / original is SeLoRA's ratio."""
+        return {
+            path: (original / max(count, 1), (original + added) / max(count, 1))
+            for path, (original, added, count) in zip(self.layers, self.sums.tolist())
+        }
 
     def expansion(self, path):
         """The tested K of a layer, (in, k): what growth inserts."""

@@ -14,19 +14,20 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, base, scale, *factors):
         """x (..., in), base: the frozen nn.Linear, factors: A, B, A, B, ... -> (..., out)."""
-        y = base(x)
+        wide = hasattr(base, "wide")  # kernels.compute_in_float32: y is float32 although x is not
+        y = base.wide(x) if wide else base(x)
         ctx.save_for_backward(x, *factors)
         ctx.base, ctx.scale, ctx.dtype = base, scale, y.dtype
         rows, out = x.reshape(-1, x.shape[-1]).to(y.dtype), y.reshape(-1, y.shape[-1])  # (tokens, in), (tokens, out)
         for A, B in zip(factors[::2], factors[1::2]):
             out.addmm_(rows @ A.to(y.dtype).t(), B.to(y.dtype).t(), alpha=scale)
-        return out.view(y.shape)
+        return out.view(y.shape).to(x.dtype if wide else y.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, *factors = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)  # (tokens, in)
-        dy_rows = dy.reshape(-1, dy.shape[-1])  # (tokens, out)
+        dy_rows = dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)  # (tokens, out)
         scaled = dy_rows if ctx.scale == 1 else dy_rows * ctx.scale
         dx = dy_rows @ ctx.base.weight.to(ctx.dtype) if ctx.needs_input_grad[0] else None  # (tokens, in)
         gradients = []

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from minildm.errors import InputError
+from minildm.settings import is_finite_number
 
 NETWORKS = ("unet", "text_encoder")
 
@@ -41,8 +42,8 @@ def wrap(model, layer_class, rank, alpha=None, targets=NETWORKS, layers="all-lin
             raise InputError(f"rank must be in [1, {most}] for {path}, got {rank}; choose another rank")
     if not paths:
         raise InputError(f"an adapter needs a network to adapt, from {', '.join(NETWORKS)}; got {targets}")
-    if alpha is not None and not math.isfinite(alpha):
-        raise InputError(f"alpha must be a finite number, got {alpha}")
+    if alpha is not None and not (is_finite_number(alpha) and alpha > 0):
+        raise InputError(f"alpha must be a positive number, got {alpha!r:.40}")
     generator = torch.Generator().manual_seed(seed)
     scale = 1.0 if alpha is None else alpha / (math.sqrt(rank) if stabilized else rank)
     model.requires_grad_(False)

@@ -136,3 +136,6 @@ class LoRA(Method):
 
     def save(self, path, about):
         save_adapter(self.model, path, settings=about)
+
+    def export(self, path, format):
+        save_adapter(self.model, path, format)

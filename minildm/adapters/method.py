@@ -16,6 +16,7 @@ To add a method, write one file with a frozen `Settings` dataclass (its fields a
 
 import contextlib
 
+from minildm.errors import InputError
 from minildm.optimizer import AdamW
 from minildm.settings import Settings
 
@@ -28,12 +29,14 @@ class Method:
         defaults: {training setting: value} that suit the method better than TrainingConfig's own defaults.
         float32_weights: load the base in float32, and use the run's precision for products only (autocast).
         result: name of the file or folder in the run's folder that `save` writes.
+        compiled: whether the networks are compiled, so that a change of shapes is expensive; set by the caller.
     """
 
     settings_class = Settings
     defaults = {}
     float32_weights = False
     result = "adapter.safetensors"
+    compiled = False
 
     def __init__(self, model, settings, steps, seed):
         """Wrap or unfreeze layers of ``model`` (a LatentDiffusion); its output does not change.
@@ -97,3 +100,7 @@ class Method:
     def save(self, path, about):
         """Write what was trained to ``path``, whole or not at all. ``about``: a dict to record beside it."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is saved")
+
+    def export(self, path, format):
+        """Write what was trained for another tool, as `save` does. ``format``: "kohya" or "diffusers"."""
+        raise InputError(f"{type(self).__name__} trains no adapter, so there is nothing to write as {format}")

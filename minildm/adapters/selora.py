@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from minildm.adapters.fisher import probe_layers
 from minildm.adapters.lora import LoRA, LoRALinear, LoRASettings
@@ -55,19 +56,25 @@ class SeLoRALinear(LoRALinear):
     def blocks(self):
         return list(zip(self.lora_A, self.lora_B))
 
+    def add_block(self):
+        zeros = self.base.weight.new_zeros
+        self.lora_A.append(nn.Parameter(zeros(ROWS_PER_BLOCK, self.base.in_features, dtype=torch.float32)))
+        self.lora_B.append(nn.Parameter(zeros(self.base.out_features, ROWS_PER_BLOCK, dtype=torch.float32)))
+
     def grow(self, row):
         """Append ``row`` (in,) to lora_A, over a zero column of lora_B.
 
-        Returns: (its block of lora_A, its block of lora_B, its place in them); place 0: the block is new.
+        Returns: (its block of lora_A, its block of lora_B, its place in them, whether the blocks are new).
         """
-        place = self.rank - sum(len(A) for A in self.lora_A[:-1])
-        if place == len(self.lora_A[-1]):
-            zeros, place = self.base.weight.new_zeros, 0
-            self.lora_A.append(nn.Parameter(zeros(ROWS_PER_BLOCK, self.base.in_features, dtype=torch.float32)))
-            self.lora_B.append(nn.Parameter(zeros(self.base.out_features, ROWS_PER_BLOCK, dtype=torch.float32)))
-        self.lora_A[-1].data[place] = row
+        block, place = 0, self.rank
+        while block < len(self.lora_A) and place >= len(self.lora_A[block]):
+            block, place = block + 1, place - len(self.lora_A[block])
+        new = block == len(self.lora_A)
+        if new:
+            self.add_block()
+        self.lora_A[block].data[place] = row
         self.rank += 1
-        return self.lora_A[-1], self.lora_B[-1], place
+        return self.lora_A[block], self.lora_B[block], place, new
 
 
 def layers_to_grow(scores, ranks, sizes, threshold, max_rank=None, max_parameters=None):
@@ -146,8 +153,10 @@ class SeLoRA(LoRA):
         chosen = layers_to_grow(
             scores, ranks, sizes, settings.expand_threshold, settings.max_rank, settings.max_parameters
         )
-        for path in chosen:
-            self.grow(self.layers[path], self.probe.expansion(path), optimizer)
+        new_blocks = [self.grow(self.layers[path], self.probe.expansion(path), optimizer) for path in chosen]
+        if self.compiled and any(new_blocks):
+            self.level_blocks()
+            tqdm.write(f"note: a layer has outgrown {ROWS_PER_BLOCK} (16, ...) ranks; its network is compiled again")
         return {
             "fisher_ratios": {path: new / old if old > 0 else None for path, (old, new) in scores.items()},
             "ranks": {path: layer.rank for path, layer in self.layers.items()},
@@ -156,23 +165,47 @@ class SeLoRA(LoRA):
 
     @staticmethod
     def grow(layer, K, optimizer):
-        """Insert the tested K (in, k) as rows of lora_A. New rows and columns start with an Adam state of their own."""
+        """Insert the tested K (in, k) as rows of lora_A. New rows and columns start with an Adam state of their own.
+
+        Returns: whether a block was added.
+        """
+        added = False
         for row in K.t():
-            A, B, place = layer.grow(row)
-            if place > 0:  # the parameters of a new block are new to the optimizer, too
+            A, B, place, new = layer.grow(row)
+            added = added or new
+            if not new:  # the parameters of a new block are new to the optimizer, too
                 optimizer.restart(A, place, dim=0)
                 optimizer.restart(B, place, dim=1)
+        return added
+
+    def level_blocks(self):
+        """Give all layers of a network as many blocks. A new block compiles the network again; so that happens once,
+        when its first layer grows beyond 8 (16, ...) ranks, and not for each layer that follows."""
+        for network in self.settings.targets:
+            layers = [layer for path, layer in self.layers.items() if path.startswith(f"{network}.")]
+            n_blocks = max(len(layer.lora_A) for layer in layers)
+            for layer in layers:
+                while len(layer.lora_A) < n_blocks:
+                    layer.add_block()
 
     def state_dict(self):
-        return {"ranks": {path: layer.rank for path, layer in self.layers.items()}}
+        layers = self.layers.items()
+        return {
+            "ranks": {path: layer.rank for path, layer in layers},
+            "blocks": {path: len(layer.lora_A) for path, layer in layers},
+        }
 
     def load_state_dict(self, state):
+        """The values follow with the trained parameters."""
         for path, layer in self.layers.items():
-            rank = state["ranks"][path]
-            if type(rank) is not int or not layer.rank <= rank <= sum(layer.base.weight.shape[:2]):
-                raise ValueError(f"rank {rank} of {path}")
+            rank, blocks = state["ranks"][path], state.get("blocks", {}).get(path, 0)  # 0.2.0 had only blocks in use
+            largest = sum(layer.base.weight.shape[:2])
+            if not all(type(n) is int and n <= largest for n in (rank, blocks)) or rank < layer.rank:
+                raise ValueError(f"rank {rank} in {blocks} blocks of {path}")
             while layer.rank < rank:
-                layer.grow(0.0)  # the values follow with the trained parameters
+                layer.grow(0.0)
+            while len(layer.lora_A) < blocks:
+                layer.add_block()
 
 
 def as_written():

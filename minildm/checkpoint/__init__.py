@@ -2,9 +2,11 @@
 
 - load.py: which layout a checkpoint has (`inspect`), then its tensors into networks (`load_networks`)
 - folder.py: the diffusers layout, a folder of config.json and tensor files; reading it and writing it (`save_folder`)
-- single_file.py: the layout of CompVis and Stability AI, one file; names, sizes, and which other models are refused
+- single_file.py: the layout of CompVis and Stability AI, one file; names and sizes
 - autoencoder.py: an autoencoder of its own in place of a checkpoint's (`replace_vae`)
-- tensors.py: a file of tensors, safetensors or pickle (`TensorFile`)
+- tensors.py, pickles.py: a file of tensors, safetensors or pickle (`TensorFile`)
+- recognise.py: what a file is otherwise
+- statements.py: what a single file says about itself; config_json.py, document.py: what a folder says
 - writing.py: safetensors written one tensor at a time; the single-file layout (`save_single_file`)
 """
 

@@ -127,7 +127,7 @@ def _config_from_shapes(file, prefix):
     """Sizes from either layout's names."""
     widths, layers = {}, set()
     pattern = re.compile(
-        re.escape(prefix) + r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.conv2\.weight$"
+        re.escape(prefix) + r"encoder\.(?:down|down_blocks)\.(\d{1,9})\.(?:block|resnets)\.(\d{1,9})\.conv2\.weight$"
     )
     for name, shape in file.shapes.items():
         if (match := pattern.match(name)) and len(shape) == 4:

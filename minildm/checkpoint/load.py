@@ -7,12 +7,14 @@ Loading is strict: every missing, surplus or misshapen tensor is named. It is al
 memory, and each tensor goes straight from the memory-mapped file to its dtype and device.
 """
 
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from minildm.checkpoint import folder, single_file
+from minildm.checkpoint.recognise import why_no_match
 from minildm.checkpoint.tensors import Source, TensorFile
 from minildm.config import ModelConfig
 from minildm.errors import InputError
@@ -31,7 +33,7 @@ class Checkpoint:
     config: ModelConfig
     networks: dict[str, torch.nn.Module]  # unet, vae, text_encoder: built on the meta device, without memory
     sources: dict[str, dict[str, Source]]  # network -> parameter name -> source
-    hashed_file: Path  # the file whose SHA-256 identifies the checkpoint
+    hashed_files: list[Path]  # whose SHA-256 identifies the checkpoint: those that hold the U-Net
     unused: list[str] = field(default_factory=list)  # tensors that fit no parameter: an error when loading
     vae_path: Path | None = None  # where its VAE comes from, if not from ``path`` (autoencoder.py)
     vae_file: Path | None = None  # the file whose SHA-256 identifies that VAE
@@ -56,28 +58,40 @@ def inspect(path, prediction=None):
             "(weights/README.md lists the published ones)"
         )
     try:
-        checkpoint = _inspect_folder(path) if path.is_dir() else _inspect_single_file(path, prediction)
+        if path.is_dir():
+            return _inspect_folder(path, prediction)
+        return _inspect_single_file(path, prediction)
     except InputError as error:  # settings that make no network do not know which file they come from
         raise (error if str(path) in str(error) else InputError(f"{path}: {error}")) from None
-    if prediction is not None:
-        schedule = replace(checkpoint.config.schedule, prediction=prediction)
-        checkpoint.config = replace(checkpoint.config, schedule=schedule)
-    return checkpoint
 
 
-def _inspect_folder(path):
+def _inspect_folder(path, prediction):
     config = folder.read_config(path)
+    _warn_of_override(path, config.schedule.prediction, prediction)
+    if prediction is not None:
+        config = replace(config, schedule=replace(config.schedule, prediction=prediction))
     networks = build_networks(config)
-    sources, unused, unet_file = folder.find_tensors(path, networks)
-    return Checkpoint(path, config, networks, sources, unet_file, unused)
+    sources, unused, unet_files = folder.find_tensors(path, networks)
+    return Checkpoint(path, config, networks, sources, unet_files, unused)
 
 
 def _inspect_single_file(path, prediction):
     file = TensorFile(path)
     config = single_file.read_config(file, prediction)
+    if prediction is not None:
+        _warn_of_override(path, single_file.stated_prediction(file, strict=False), prediction)
     networks = build_networks(config)
     sources, unused = single_file.find_tensors(file, config, networks)
-    return Checkpoint(path, config, networks, sources, path, unused)
+    return Checkpoint(path, config, networks, sources, [path], unused)
+
+
+def _warn_of_override(path, stated, prediction):
+    if None not in (stated, prediction) and stated != prediction:
+        warnings.warn(
+            f"--prediction {prediction} overrides {path}, which says that its U-Net predicts {stated}; unless that is "
+            "wrong, images will be noise",
+            stacklevel=4,
+        )
 
 
 def build_networks(config):
@@ -89,21 +103,22 @@ def build_networks(config):
 def load_networks(checkpoint, device, dtype):
     """Load the checkpoint's networks: {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, frozen, in eval mode.
 
-    Raises InputError naming every tensor that is missing, unused or of another shape.
+    Raises InputError if tensors are missing, unused or of another shape or type, naming three of each and their number.
     """
     expected = {network: module.state_dict() for network, module in checkpoint.networks.items()}
     require_match(checkpoint, expected)
     for network, module in checkpoint.networks.items():
         sources = checkpoint.sources[network]
-        parameters_of = {}  # tensor name -> parameters: three where q, k and v are fused
+        parameters_of = {}  # file -> tensor name -> parameters: three where q, k and v are fused
         for parameter, source in sources.items():
-            parameters_of.setdefault(source.name, []).append(parameter)
+            parameters_of.setdefault(source.file, {}).setdefault(source.name, []).append(parameter)
         state = {}
-        for name, tensor in next(iter(sources.values())).file.tensors(parameters_of):
-            for parameter in parameters_of[name]:
-                shape = expected[network][parameter].shape
-                state[parameter] = _converted(tensor, sources[parameter].third, shape, device, dtype)
-            del tensor  # before the next one is read
+        for file, parameters in parameters_of.items():
+            for name, tensor in file.tensors(parameters):
+                for parameter in parameters[name]:
+                    shape = expected[network][parameter].shape
+                    state[parameter] = _converted(tensor, sources[parameter].third, shape, device, dtype)
+                del tensor  # before the next one is read
         module.load_state_dict(state, strict=True, assign=True)
         module.eval().requires_grad_(False)
     return checkpoint.networks
@@ -123,26 +138,36 @@ def require_match(checkpoint, expected):
 
     Args: checkpoint: a Checkpoint or Autoencoder; expected: {network: {parameter: tensor}}.
     """
-    missing, misshapen = [], []
+    missing, misshapen, no_floats, made = [], [], [], {}
     for network, parameters in expected.items():
         for name, parameter in parameters.items():
             source = checkpoint.sources[network].get(name)
             if source is None or source.name not in source.file.shapes:
                 missing.append(f"{network}/{name}" if source is None else source.name)
+                if source is not None and source.name in source.file.made:
+                    made[source.name] = source.file.made[source.name]
                 continue
             shape, wanted = source.file.shapes[source.name], tuple(parameter.shape)
+            stored_as = source.file.dtypes[source.name]
             if source.third is not None:
                 wanted = (3 * wanted[0], *wanted[1:])
             if shape not in (wanted, (*wanted, 1, 1)):
                 misshapen.append(f"{source.name} {shape} (expected {wanted})")
+            if not isinstance(stored_as, torch.dtype) or not stored_as.is_floating_point:
+                no_floats.append(f"{source.name} ({stored_as})")
     problems = [
-        f"{len(names)} {problem}: {', '.join(names)}"
+        f"{len(names)} {problem}: {', '.join(list(names)[:3])}{', ...' * (len(names) > 3)}"
         for problem, names in (
             ("missing", dict.fromkeys(missing)),  # without repetition: q, k and v may share a tensor
             ("not used by the model", checkpoint.unused),
             ("of another shape", dict.fromkeys(misshapen)),
+            ("stored as other than real numbers", dict.fromkeys(no_floats)),
+            ("in a form that is not loaded", [f"{name} ({what})" for name, what in made.items()]),
         )
         if names
     ]
     if problems:
-        raise InputError(f"{checkpoint.path}: its tensors do not match the networks; {'; '.join(problems)}")
+        raise InputError(
+            f"{checkpoint.path}: its tensors do not match the networks; {'; '.join(problems)}"
+            f"{why_no_match(set(missing), checkpoint.unused)}"
+        )

@@ -1,19 +1,34 @@
-"""The single-file layout of CompVis and Stability AI: names, sizes read off shapes, and which other models are refused.
+"""The single-file layout of CompVis and Stability AI: names, and sizes read off shapes.
 
-``model.diffusion_model.*`` is the U-Net, ``first_stage_model.*`` the VAE, ``cond_stage_model.*`` the text encoder:
-CLIP with transformers' names (SD 1.x), or OpenCLIP with its own names and q, k and v fused into one tensor (SD 2.x).
+``model.diffusion_model.*`` is the U-Net, ``first_stage_model.*`` the VAE, ``cond_stage_model.*`` the text encoder
+(``conditioner.embedders.0.*`` in files of Stability's newer code), under transformers' names or under OpenCLIP's, which
+fuse q, k and v into one tensor.
 
-The tensors do not show the number of heads or the prediction type. SD 1.x has 8 heads everywhere, SD 2.x heads of 64
-channels; v-prediction must be requested by the user.
+Shapes tell the version, whatever the names: projections beside the U-Net's transformers are convolutions in SD 1.x,
+linear in SD 2.x. SD 1.x has 8 heads everywhere and CLIP's ViT-L (quick_gelu, padded with end-of-text), SD 2.x heads of
+64 channels and OpenCLIP's ViT-H (gelu, padded with 0). What the U-Net predicts is no shape: metadata
+(``modelspec.*``) or a tensor ``v_pred`` may state it, else the user does.
 """
 
 import re
 import warnings
 from dataclasses import replace
+from typing import NamedTuple
 
+from minildm.checkpoint.recognise import other_input_channels, refuse_other_models
+from minildm.checkpoint.statements import (
+    stated_pixels,
+    stated_prediction,
+    stated_schedule,
+    warn_of_added_tokens,
+    warn_of_clip_skip,
+)
 from minildm.checkpoint.tensors import Source
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.errors import InputError
+
+MAX_BLOCKS = 256  # of one kind; SD has 24 at most
+VIT_L, VIT_H = 768, 1024  # widths of the text encoders of SD 1.x and SD 2.x
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -22,31 +37,30 @@ def read_config(file, prediction=None):
 
     Raises InputError if the file holds another kind of model, or only a part of one.
     """
-    _refuse_other_models(file)
-    config = ModelConfig(_unet_config(file), _vae_config(file), _text_encoder_config(file))
-    prediction = stated_prediction(file) if prediction is None else prediction
-    if prediction is not None:
-        config = replace(config, schedule=replace(config.schedule, prediction=prediction))
-    if not _is_open_clip(file):
-        return config
-    if prediction is None:
+    refuse_other_models(file)
+    stated = stated_prediction(file) if prediction is None else prediction
+    unet = _unet_config(file)
+    v2 = unet.linear_projection
+    if v2 and stated is None:
         warnings.warn(
             "an SD v2 single file does not say what the U-Net predicts; assuming epsilon and 512 px. The 768 px models "
             'need prediction="v" (--prediction v)',
             stacklevel=5,
         )
-    if prediction == "v":  # the v2.x models that predict v are those for 768 px
-        config = replace(config, unet=replace(config.unet, latent_size=96))
-    return replace(config, pad_token_id=0)
-
-
-def stated_prediction(file):
-    """What the file's metadata says that the U-Net predicts, "epsilon" or "v"; None if nothing."""
-    stated = file.metadata.get("modelspec.prediction_type")
-    known = {None: None, "epsilon": "epsilon", "v": "v", "v_prediction": "v"}
-    if stated not in known:
-        raise InputError(f"{file.path}: modelspec.prediction_type is {stated!r}, expected epsilon or v")
-    return known[stated]
+    text_encoder = _text_encoder_config(file, v2)
+    warn_of_clip_skip(file)
+    warn_of_added_tokens(file.path, text_encoder)
+    if pixels := stated_pixels(file):
+        unet = replace(unet, latent_size=pixels // 8)
+    elif v2 and stated == "v":  # the v2.x models that predict v are those for 768 px
+        unet = replace(unet, latent_size=96)
+    return ModelConfig(
+        unet,
+        _vae_config(file),
+        text_encoder,
+        stated_schedule(file, stated or "epsilon"),
+        pad_token_id=0 if v2 else 49407,
+    )
 
 
 def _unet_config(file):
@@ -65,14 +79,14 @@ def _unet_config(file):
     cross = next((name for name in names if name.startswith(unet) and name.endswith("attn2.to_k.weight")), None)
     if cross is None:
         raise InputError(f"{file.path}: no cross-attention in the U-Net; it is not a text-to-image model")
-    proj_in = _shape(file, f"{cross.split('.transformer_blocks')[0]}.proj_in.weight")
+    linear = len(_shape(file, f"{cross.split('.transformer_blocks')[0]}.proj_in.weight")) == 2
     return UNetConfig(
         widths=widths,
         attention=tuple(any(name.startswith(f"{unet}.input_blocks.{i}.1.") for name in names) for i in first_blocks),
         layers_per_block=n_blocks,
-        n_heads=tuple(max(width // 64, 1) for width in widths) if _is_open_clip(file) else (8,) * len(widths),
+        n_heads=tuple(max(width // 64, 1) for width in widths) if linear else (8,) * len(widths),
         context_dim=_size(file, cross, axis=1),
-        linear_projection=len(proj_in) == 2,
+        linear_projection=linear,
     )
 
 
@@ -85,33 +99,45 @@ def _vae_config(file):
     )
 
 
-def _text_encoder_config(file):
-    if _is_open_clip(file):
-        text = "cond_stage_model.model"
-        n_layers = _count(file, rf"{re.escape(text)}\.transformer\.resblocks\.(\d+)\.")
-        # SD 2.x does not use the last layer. Published files hold it; those converted from a folder do not.
-        if f"{text}.text_projection" in file.shapes or n_layers == 24:
-            n_layers -= 1
-        width = _size(file, f"{text}.ln_final.weight")
-        mlp_width = _size(file, f"{text}.transformer.resblocks.0.mlp.c_fc.weight")
-        vocabulary, activation = _size(file, f"{text}.token_embedding.weight"), "gelu"
+def _text_encoder_config(file, v2):
+    text = _text_names(file)
+    if text.open_clip:
+        blocks, table, mlp, last = "transformer.resblocks", "token_embedding", "mlp.c_fc", "ln_final"
     else:
-        text = "cond_stage_model.transformer" + ("" if _lacks_prefix(file) else ".text_model")
-        n_layers = _count(file, rf"{re.escape(text)}\.encoder\.layers\.(\d+)\.")
-        width = _size(file, f"{text}.final_layer_norm.weight")
-        mlp_width = _size(file, f"{text}.encoder.layers.0.mlp.fc1.weight")
-        vocabulary, activation = _size(file, f"{text}.embeddings.token_embedding.weight"), "quick_gelu"
-    return TextEncoderConfig(width, n_layers, max(width // 64, 1), mlp_width, activation, vocabulary)
+        blocks, table, mlp, last = "encoder.layers", "embeddings.token_embedding", "mlp.fc1", "final_layer_norm"
+    width = _size(file, f"{text.prefix}.{last}.weight")
+    if width == (VIT_L if v2 else VIT_H) or (text.open_clip and not v2):
+        raise InputError(
+            f"{file.path} has the U-Net of SD v{2 if v2 else 1}.x with a text encoder of width {width} under "
+            f"{'OpenCLIP' if text.open_clip else 'transformers'}' names, that of another model; use the original file"
+        )
+    n_layers = _count(file, rf"{re.escape(f'{text.prefix}.{blocks}')}\.(\d+)\.")
+    # SD 2.x does not use the last of its 24 layers. Published files hold it; those converted from a folder do not.
+    # Other sizes: files with an output projection are whole text encoders.
+    whole = n_layers == 24 or (n_layers != 23 and f"{text.prefix}.text_projection" in file.shapes)
+    return TextEncoderConfig(
+        width,
+        n_layers - (v2 and whole),
+        max(width // 64, 1),
+        _size(file, f"{text.prefix}.{blocks}.0.{mlp}.weight"),
+        "gelu" if v2 else "quick_gelu",
+        _size(file, f"{text.prefix}.{table}.weight"),
+    )
 
 
-def _is_open_clip(file):
-    """Whether the text encoder is OpenCLIP's, which means SD 2.x."""
-    return any(name.startswith("cond_stage_model.model.") for name in file.shapes)
+class TextNames(NamedTuple):
+    """How a file names its text encoder: what stands before the names, and whether they are OpenCLIP's."""
+
+    prefix: str
+    open_clip: bool
 
 
-def _lacks_prefix(file):
-    """Whether the text encoder was saved by transformers 5, which leaves ``text_model.`` out of the names."""
-    return not any(name.startswith("cond_stage_model.transformer.text_model.") for name in file.shapes)
+def _text_names(file):
+    for root in ("cond_stage_model", "conditioner.embedders.0"):
+        for part, open_clip in (("model", True), ("transformer.text_model", False), ("transformer", False)):
+            if any(name.startswith(f"{root}.{part}.") for name in file.shapes):
+                return TextNames(f"{root}.{part}", open_clip)
+    raise InputError(f"{file.path}: its cond_stage_model.* is not CLIP's text encoder; it is another kind of model")
 
 
 def _shape(file, name):
@@ -130,8 +156,16 @@ def _size(file, name, axis=0):
 
 
 def _count(file, pattern):
-    """1 + the largest number that the pattern's group matches in any name."""
-    return 1 + max((int(match[1]) for name in file.shapes if (match := re.match(pattern, name))), default=-1)
+    """How many numbers, from 0 on, the pattern's group matches in the names."""
+    found = {int(match[1]) for name in file.shapes if (match := re.match(pattern, name)) and len(match[1]) < 10}
+    missing = sorted(set(range(len(found))) - found)
+    if missing or len(found) > MAX_BLOCKS:
+        what = f"leave out number {missing[0]} but have {max(found)}" if missing else f"have {len(found):,} numbers"
+        raise InputError(
+            f"{file.path}: names like {pattern.replace(chr(92), '')} {what}; the file is damaged or not a Stable "
+            "Diffusion model"
+        )
+    return len(found)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -177,34 +211,46 @@ def find_tensors(file, config, networks):
 
     Returns: ({network: {parameter: Source}}, tensors that nobody needs and published files do not have).
     """
-    no_prefix = not _is_open_clip(file) and _lacks_prefix(file)
+    text = _text_names(file)
     sources = {
         network: {
-            parameter: Source(file, name.replace("text_model.", "") if no_prefix else name, third)
-            for parameter, (name, third) in table.items()
+            parameter: Source(file, _present_name(file, name), third) for parameter, (name, third) in table.items()
         }
-        for network, table in names(config, networks).items()
+        for network, table in names(config, networks, text).items()
     }
     used = {source.name for table in sources.values() for source in table.values()}
-    return sources, [name for name in file.shapes if name not in used and not is_known_extra(name, config)]
+    return sources, [name for name in file.shapes if name not in used and not is_known_extra(name, config, text)]
 
 
-def names(config, networks):
-    """{network: {our parameter name: (single-file name, None or which third of that tensor)}}."""
+def _present_name(file, name):
+    """``name``, or the one by which converters keep the attention of the VAE if the file has that instead."""
+    if name not in file.shapes and ".mid.attn_1." in name:
+        part, tensor = name.rsplit(".", 2)[1:]
+        for other in {"q": ("to_q", "query"), "k": ("to_k", "key"), "v": ("to_v", "value"), "norm": ("group_norm",),
+                      "proj_out": ("to_out.0", "proj_attn")}.get(part, ()):  # fmt: skip
+            if (present := name.replace(f".{part}.{tensor}", f".{other}.{tensor}")) in file.shapes:
+                return present
+    return name
+
+
+def names(config, networks, text=None):
+    """{network: {our parameter name: (single-file name, None or which third of that tensor)}}.
+
+    Args: text: the TextNames of a file; None = those of published files.
+    """
     ours = {network: module.state_dict() for network, module in networks.items()}
-    v2 = config.text_encoder.activation == "gelu"
-    unet_modules = _unet_modules(config.unet)
+    if text is None:
+        v2 = config.text_encoder.activation == "gelu"
+        text = TextNames("cond_stage_model.model" if v2 else "cond_stage_model.transformer.text_model", v2)
+    modules = unet_modules(config.unet)
     return {
-        "unet": {name: (_unet_name(name, unet_modules), None) for name in ours["unet"]},
+        "unet": {name: (_unet_name(name, modules), None) for name in ours["unet"]},
         "vae": {name: (vae_name(name, config.vae), None) for name in ours["vae"]},
-        "text_encoder": {
-            name: _open_clip_name(name) if v2 else (f"cond_stage_model.transformer.{name}", None)
-            for name in ours["text_encoder"]
-        },
+        "text_encoder": {name: _text_name(name, text) for name in ours["text_encoder"]},
     }
 
 
-def _unet_modules(config):
+def unet_modules(config):
     """Our module -> the single file's, which numbers the blocks of all levels consecutively."""
     table = {
         "conv_in": "input_blocks.0.0",
@@ -249,65 +295,37 @@ def vae_name(name, config):
     return f"first_stage_model.{name}"
 
 
-def _open_clip_name(name):
+def _text_name(name, text):
+    if not text.open_clip:
+        return f"{text.prefix}.{name.removeprefix('text_model.')}", None
     third = None
     for i, projection in enumerate(("q_proj.", "k_proj.", "v_proj.")):
         if f"self_attn.{projection}" in name:
             name, third = name.replace(projection, "in_proj_"), i
     for ours, theirs in OPEN_CLIP_PARTS:
         name = name.replace(ours, theirs)
-    return f"cond_stage_model.model.{name}", third
+    return f"{text.prefix}.{name}", third
 
 
-def is_known_extra(name, config):
+# What CompVis' code registers; each follows from the betas.
+SCHEDULE_TABLES = """betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
+    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
+    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 lvlb_weights logvar scale_factor
+""".split()  # noqa: SIM905
+
+
+def is_known_extra(name, config, text):
     """Whether published files carry a tensor that the networks do not need: training's moving average (the main weights
-    of an "ema-only" file are that average already), schedule tables, and the unused end of the text encoder."""
-    last_block = f"cond_stage_model.model.transformer.resblocks.{config.text_encoder.n_layers}."
-    unused_ends = [f"cond_stage_model.model.{end}" for end in ("logit_scale", "text_projection", "attn_mask")]
+    of an "ema-only" file are that average already), schedule tables, a safety checker, the unused end of the text
+    encoder."""
+    last = f"{text.prefix}.{'transformer.resblocks' if text.open_clip else 'encoder.layers'}"
+    root = text.prefix.partition(".model")[0].partition(".transformer")[0]
+    ends = (".logit_scale", ".text_projection", ".text_projection.weight", ".attn_mask", ".position_ids")
     return (
-        name.startswith(("model_ema.", "first_stage_model.loss.", last_block))
-        or name.endswith("position_ids")
-        or name in unused_ends
-        or "." not in name  # betas, alphas_cumprod, sqrt_..., posterior_..., lvlb_weights, logvar, scale_factor
-    )
-
-
-# --- other models ----------------------------------------------------------------------------------------------------
-def _refuse_other_models(file):
-    def has(part):
-        return any(part in name for name in file.shapes)
-
-    def refuse(kind, advice):
-        raise InputError(f"{file.path} is {kind}, not a Stable Diffusion v1.x / v2.x model; {advice}")
-
-    if has("lora_") or has("hada_") or has(".lora."):
-        refuse("an adapter (LoRA)", "it changes a base model and cannot be used alone: give the base here")
-    if has("conditioner.embedders."):
-        refuse("an SDXL model (base or refiner)", "use a v1.x or v2.x checkpoint")
-    if has("model.diffusion_model.joint_blocks") or has("double_blocks."):
-        refuse("a diffusion transformer (SD 3, Flux)", "use a v1.x or v2.x checkpoint")
-    if has("model.diffusion_model.input_blocks."):
-        absent = [name for name in ("first_stage_model.", "cond_stage_model.") if not has(name)]
-        if absent:
-            refuse(f"a U-Net without {' and '.join(absent)}*", "use the file that holds all three networks")
-        return
-    if has("down_blocks.0.") and has("time_embedding."):
-        refuse("the U-Net of a diffusers folder", "give the folder that holds unet/, vae/ and text_encoder/")
-    if has("decoder.conv_in") or has("decoder.mid"):
-        refuse("a VAE alone", "give the file or folder that holds all three networks")
-    if has("text_model.encoder.layers"):
-        refuse("a text encoder alone", "give the file or folder that holds all three networks")
-    first = ", ".join(sorted(file.shapes)[:3]) or "none"
-    refuse(
-        f"something else (its tensors: {first}, ...)",
-        "expected model.diffusion_model.*, first_stage_model.*, cond_stage_model.*",
-    )
-
-
-def other_input_channels(channels):
-    """The error for a U-Net whose input does not have 4 channels: which model it is and what to use instead."""
-    kind = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth-guided model", 7: "an upscaler"}
-    return (
-        f"the U-Net reads {channels} channels ({kind.get(channels, 'not a text-to-image model')}), expected 4; "
-        "use the text-to-image checkpoint of the same release"
+        name.startswith(
+            ("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.", "denoiser.", "safety_checker.")
+        )
+        or name.startswith(f"{last}.{config.text_encoder.n_layers}.")
+        or (name.startswith(f"{root}.") and name.endswith(ends))
+        or name in (*SCHEDULE_TABLES, "v_pred", "ztsnr")
     )

@@ -1,19 +1,18 @@
-"""A file of named tensors: safetensors, or a torch pickle read by the loader that runs no code.
+"""A file of named tensors: safetensors, or a torch pickle, of which nothing is run (pickles.py).
 
-Shapes come from the header. Values are read when asked for, straight from the memory-mapped file.
+Names, shapes and dtypes come from the header. Values are read when asked for, one tensor at a time.
 """
 
-import math
-import pickle
-import re
-import zipfile
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from minildm.checkpoint import pickles
 from minildm.errors import InputError
+from minildm.files import shown
 
 DTYPES = {  # safetensors' codes
     "F64": torch.float64,
@@ -30,33 +29,50 @@ DTYPES = {  # safetensors' codes
     "BOOL": torch.bool,
 }
 CHUNK_BYTES = 16 << 20  # reopen the file this often: pages that were read count as memory until it is closed
+NOT_TENSORS = {  # how files begin that people take for checkpoints
+    b"version https://git-lfs": "a git-lfs pointer, which stands for the file: run git lfs pull, or download the file",
+    b"<": "a web page (the download needed a login or failed): download the file itself",
+    b"GGUF": "a GGUF file, quantized for other programs: get the .safetensors or .ckpt file",
+    b"\x1f\x8b": "a compressed archive: unpack it",
+    b"7z\xbc\xaf": "a compressed archive: unpack it",
+    b"Rar!": "a compressed archive: unpack it",
+    b"\x93NUMPY": "a NumPy file: get the .safetensors or .ckpt file",
+    b"\x89HDF": "an HDF5 file (TensorFlow or Keras): get the .safetensors or .ckpt file",
+    b"\0\0\0\0\0\0\0\0": "filled with zeros, as unfinished downloads are: get it again",
+}
 
 
 class TensorFile:
     """Names, shapes and, when asked for, values of a safetensors file or a torch pickle.
 
     ``shapes``: {name: shape}; ``dtypes``: {name: torch.dtype, or the format's code for one that torch lacks};
-    ``metadata``: {key: text}, empty for a pickle.
+    ``metadata``: {key: text}, empty for a pickle; ``made``: {name: what a pickle would call to make this entry, which
+    is not done}.
     """
 
     def __init__(self, path):
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():
+            raise InputError(f"{self.path} is not a regular file; give a .safetensors or .ckpt file")
         with open(self.path, "rb") as file:
-            head = file.read(9)
+            head = file.read(32)
         if not head:
             raise InputError(f"{self.path} is empty (0 bytes); download it again")
-        is_safetensors = head[8:] == b"{"  # bytes 0 to 7 are the length of the JSON header
+        is_safetensors = head[8:9] == b"{"  # bytes 0 to 7 are the length of the JSON header
         self.pickled = not is_safetensors and (head[:2] == b"PK" or head[:1] == b"\x80")
+        self.metadata, self.made = {}, {}
         if is_safetensors:
             self.shapes, self.dtypes, self.metadata = _read_safetensors_header(self.path)
         elif self.pickled:
-            state = _read_pickle(self.path)
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-            self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
-            self.metadata = {}
+            self._stored, self.made = pickles.find_tensors(self.path)
+            self.shapes = {name: stored.shape for name, stored in self._stored.items()}
+            self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
         else:
+            kind = next((kind for begin, kind in NOT_TENSORS.items() if head.lstrip().startswith(begin)), None)
             raise InputError(
-                f"{self.path} is neither a safetensors file nor a torch checkpoint (it begins with {head[:8]!r})"
+                f"{self.path} is neither a safetensors file nor a torch checkpoint but {kind}"
+                if kind
+                else f"{self.path} is neither a safetensors file nor a torch checkpoint (it begins with {head[:8]!r})"
             )
 
     def tensors(self, names):
@@ -67,25 +83,20 @@ class TensorFile:
 
     def reader(self):
         """A function from a name to its tensor, for tensors that are converted and dropped one by one."""
-        limit = CHUNK_BYTES
-        if self.pickled:  # each unpickling takes 50 ms; unmapped files are in memory anyway, so are read once
-            limit = 4 * CHUNK_BYTES if _is_mappable(self.path) else math.inf
-        get_tensor, bytes_read = None, 0
+        if self.pickled:
+            return lambda name: pickles.read_tensor(self.path, self._stored[name])
+        file, bytes_read = None, 0
 
         def read(name):
-            nonlocal get_tensor, bytes_read
-            if get_tensor is None or bytes_read > limit:
-                get_tensor = None  # closes the file before it is opened again
-                get_tensor, bytes_read = self._open(), 0
-            tensor = get_tensor(name)
+            nonlocal file, bytes_read
+            if file is None or bytes_read > CHUNK_BYTES:
+                file = None  # closes the file before it is opened again
+                file, bytes_read = safe_open(self.path, "pt"), 0
+            tensor = file.get_tensor(name)
             bytes_read += tensor.nbytes
             return tensor
 
         return read
-
-    def _open(self):
-        """A function from a name to its tensor. The file is closed once the function and its tensors are dropped."""
-        return _read_pickle(self.path).get if self.pickled else safe_open(self.path, "pt").get_tensor
 
 
 class Source(NamedTuple):
@@ -99,41 +110,31 @@ class Source(NamedTuple):
 def _read_safetensors_header(path):
     """{name: shape}, {name: dtype}, metadata."""
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{shown(path)}: its name is not UTF-8, which safetensors cannot open; rename it") from None
+    try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shapes = {name: tuple(entry.get_shape()) for name, entry in slices.items()}
             dtypes = {name: DTYPES.get(entry.get_dtype(), entry.get_dtype()) for name, entry in slices.items()}
             return shapes, dtypes, file.metadata() or {}
     except SafetensorError as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({error}); the download was probably cut short: get it again"
-        ) from None
+        raise InputError(f"{path} is not a whole safetensors file ({_damage(path, error)}): get it again") from None
 
 
-def _is_mappable(path):
-    """Whether torch can map a pickle into memory: only zip archives (torch >= 1.6) without a misleading suffix."""
-    return zipfile.is_zipfile(path) and path.suffix != ".safetensors"
-
-
-def _read_pickle(path):
-    """{name: tensor} of a .ckpt, .pt or .bin file by torch's loader that runs no code; memory-mapped if possible."""
-    mappable = _is_mappable(path)
-    try:
-        with open(path, "rb") as file:
-            state = torch.load(path if mappable else file, map_location="cpu", weights_only=True, mmap=mappable)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"(?:GLOBAL |global )([\w.]+)", str(error))  # what it would import
-        raise InputError(
-            f"{path} is a pickle that would run code when loaded"
-            f"{f' ({code[1]})' if code else ''}, which minildm refuses; use the .safetensors file of "
-            "the same release, or convert this one on a machine you can afford to lose"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"{path} cannot be read as a torch checkpoint ({reason}); it may be cut short: get it again"
-        ) from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors")
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+def _damage(path, error):
+    """What is wrong with a safetensors file: how many bytes are there and how many its header promises, or the
+    library's own words."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        promised = 8 + int.from_bytes(file.read(8), "little")  # where the header ends
+        if promised < min(size, 100 << 20):
+            try:
+                header = json.loads(file.read(promised - 8))
+                promised += max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                promised = 0
+    if size < promised < 1 << 48:
+        return f"{size:,} of {promised:,} bytes are there; the download was cut short"
+    return f"{str(error)[:200]}; it is damaged"

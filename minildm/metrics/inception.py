@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from minildm.checkpoint.recognise import why_no_match
+from minildm.checkpoint.tensors import TensorFile
 from minildm.errors import InputError
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
@@ -20,6 +22,8 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 WEIGHTS_BYTES = 95_628_359
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
 DIMS = (64, 192, 768, 2048)
+COUNTER = ".num_batches_tracked"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZE = 299  # pixels a side
 
 
@@ -202,7 +206,9 @@ class InceptionV3(nn.Module):
 
     @classmethod
     def from_file(cls, path):
-        """Load the FID weights, a .pth (opened with weights_only) or a .safetensors with the same names.
+        """Load the FID weights, a .pth (of which nothing is run) or a .safetensors with the same names.
+
+        Batch norms' counters ``num_batches_tracked``, which inference does not use, may be absent.
 
         Raises: FileNotFoundError (with the name, size and hash of the file to get), InputError for another network.
         """
@@ -212,19 +218,24 @@ class InceptionV3(nn.Module):
                 f"no FID weights at {path}: python -m minildm fetch inception gets them ({WEIGHTS_BYTES:,} bytes, "
                 f"sha256 {WEIGHTS_SHA256}, from {WEIGHTS_URL}); or compare with --features random (FD-random, not FID)"
             )
-        state = _read_state(path)
+        file = TensorFile(path)
         with torch.device("meta"):  # no time spent on initial values
             network = cls()
-        wanted = network.state_dict()
-        wrong = [key for key in wanted if key not in state] + [key for key in state if key not in wanted]
-        wrong += [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+        wanted = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(COUNTER)}
+        missing = [key for key in wanted if key not in file.shapes]
+        surplus = [key for key in file.shapes if key not in wanted and not key.endswith(COUNTER)]
+        present = [key for key in wanted if key in file.shapes]
+        misfits = [key for key in present if file.shapes[key] != wanted[key].shape or file.dtypes[key] not in FLOATS]
+        wrong = missing + surplus + misfits
         if wrong:
             raise InputError(
-                f"{path} is not the FID Inception network: {len(wrong)} names or shapes differ, first "
-                f"{wrong[0]!r}; expected {WEIGHTS_NAME}, sha256 {WEIGHTS_SHA256}"
+                f"{path} is not the FID Inception network: {len(wrong)} names, shapes or types differ, first "
+                f"{wrong[0]!r}; expected {WEIGHTS_NAME}, sha256 {WEIGHTS_SHA256}{why_no_match(set(missing), surplus)}"
             )
-        network.load_state_dict(state, assign=True)
-        return network.float().frozen()
+        state = {key: tensor.to(torch.float32, copy=True) for key, tensor in file.tensors(wanted)}
+        counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith(COUNTER)}
+        network.load_state_dict(state | counters, assign=True)
+        return network.frozen()
 
     @classmethod
     def random(cls, seed=0):
@@ -329,25 +340,3 @@ def prepare(images):
         )
     images = images.float().expand(-1, 3, -1, -1)
     return F.interpolate(images, (SIZE, SIZE), mode="bilinear", align_corners=False, antialias=False)
-
-
-def _read_state(path):
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} cannot be read as safetensors ({error}); download it again") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and magic-number errors of many types; all mean a wrong or broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} cannot be read as weights ({reason[:80]}); expected {WEIGHTS_BYTES:,} bytes, "
-            f"sha256 {WEIGHTS_SHA256}; download it again"
-        ) from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, not a dict of tensors; expected {WEIGHTS_NAME}")
-    return state

@@ -12,6 +12,7 @@ import torch
 from minildm.data.loader import training_batches
 from minildm.data.splits import classes_of
 from minildm.images import FROM_DATA, contact_sheet, save_png
+from minildm.kernels import to_device
 from minildm.latent_diffusion import to_pil
 from minildm.pretraining.stage import low_precision
 from minildm.seeds import seeded
@@ -60,8 +61,8 @@ class Autoencoding(Task):
 
     def losses(self, batch):
         seed, side = self.config.seed, self.crop // 8
-        images = random_crops(batch["images"], self.crop, seed, batch["id"]).to(self.device)
-        noise = sample_randomness(seed, self.name, batch["id"], (4, side, side), 1).noise.to(self.device)
+        images = to_device(random_crops(batch["images"], self.crop, seed, batch["id"]), self.device)
+        noise = to_device(sample_randomness(seed, self.name, batch["id"], (4, side, side), 1).noise, self.device)
         with low_precision(self.device, self.dtype):
             code = self.vae.encode(images)
             reconstructions = self.vae.decode(code.mean + (0.5 * code.logvar).exp() * noise)

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from minildm.data.loader import TrainingPairs, training_batches
 from minildm.data.splits import classes_of
 from minildm.images import FROM_DATA, contact_sheet, save_png
+from minildm.kernels import to_device
 from minildm.latent_diffusion import to_pil
 from minildm.layers import Attention, FeedForward, to_map
 from minildm.pretraining.stage import low_precision
@@ -88,9 +89,10 @@ class CaptionReading(Task):
 
     def predict(self, captions, batch, dropped):
         """(predicted codes, true codes), each (B, 4, h, w), scaled."""
+        true = to_device(batch["mean"] * self.model.config.vae.scaling_factor, self.model.device)
         with low_precision(self.model.device, self.dtype):
             codes = self.reader(captions(batch, dropped))
-        return codes.float(), (batch["mean"] * self.model.config.vae.scaling_factor).to(self.model.device)
+        return codes.float(), true
 
     def losses(self, batch):
         randomness = sample_randomness(self.config.seed, "caption", batch["id"], (1, 1, 1), 1)

@@ -12,26 +12,19 @@ from collections import Counter
 from pathlib import Path
 
 from minildm import checkpoint
+from minildm.adapters.reading import adapter_file
 from minildm.checkpoint import TensorFile, autoencoder
 from minildm.checkpoint.load import require_match
+from minildm.checkpoint.recognise import UNKNOWN, other_model
+from minildm.checkpoint.statements import prediction_statements, stated_pixels
 from minildm.config import UNetConfig
-from minildm.errors import InputError
+from minildm.errors import InputError, one_line
+from minildm.files import parse_json, read_json
 from minildm.settings import Parser
 from minildm.tools.adapter_info import count_parameters, describe_adapter, is_adapter
 
-FOREIGN = {  # a part of a name -> the model that it belongs to; the first that fits
-    "add_embedding.": "SDXL",
-    "conditioner.embedders.1.": "SDXL",
-    "conditioner.embedders.": "SDXL's refiner, or SD v2.x in Stability's later naming",
-    "model.diffusion_model.label_emb.": "SDXL, or SD v2.1 unCLIP",
-    "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "Flux",
-    "model.diffusion_model.input_blocks.": "a single-file Stable Diffusion, or a part of one",
-    "text_model.encoder.layers.": "CLIP",
-    "down_blocks.0.attentions.": "a U-Net in diffusers' layout",
-}
 TECHNICAL = re.compile(
-    r"format|sshs_(model|legacy)_hash"
+    r"format|minildm_origin|sshs_(model|legacy)_hash"
     r"|modelspec\.(sai_model_spec|architecture|implementation|title|date|author|license|resolution|prediction_type"
     r"|predict_key|merged_from|timestep_range|encoder_layer|hash_\w+|(unet|vae)_dtype)"
     r"|ss_(network_\w+|base_model_version|(new_)?sd_(model|vae)_(hash|name)|(new_)?vae_(hash|name)|v2|v_parameterization"
@@ -63,20 +56,18 @@ def inspect(path):
     try:
         return _checkpoint(path)
     except InputError as error:
-        if (report := _foreign(file)) is None:
+        other = other_model(file)
+        if other is not None and other.kind == UNKNOWN:
             raise
-        return report | {"problem": str(error)}
+        return _other(file, other) | {"problem": str(error)}
 
 
 def _folder(path):
     if not (path / "unet").is_dir():
-        if (path / "adapter.safetensors").is_file():  # a run
-            return inspect(path / "adapter.safetensors")
         if (path / "model" / "unet").is_dir():  # a run of full fine-tuning
             return _checkpoint(path / "model")
-        for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"):
-            if (path / name).is_file():  # PEFT's folder, and diffusers'
-                return inspect(path / name)
+        if adapter_file(path).is_file():  # a run, PEFT's folder, diffusers'
+            return inspect(adapter_file(path))
         if (path / "config.json").is_file():
             return _autoencoder(path)
     try:
@@ -85,15 +76,15 @@ def _folder(path):
         pipeline = _pipeline_class(path / "model_index.json")
         if pipeline in (None, "StableDiffusionPipeline"):
             raise
-        facts = {"kind": "checkpoint", "supported": False, "architecture": pipeline, "problem": str(error)}
+        facts = {"kind": "checkpoint", "supported": False, "architecture": str(pipeline), "problem": str(error)}
         return {"path": str(path), **facts}
 
 
 def _pipeline_class(index):
     """The class that a model_index.json names; None if there is no such file, or it names none."""
     try:
-        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(index).get("_class_name")
+    except (OSError, InputError):
         return None
 
 
@@ -115,7 +106,7 @@ def _checkpoint(path):
         "prediction": config.schedule.prediction,
         "prediction_from": _prediction_source(path, file, v2),
         "image_size": config.image_size,
-        "image_size_from": "unet/config.json" if path.is_dir() else "assumed from architecture and prediction",
+        "image_size_from": _image_size_source(path, file),
         "scaling_factor": config.vae.scaling_factor,
         "ema_tensors": 0 if path.is_dir() else sum(name.startswith("model_ema.") for name in file.shapes),
         "bytes": sum(path.stat().st_size for path in {source.file.path for source in _sources(plan)}),
@@ -135,11 +126,15 @@ def _sources(plan):
 def _prediction_source(path, file, v2):
     if path.is_dir():
         return "scheduler/scheduler_config.json"
-    if "modelspec.prediction_type" in file.metadata:
-        return "modelspec.prediction_type"
-    if "v_pred" in file.shapes:
-        return "the tensor v_pred"
+    if stated := prediction_statements(file):
+        return " and ".join(stated)
     return "assumed; the file does not say, and v2.x models for 768 px predict v" if v2 else "assumed, as for all v1.x"
+
+
+def _image_size_source(path, file):
+    if path.is_dir():
+        return "unet/config.json"
+    return "modelspec.resolution" if stated_pixels(file) else "assumed from architecture and prediction"
 
 
 def _autoencoder(path):
@@ -158,22 +153,20 @@ def _autoencoder(path):
     }
 
 
-def _foreign(file):
-    """The report on a model that minildm does not run; None if it is not known."""
-    for part, architecture in FOREIGN.items():
-        if _has(file, part):
-            first = file.shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0, 4))
-            channels = f", {first[1]} input channels" if len(first) > 1 and first[1] != 4 else ""
-            return {
-                "path": str(file.path),
-                "kind": "checkpoint",
-                "supported": False,
-                "architecture": architecture + channels,
-                "networks": {"all": count_parameters(file, file.shapes)},
-                "bytes": file.path.stat().st_size,
-                "metadata": shown_metadata(file.metadata),
-            }
-    return None
+def _other(file, other):
+    """The report on a model that minildm does not run: an Other, or None for a Stable Diffusion of another form."""
+    first = file.shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0, 4))
+    channels = f", {first[1]} input channels" if len(first) > 1 and first[1] != 4 else ""
+    return {
+        "path": str(file.path),
+        "kind": "checkpoint",
+        "supported": False,
+        "architecture": ("a changed Stable Diffusion in the single-file layout" if other is None else other.kind)
+        + channels,
+        "networks": {"all": count_parameters(file, file.shapes)},
+        "bytes": file.path.stat().st_size,
+        "metadata": shown_metadata(file.metadata),
+    }
 
 
 def _has(file, part):
@@ -202,10 +195,10 @@ def shown_metadata(metadata):
 def _own_metadata(text):
     """The metadata that minildm writes, without the ranks of all layers; as text if it is damaged."""
     try:
-        document = json.loads(text)
-    except ValueError:
+        document = parse_json(text, "its metadata")
+    except InputError:
         return _shortened(text)
-    return {key: value for key, value in document.items() if key != "ranks"} if isinstance(document, dict) else document
+    return {key: value for key, value in document.items() if key != "ranks"}
 
 
 def _shortened(text):
@@ -242,8 +235,7 @@ def as_text(report):
 
 def _adapter_text(report):
     scales, alphas = ", ".join(report["scale"]), ", ".join(report["alpha"])
-    known = [f"{name} {values}" for name, values in (("scale", scales), ("alpha", alphas)) if values]
-    lines = [f"{' '.join(known[:1] + [f'({part})' for part in known[1:]]) or 'scale'}: {report['scale_from']}"]
+    lines = [f"scale {scales} (alpha {alphas}): {report['scale_from']}"] if report["supported"] else []
     if report["other_tensors"]:
         lines.append(f"tensors that belong to no layer: {_list(report['other_tensors'])}")
     return lines
@@ -270,5 +262,5 @@ def main(arguments):
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(arguments)
     report = inspect(args.path)
-    print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else "\n".join(as_text(report)))
+    print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else "\n".join(map(one_line, as_text(report))))
     return 0

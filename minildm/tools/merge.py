@@ -18,13 +18,14 @@ import torch
 from tqdm import tqdm
 
 from minildm import checkpoint
-from minildm.adapters.files import merge_file, read_adapter
+from minildm.adapters.files import merge_file
+from minildm.adapters.reading import read_adapter
 from minildm.checkpoint.folder import write_folder
 from minildm.checkpoint.load import require_match
-from minildm.checkpoint.single_file import stated_prediction
+from minildm.checkpoint.statements import stated_prediction
 from minildm.checkpoint.writing import CODES, LazyTensor, write_single_file
 from minildm.errors import InputError
-from minildm.files import UMASK, temporary_path, writable_folder
+from minildm.files import UMASK, read_json, temporary_path, writable_folder
 from minildm.latent_diffusion import LatentDiffusion
 from minildm.loading import find_base, parse_adapter
 from minildm.settings import Parser
@@ -161,7 +162,7 @@ def _write_pipeline(tensors, plan, out, about):
         folder = Path(temporary) / out.name
         write_folder(tensors, plan.config, folder)
         if plan.path.is_dir():  # the base's own scheduler class and tokenizer
-            scheduler = json.loads((plan.path / "scheduler" / "scheduler_config.json").read_text())
+            scheduler = read_json(plan.path / "scheduler" / "scheduler_config.json")
             prediction = "v_prediction" if plan.config.schedule.prediction == "v" else "epsilon"
             _write_json(folder / "scheduler" / "scheduler_config.json", scheduler | {"prediction_type": prediction})
             if (plan.path / "tokenizer").is_dir():
@@ -177,7 +178,7 @@ def _write_pipeline(tensors, plan, out, about):
 
 def pipeline_index(folder):
     """diffusers' model_index.json: which class reads which subfolder."""
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "PNDMScheduler")
     return {
         "_class_name": "StableDiffusionPipeline",
         "scheduler": ["diffusers", scheduler],

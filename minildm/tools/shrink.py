@@ -4,7 +4,7 @@ The best approximation of dW = scale B A at rank k keeps its k largest singular 
 have 10 million numbers and is never formed: with B = Q_B R_B and A^T = Q_A R_A (QR of the thin factors), the singular
 values of dW are those of the small matrix scale R_B R_A^T = U S V^T, and dW = (Q_B U) S (Q_A V)^T.
 
-The new factors are balanced, B' = Q_B U S^(1/2) and A' = S^(1/2) (Q_A V)^T with scale 1 (alpha = rank), so that both
+The new factors are balanced, B' = Q_B U S^(1/2) and A' = S^(1/2) (Q_A V)^T with scale 1, so that both
 have the same norm and fit half precision equally well. Energy is the share of the squared singular values that is kept,
 which equals 1 - |dW - dW'|^2 / |dW|^2 in the Frobenius norm.
 """
@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import torch
 
-from minildm.adapters.files import Factors, read_adapter, write_native
+from minildm.adapters.formats import CLONEOFSIMO, PEFT
+from minildm.adapters.reading import Factors, read_adapter
+from minildm.adapters.writing import write_adapter
 from minildm.errors import InputError
 from minildm.files import sha256, writable_folder
-from minildm.loading import split_multiplier
+from minildm.loading import whole_adapter
 from minildm.settings import Parser, at_least
 
 
@@ -51,7 +53,8 @@ def shrink_layer(factors, rank=None, energy=None):
 
 
 def shrink(path, out, rank=None, energy=None):
-    """Write the adapter ``path`` with lower ranks to ``out``, as a plain LoRA in minildm's format.
+    """Write the adapter ``path`` with lower ranks to ``out``, as a plain LoRA with the names of its dialect (PEFT's as
+    diffusers', cloneofsimo's as kohya's).
 
     Args: rank: of every layer, at most; or energy: the share to keep in every layer, in (0, 1].
     Returns: {network or "all": {"layers", "rank_before", "rank_after" (means), "parameters_before", "parameters_after",
@@ -78,7 +81,8 @@ def shrink(path, out, rank=None, energy=None):
         report[network] = _summary([adapter.factors[name] for name in names], [shrunk[name] for name in names])
     about = {key: adapter.about.get(key) for key in ("base", "on_top_of", "settings")}
     about["shrunk"] = {"from": sha256(path), "rank": rank, "energy": energy, "kept": report["all"]["energy"]}
-    write_native({name: layer.factors for name, layer in shrunk.items()}, out, "lora", about)
+    format = {PEFT: "diffusers", CLONEOFSIMO: "kohya"}.get(adapter.dialect, adapter.dialect)
+    write_adapter({name: layer.factors for name, layer in shrunk.items()}, out, "lora", about, format)
     return report
 
 
@@ -108,7 +112,7 @@ def main(arguments):
     )
     add("--out", type=Path, metavar="FILE", help="(default: beside ADAPTER, such as adapter-rank4.safetensors)")
     args = parser.parse_args(arguments)
-    path, _ = split_multiplier(args.adapter)
+    path = whole_adapter(args.adapter)
     choice = f"rank{args.rank}" if args.energy is None else f"energy{args.energy:g}"
     out = path.with_name(f"{path.stem}-{choice}.safetensors") if args.out is None else args.out
     try:
@@ -124,6 +128,6 @@ def main(arguments):
                 network, 100 * numbers["energy"], **numbers
             )
         )
-    print(f"wrote {out} (scale 1: alpha = rank)")
+    print(f"wrote {out}")
     print(f'next: python sample.py "..." --adapter {out}')
     return 0

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from minildm.adapters import METHODS
+from minildm.adapters import METHODS, Method
 from minildm.data.open import DataSettings
 from minildm.data.prompts import prompts_for
 from minildm.data.splits import classes_of, split_by_patient
@@ -23,7 +23,7 @@ from minildm.training.machine import Machine
 from minildm.training.run import read_record
 
 # Settings that a resumed run may change.
-FREE = ("device", "workers", "cache", "compile", "micro_batch", "checkpointing", "forgetting_probe")
+FREE = ("device", "workers", "cache", "compile", "micro_batch", "checkpointing", "forgetting_probe", "save_format")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,9 @@ def parse(arguments):
     _refuse(unknown, name, parser)
     dreambooth, config = from_flags(DreamBoothSettings, args), from_flags(TrainingConfig, args)
     _check_dreambooth(dreambooth, config, given)
+    if config.save_format != "native" and method.export is Method.export:
+        raise InputError(f"--save-format {config.save_format} is for adapters; --adapter {name} writes a checkpoint, "
+                         "which needs none: leave it out")  # fmt: skip
     return Plan(
         goal=from_flags(Goal, args, adapter=name),
         method=method,

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from minildm.adapters.writing import FORMATS
 from minildm.settings import Settings, setting
 
 # What the papers state; what they leave open stays at our defaults. SeLoRA (arXiv:2408.07196), section 4: IU X-ray for
@@ -82,6 +83,11 @@ class TrainingConfig(Settings):
         False, "generate images of fixed unrelated prompts before and after training, and measure their drift"
     )
     save_interval: int = setting(100, "steps between saved states", at_least=1)
+    save_format: str = setting(
+        "native",
+        "kohya (ComfyUI, A1111, Forge) or diffusers: also write RUN/adapter.FORMAT.safetensors for that tool",
+        choices=FORMATS,
+    )
 
     def total_steps(self, n_images, images_per_step=None):
         """Steps of the whole run: what ``epochs`` passes over ``n_images`` take, and not more than ``steps``.

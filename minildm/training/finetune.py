@@ -19,7 +19,7 @@ from minildm.errors import InputError
 from minildm.images import contact_sheet, save_png
 from minildm.latent_diffusion import to_pil, usual_guidance
 from minildm.training.forgetting import ForgettingProbe, forgetting_line
-from minildm.training.loop import train
+from minildm.training.loop import exported_name, train
 from minildm.training.loss import Captions, denoising_losses, sample_randomness, validation_loss
 from minildm.training.machine import checkpoint_blocks, disk_forecast, forecast, memory_advice
 from minildm.training.run import data_fingerprint
@@ -158,6 +158,7 @@ def finetune(task, method_class, settings, run, machine):
     print_forecast(task, method, run)
     if config.checkpointing:
         checkpoint_blocks(model.unet, model.text_encoder)
+    method.compiled = machine.compile
     if machine.compile:
         torch._dynamo.config.recompile_limit = 64  # at 8 it would give up, silently, as layers grow
         model.unet.compile()
@@ -208,5 +209,6 @@ def summary(state, method, run):
     skipped = f", {state.skipped} skipped as not finite" if state.skipped else ""
     memory = max((entry.get("memory_mb", 0) for entry in entries), default=0)
     lines.append(f"{state.step} steps{skipped}, {state.seconds:.1f} s, peak memory {memory / 1000:.2f} GB")
-    lines.append(f"files in {run.folder}: {run.result.name}, log.jsonl, config.json, samples/, last/")
+    exported = "".join(f"{path.name}, " for path in sorted(run.folder.glob(exported_name("*"))))
+    lines.append(f"files in {run.folder}: {run.result.name}, {exported}log.jsonl, config.json, samples/, last/")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from minildm.distributed import sum_over_processes
 from minildm.errors import InputError, is_out_of_memory
+from minildm.kernels import to_device
 from minildm.optimizer import clip_gradients
 from minildm.training.machine import helpful_out_of_memory, peak_memory_mb, stop_requests
 from minildm.training.state import State
@@ -94,28 +95,30 @@ def train_step(state, method, task, config, batch, lr):
     """One step of the optimizer. Returns: what to log."""
     size, micro = task.batch_size, config.micro_batch or task.batch_size
     parameters = state.optimizer.parameters
-    loss = torch.zeros((), device=parameters[0].device)
+    device = parameters[0].device
+    loss = torch.zeros((), device=device)
     with method.watch(state.step):
         for first in range(0, len(batch["id"]), micro):
             part = {name: values[first : first + micro] for name, values in batch.items()}
-            losses = task.losses(part)  # (b,)
-            part_loss = (part["weight"].to(losses) * losses).sum() / size
+            weight = to_device(part["weight"], device)
+            part_loss = (weight * task.losses(part)).sum() / size  # of (b,) each
             (part_loss * state.loss_scale).backward()
             loss = loss + part_loss.detach()
     if torch.distributed.is_initialized():
         for parameter in parameters:  # all processes sum the same tensors, whatever share of the batch each has
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         sum_over_processes([loss, *(parameter.grad for parameter in parameters), *method.statistics()])
-    entry = {}
+    measured = {"loss": loss}
     if method.penalty is not None:
         penalty = method.penalty()
         (penalty * state.loss_scale).backward()
-        entry["penalty"] = penalty.item()
+        measured["penalty"] = penalty.detach()
     if state.loss_scale != 1:
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], state.loss_scale)
-    norm = clip_gradients(parameters, config.clip).item()
-    entry = {"loss": loss.item(), "lr": lr, "grad_norm": norm} | entry
-    good = math.isfinite(entry["loss"]) and math.isfinite(norm)
+    measured["grad_norm"] = clip_gradients(parameters, config.clip)
+    # The one time in a step that the CPU waits for a GPU: what follows depends on whether the step is finite.
+    entry = {"lr": lr} | dict(zip(measured, torch.stack(list(measured.values())).tolist()))
+    good = math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"])
     if good:
         state.optimizer.step(lr)
         state.bad_steps = 0
@@ -157,6 +160,13 @@ def learning_rate(step, steps, config):
 def save_result(method, config, run):
     about = config.as_json() | (method.settings.as_json() if method.settings is not None else {})
     run.save_result(lambda path: method.save(path, about))
+    if config.save_format != "native":
+        run.save_file(exported_name(config.save_format), lambda path: method.export(path, config.save_format))
+
+
+def exported_name(format):
+    """The file in a run's folder that ``--save-format`` adds."""
+    return f"adapter.{format}.safetensors"
 
 
 def _not_finite(state, config, run):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import default_collate
 
+from minildm.kernels import to_device
 from minildm.seeds import seeded
 
 
@@ -55,9 +56,11 @@ class Captions:
     def __call__(self, batch, dropped):
         """batch["index"] (B,) and dropped (B,) bool -> context (B, 77, D), on the model's device."""
         if self.contexts is None:
-            return self.text_encoder(self.token_ids[torch.where(dropped, -1, batch["index"])].to(self.device))
+            token_ids = self.token_ids[torch.where(dropped, -1, batch["index"])]  # (B, 77)
+            return self.text_encoder(to_device(token_ids, self.device))
         empty = self.contexts[len(self.contexts) - 1]  # (77, D)
-        return torch.where(dropped[:, None, None], empty, batch["context"]).to(self.device, self.dtype)
+        context = torch.where(dropped[:, None, None], empty, batch["context"])
+        return to_device(context, self.device, self.dtype)
 
 
 def denoising_losses(model, batch, randomness, captions, config):
@@ -70,17 +73,17 @@ def denoising_losses(model, batch, randomness, captions, config):
     context = captions(batch, randomness.caption < config.caption_dropout)
     device = context.device
     z = batch["mean"] + (0.5 * batch["logvar"]).exp() * randomness.latent_noise
-    latents = (z * model.config.vae.scaling_factor).to(device)
+    latents = to_device(z * model.config.vae.scaling_factor, device)
     # Noise offset: a shift of each channel's mean, which noise alone hardly ever hides, so that the U-Net also learns
     # an image's overall brightness (Guttenberg 2023, "Diffusion with Offset Noise").
-    noise = (randomness.noise + config.noise_offset * randomness.offset).to(device)
-    timesteps = randomness.timesteps
+    noise = to_device(randomness.noise + config.noise_offset * randomness.offset, device)
+    timesteps = to_device(randomness.timesteps, device)
     noisy_latents = model.schedule.add_noise(latents, noise, timesteps)
 
-    prediction = model.unet(noisy_latents.to(context.dtype), timesteps.to(device), context).float()
+    prediction = model.unet(noisy_latents.to(context.dtype), timesteps, context).float()
     losses = (prediction - model.schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
     if config.min_snr_gamma:
-        losses = losses * model.schedule.min_snr_weight(timesteps, config.min_snr_gamma).to(device)
+        losses = losses * model.schedule.min_snr_weight(timesteps, config.min_snr_gamma)
     return losses
 
 
@@ -100,12 +103,12 @@ def validation_loss(model, pairs, captions, config):
     order = torch.randperm(count, generator=seeded(config.seed, "validation order"))
     spread = ((order + 0.5) / count * model.schedule.n_timesteps).long()
     size = config.micro_batch or config.batch_size
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for first in range(0, count, size):
         ids = range(first, min(first + size, count))
         batch = default_collate([pairs[i % len(pairs)] for i in ids])
         shape = batch["mean"].shape[1:]
         randomness = sample_randomness(config.seed, "validation", ids, shape, model.schedule.n_timesteps)
         randomness = randomness._replace(timesteps=spread[first : ids.stop])
-        total += denoising_losses(model, batch, randomness, captions, PlainLoss()).double().sum().item()
-    return total / count
+        total += denoising_losses(model, batch, randomness, captions, PlainLoss()).double().sum()
+    return total.item() / count

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from minildm import kernels
 from minildm.errors import InputError, is_out_of_memory
 from minildm.layers import ResnetBlock, SpatialTransformer
 from minildm.settings import Settings, setting
@@ -31,6 +32,14 @@ class Machine(Settings):
     compile: bool = setting(
         False, "compile the networks: slow to start, and when a layer's rank passes 8, 16, ...; then faster on a GPU"
     )
+
+    def products(self, dtype, device, run):
+        """ "float32" if the products of a run in bfloat16 are computed in float32, which is faster on some CPUs; else
+        None. A resumed run keeps its choice."""
+        if run.resume:
+            return run.found("products")
+        faster = not (self.plain or self.compile) and kernels.float32_is_faster(dtype, device)
+        return "float32" if faster else None
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -88,6 +88,10 @@ class Run:
                     "was, or begin a new run with another --out"
                 )
 
+    def found(self, name):
+        """What `begin` recorded as ``name`` when a resumed run was begun; None in a new run."""
+        return read_record(self.folder)["found"].get(name) if self.resume else None
+
     @property
     def state(self):
         return self.folder / "last" / "state.pt"

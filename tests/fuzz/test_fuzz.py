@@ -74,21 +74,13 @@ def limited():
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-# Readers that are being rewritten, whose faults are known: 5,000-digit numbers, deep nesting, values of other types.
-KNOWN = ("pickled_checkpoint", "checkpoint_folder", "adapter_file")
-CASES = [
-    pytest.param(target, marks=pytest.mark.xfail(reason="known faults", strict=False)) if target in KNOWN else target
-    for target in TARGETS
-]
-
-
-@pytest.mark.parametrize("target", CASES)
+@pytest.mark.parametrize("target", TARGETS)
 def test_damaged_input_gives_the_projects_own_errors(target):
     assert fuzz(target, 20) == []
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("target", CASES)
+@pytest.mark.parametrize("target", TARGETS)
 def test_thousands_of_damaged_inputs_give_the_projects_own_errors(target):
     assert fuzz(target, 1000, seed=1) == []
 

@@ -1,0 +1,93 @@
+"""bfloat16 on processors without instructions for it: products in float32, the choice stored and kept."""
+
+import copy
+
+import pytest
+import torch
+from peers import random_network, relative_error
+from torch import nn
+
+from minildm import kernels
+from minildm.adapters.inject import wrap
+from minildm.adapters.lora import LoRALinear
+from minildm.config import UNetConfig
+
+CPU = torch.device("cpu")
+
+
+def test_the_measurement_is_made_only_for_bfloat16_on_a_cpu_and_says_what_it_found(monkeypatch, capsys):
+    def elapse(dtype):
+        clock = iter(range(10**6))
+        monkeypatch.setattr(kernels.time, "perf_counter", lambda: next(clock))
+        monkeypatch.setattr(kernels.F, "linear", lambda x, weight: [next(clock) for _ in range(9) if x.dtype == dtype])
+
+    elapse(slow := torch.bfloat16)
+    assert kernels.float32_is_faster(slow, CPU)
+    assert "products in float32" in capsys.readouterr().out
+    elapse(torch.float32)
+    assert not kernels.float32_is_faster(slow, CPU)
+    monkeypatch.setattr(kernels.F, "linear", None)
+    assert not kernels.float32_is_faster(slow, torch.device("cuda"))
+    assert not kernels.float32_is_faster(torch.float16, CPU) and not kernels.float32_is_faster(torch.float32, CPU)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Linear(6, 10), (2, 5, 6)),
+        (nn.Linear(6, 10, bias=False), (3, 6)),
+        (nn.Conv2d(6, 10, 3, padding=1), (2, 6, 5, 7)),
+        (nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 5, 8)),
+        (nn.Conv2d(6, 10, 1), (1, 6, 3, 3)),
+        (nn.Conv2d(640, 640, 3, padding=1).to(memory_format=torch.channels_last), (1, 640, 3, 2)),  # one product
+    ],
+)
+def test_a_layer_in_float32_is_the_layer_and_its_gradient(layer, shape):
+    generator = torch.Generator().manual_seed(0)
+    layer = layer.bfloat16().requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(shape, generator=generator).bfloat16()
+    kernels.compute_in_float32(layer)
+    y, (dx,) = _with_gradient(layer, x)
+    exact_y, (exact_dx,) = _with_gradient(exact, x.double())
+    half = 2.0**-8  # one rounding to bfloat16
+    assert y.dtype == dx.dtype == torch.bfloat16
+    assert relative_error(y, exact_y) <= half and relative_error(dx, exact_dx) <= 2 * half
+
+
+def _with_gradient(network, *inputs):
+    inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    y = network(*inputs)
+    return y, torch.autograd.grad(y.float().square().sum(), [x for x in inputs if x.requires_grad])
+
+
+def test_a_network_with_an_adapter_is_as_near_to_the_exact_one_as_in_bfloat16():
+    """Output and gradients of the adapters, in a U-Net with LoRA: what is rounded to bfloat16 is the same."""
+
+    def results(dtype, wide):
+        unet = random_network(UNetConfig.tiny(norm_groups=8), seed=3).bfloat16().to(dtype)
+        model = nn.ModuleDict({"unet": unet, "text_encoder": nn.Identity()})
+        layers = wrap(model, LoRALinear, 2, targets=("unet",), layers="attention")
+        for i, layer in enumerate(layers.values()):
+            nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
+        if wide:
+            kernels.compute_in_float32(model)
+        generator = torch.Generator().manual_seed(1)
+        x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
+        y = unet(x.bfloat16().to(dtype), torch.tensor([3, 900]), context.bfloat16().to(dtype))
+        y.float().square().mean().backward()
+        return [y.detach().double(), *(layer.lora_A.grad.double() for layer in layers.values())]
+
+    exact, half, wide = results(torch.float64, False), results(torch.bfloat16, False), results(torch.bfloat16, True)
+    errors = [[relative_error(a, b) for a, b in zip(ours, exact)] for ours in (half, wide)]
+    assert sum(errors[1]) <= 1.2 * sum(errors[0]) and max(errors[1]) <= 0.05
+
+
+def test_autograd_keeps_no_weights_in_float32():
+    layer = nn.Linear(64, 64).bfloat16().requires_grad_(False)
+    kernels.compute_in_float32(layer)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        layer(torch.ones(2, 64, dtype=torch.bfloat16, requires_grad=True))
+    assert kept == []
