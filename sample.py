@@ -94,7 +94,7 @@ def main(arguments):
     batches = sampling.split_batches(planned, args.batch_size) if repeated is None else [repeated]
     init_images = None if init_image is None else init_image.tensor(settings.height, settings.width)
     description = SYNTHETIC if init_image is None else FROM_IMAGE
-    sheet, start = [], time.perf_counter()
+    saved, sheet, start = [], [], time.perf_counter()
     with (
         kernels.plain(args.plain),
         tqdm(total=settings.network_calls * len(batches), unit="step", disable=None, dynamic_ncols=True) as bar,
@@ -105,16 +105,17 @@ def main(arguments):
             images = model.sample(batch_prompts, args.negative, callback=lambda *_: bar.update(), **options)
             for image, png in zip(images, batch):
                 if png.path is not None:
-                    save_png(image, png.path, request.parameters(png), description, request.record(png, batch))
+                    texts = request.parameters(png), description, request.record(png, batch)
+                    saved.append(sampling.save_planned(png, continues, image, *texts))
                     sheet += [image][: SHEET_IMAGES - len(sheet)]
 
-    for png in planned[:8]:
+    for png in saved[:8]:
         print(f"{png.path} (seed {png.seed})")
     if repeated is not None:
-        print(like.compare(args.like, planned[0].path))
+        print(like.compare(args.like, saved[0].path))
     if len(planned) > 1:
         folder = writable_folder(args.out / "sheets")  # not --out itself, where metrics read every image
-        path = folder / planned[0].path.name
+        path = folder / saved[0].path.name
         save_png(contact_sheet(sheet), path, f"contact sheet of {len(sheet)} images", description)
         print(f"{len(planned)} images in {args.out}, {time.perf_counter() - start:.1f} s; contact sheet: {path}")
     print(f"next: another seed, python sample.py ... --seed {settings.seed + len(prompts) * args.n}")

@@ -1,11 +1,26 @@
 """Errors for users: one line that says what came, what was expected and what to do."""
 
 import contextlib
+import errno
 import io
+import os
 import sys
 import warnings
 
 LONGEST_LINE = 500  # characters
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "could not create a memory object")
+FULL = "what was there before is intact; make room, then run the command again"
+ADVICE = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: "what was there before is intact; files of this size are not allowed here: see ulimit -f",
+    errno.EROFS: "the file system is read-only; write to another one",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOMEM: "memory is full; close other programs",
+    errno.EMFILE: "too many files are open; see ulimit -n",
+    errno.EIO: "the disk or network fails; what was there before is intact",
+}
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class InputError(ValueError):
@@ -22,21 +37,56 @@ def naming(flag):
 
 
 def exit_cleanly(main, *arguments):
-    """Run a command's ``main`` and exit: code 2 and one line for a user's mistake, 130 for Ctrl-C, a traceback for our
-    own bugs. Warnings are printed as one line, too."""
+    """Run a command's ``main`` and exit: code 2 and one line for a user's mistake or the machine's limits (disk full,
+    out of memory), 130 for Ctrl-C, a traceback for our own bugs. Warnings are printed as one line, too."""
     for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8, and consoles that lack a character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_: print(f"warning: {one_line(message)}", file=sys.stderr)
     try:
-        sys.exit(main(*arguments))
-    except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        code = main(*arguments)
+        sys.stdout.flush()  # it may be a file on a full disk
+        sys.exit(code)
+    except InputError as error:
         sys.exit(_fail(2, f"error: {error}"))
     except KeyboardInterrupt:
         sys.exit(_fail(130, "interrupted"))
     except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        code = _fail(2, f"error: {system_message(error)}")
+        _discard_output()
+        sys.exit(code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "lower --batch-size or the size of the images, or close other programs"
+        sys.exit(_fail(2, f"error: out of memory; {advice}"))
+
+
+def system_message(error):
+    """An OSError in words: what could not be written or used, why, and what to do. Our own are words already."""
+    if error.errno is None:
+        return str(error)
+    name = "a file" if error.filename is None else error.filename
+    done = "write" if error.errno in WRITING else "use"
+    return f"could not {done} {name} ({error.strerror}); {ADVICE.get(error.errno, 'check its name and permissions')}"
+
+
+def is_out_of_memory(error):
+    """Whether memory ran out, which torch says in different words for each place: GPU, CPU, oneDNN."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def _discard_output():
+    """What is still to be printed cannot be written where the disk is full: it is not tried again at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(code, message):

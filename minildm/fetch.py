@@ -8,6 +8,7 @@ run sees at once, and without a connection, that all is there.
 
 import json
 import os
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from pathlib import Path
 
 from minildm.download import TIMEOUT, RemoteFile, bytes_present, content_digest, download, human, reason_of, refusal
 from minildm.errors import InputError
-from minildm.files import writable_folder, written_beside
+from minildm.files import read_json, writable_folder, written_beside
 from minildm.loading import find_base, find_weights, folder_for_weights, weights_folders
 from minildm.published import CATALOGUE, SHA256
 from minildm.settings import Parser
+
+HASH = re.compile("[0-9a-f]{40}([0-9a-f]{24})?")  # SHA-1 or SHA-256
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,23 @@ def find_there(name, folders):
     return None
 
 
+def read_receipt(path):
+    """What `write_receipt` wrote; {} if there is none, or if it is damaged: what it would say is found out again."""
+    try:
+        receipt = read_json(path)
+        files = receipt["files"].values()
+        whole = all(HASH.fullmatch(entry["digest"]) and type(entry["size"]) is int for entry in files)
+    except (FileNotFoundError, InputError, LookupError, TypeError, AttributeError):
+        return {}
+    return receipt if whole else {}
+
+
 def check_there(name, folder, source):
     """Check that ``name`` in ``folder`` is what it should be: by receipt, else a documented hash, else the server's.
 
     Raises: InputError if it is not, or if that cannot be told.
     """
-    receipt_file = folder / ".fetch" / f"{name}.json"
-    receipt = json.loads(receipt_file.read_text(encoding="utf-8")) if receipt_file.is_file() else {}
+    receipt = read_receipt(folder / ".fetch" / f"{name}.json")
     expected = receipt.get("files", {}) if receipt.get("target") == source.target else {}
     if not expected and source.target in SHA256:
         expected = {source.target: {"digest": SHA256[source.target]}}

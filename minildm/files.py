@@ -2,38 +2,159 @@
 JSON."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+import time
+import warnings
 from pathlib import Path
 
 from minildm.errors import InputError
 
 MAX_JSON_BYTES = 16 << 20  # a document takes up to fifty times its size in memory
 MAX_FILE_BYTES = 1 << 30  # larger files are not read whole; the largest radiographs have 100 MB
+MAX_JSON_BYTES = 16 << 20  # a document takes up to fifty times its size in memory
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 
 
+def _machine():
+    """8 hex digits that name the system whose process numbers `os.getpid` returns: this computer since it was started,
+    or this container on it."""
+    facts = [os.uname().nodename]
+    with contextlib.suppress(OSError):
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
+
+
+MACHINE = _machine()
+TEMPORARY = re.compile(r"\.minildm-([0-9a-f]{8})-([0-9]+)-")  # a temporary name: machine, process, then what it is for
+ABANDONED_SECONDS = 24 * 3600  # without a change, after which another machine's file counts as left behind
+TIDIED = set()  # folders whose leftovers this process has removed
+
+
+def temporary_path(path):
+    """A hidden path in the folder of ``path``, of the same suffix, for what becomes ``path`` once it is whole.
+
+    Its name says which process writes it, so that what a killed process leaves is recognised and removed here.
+    """
+    path = Path(path)
+    _remove_leftovers(path.parent)
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]  # the whole name may be as long as names can be
+    return path.with_name(f".minildm-{MACHINE}-{os.getpid()}-{name}{path.suffix}")
+
+
+def _remove_leftovers(folder):
+    """Remove the temporary files and folders whose process is gone, once for each folder."""
+    folder = folder.absolute()
+    if folder in TIDIED or not folder.is_dir():
+        return
+    TIDIED.add(folder)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what cannot be listed or removed stays
+        for entry in entries:
+            if (match := TEMPORARY.match(entry.name)) and not _in_use(entry, match[1], int(match[2])):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
+
+
+def _in_use(entry, machine, process):
+    if machine != MACHINE:
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime < ABANDONED_SECONDS
+    try:
+        os.kill(process, 0)  # sends nothing: asks whether it exists
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
-def written_beside(path):
+def written_beside(path, replace=True):
     """Yield a temporary path in the folder of ``path``. It is renamed to ``path`` if the block succeeds, else deleted.
 
     The temporary name has the same suffix, which decides the format for some writers (Pillow, NumPy).
+    Args: replace: False: raise FileExistsError if ``path`` exists by then, also if another process has just made it.
+    Raises: OSError with the name of ``path`` if the disk is full or fails.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    beside = temporary_path(path)
     try:
-        yield beside
-        beside.chmod(0o666 & ~UMASK)  # some writers create files that only their owner can read
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())  # on disk before it gets its name, in case of a power cut
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        try:
+            yield beside
+            with contextlib.suppress(OSError):  # network mounts and buckets may refuse it
+                beside.chmod(0o666 & ~UMASK)  # some writers create files that only their owner can read
+            _flush(beside)
+            if replace:
+                os.replace(beside, path)
+            else:
+                _rename_to_new(beside, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                beside.unlink()
+    except Exception as error:
+        if code := _system_error(error, beside):
+            raise OSError(code, os.strerror(code), str(path)) from None  # FileExistsError and the like, by the code
+        raise
+
+
+def _flush(path):
+    """On disk before it gets its name, in case of a power cut."""
+    with open(path, "rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system without it
+                raise
+
+
+def _rename_to_new(path, new):
+    """Rename the file; FileExistsError if the new name is taken. `os.rename` would replace what is there."""
+    try:
+        os.link(path, new)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: take the name with an empty file, then replace that
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL))
+        os.replace(path, new)
+
+
+def _system_error(error, path):
+    """The errno of a failure to write ``path``; None for other errors. Libraries in Rust put it into words."""
+    if isinstance(error, OSError):
+        return error.errno if error.filename in (None, str(path)) or error.errno == errno.EEXIST else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
+
+
+def locked(path, wait=False):
+    """Open the file ``path`` and lock it, for this process alone, until it is closed or the process ends in any way.
+
+    Returns: the open file; None if another process has the lock and ``wait`` is False. Where the file system has no
+    locks, a warning says so, and the caller goes on.
+    """
+    file = open(path, "a")  # noqa: SIM115 (held open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF):
+            file.close()
+            raise
+        warnings.warn(
+            f"the file system of {shown(Path(path).parent)} has no locks; start only one process at a time on it",
+            stacklevel=2,
+        )
+    return file
 
 
 def writable_folder(path, flag="--out"):
@@ -44,7 +165,7 @@ def writable_folder(path, flag="--out"):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".minildm-write-test-{os.getpid()}"
+        probe = temporary_path(path / "write-test")
         probe.touch()
         probe.unlink()
     except FileExistsError:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from minildm.errors import InputError
 from minildm.files import written_beside
@@ -60,16 +60,18 @@ def split_parameters(text):
     return "\n".join(lines[:at]), "\n".join(lines[at:]).removeprefix("Negative prompt:").strip(), pairs
 
 
-def save_png(image, path, parameters, description=SYNTHETIC, record=None):
-    """Write an image with its text chunks. ``record``: what goes into the chunk ``minildm``, a JSON object. The file is
-    never left half-written."""
+def save_png(image, path, parameters, description=SYNTHETIC, record=None, replace=True):
+    """Write an image with its text chunks. The file is never left half-written.
+
+    Args: record: what goes into the chunk ``minildm``, a JSON object. replace: as in `written_beside`.
+    """
     chunks = PngImagePlugin.PngInfo()
     for key, text in (("parameters", parameters), ("Description", description), ("Software", "minildm")):
         write = chunks.add_text if text.isascii() else chunks.add_itxt  # tEXt chunks are Latin-1
         write(key, text)
     if record is not None:
         chunks.add_itxt(RECORD, json.dumps(record))
-    with written_beside(path) as beside:
+    with written_beside(path, replace) as beside:
         image.save(beside, pnginfo=chunks)
 
 
@@ -84,7 +86,9 @@ def read_text(path):
         with Image.open(path) as image:
             image.load()  # decodes it all, which finds files that were cut short
             return {key: str(text) for key, text in image.info.items() if isinstance(text, str)}
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # Pillow raises a dozen types for damaged files, and MemoryError for packed text
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} cannot be read as an image ({reason}); delete it, or get it again") from None
 

@@ -97,8 +97,12 @@ class AdamW:
         return {"ages": list(self.ages), "means": list(self.means), "squares": list(self.squares)}
 
     def load_state_dict(self, state):
-        """Continue from ``state``, for the same parameters in the same order."""
-        assert [m.shape for m in state["means"]] == [p.shape for p in self.parameters], "another list of parameters"
+        """Continue from ``state``, for the same parameters in the same order. Raises: ValueError for others."""
+        shapes = [p.shape for p in self.parameters]
+        if any([m.shape for m in state[name]] != shapes for name in ("means", "squares")):
+            raise ValueError("another list of parameters")
+        if len(state["ages"]) != len(shapes) or not all(isinstance(a, (int, tuple)) for a in state["ages"]):
+            raise ValueError("ages of other parameters")
         device = {i: parameter.device for i, parameter in enumerate(self.parameters)}
         self.ages = [(a[0], a[1].to(device[i])) if isinstance(a, tuple) else a for i, a in enumerate(state["ages"])]
         if self.means:

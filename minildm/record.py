@@ -9,12 +9,11 @@ to share.
 This module does not import torch, so that a mistake on the command line is reported at once.
 """
 
-import json
 import threading
 
 from minildm import __version__
 from minildm.errors import InputError
-from minildm.files import sha256
+from minildm.files import parse_json, sha256
 from minildm.images import RECORD, read_text
 from minildm.sampling import describe_adapters, describe_image
 
@@ -137,11 +136,8 @@ def read_record(path):
     text = read_text(path).get(RECORD)
     if text is None:
         return None
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: its record (chunk {RECORD!r}) is not valid JSON; get the image again") from None
-    schema = record.get("schema") if isinstance(record, dict) else None
+    record = parse_json(text, f"{path}: its record (chunk {RECORD!r})")
+    schema = record.get("schema")
     if schema != SCHEMA:
         raise InputError(
             f"{path}: its record has schema {str(schema)[:20]!r}, expected {SCHEMA}; it was written by another version "

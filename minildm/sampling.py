@@ -14,7 +14,9 @@ from minildm.config import SAMPLER_NAMES, SPATIAL_FACTOR
 from minildm.data import reading
 from minildm.errors import InputError, naming
 from minildm.files import input_file, sha256
-from minildm.images import parameters_text, read_parameters
+from minildm.images import parameters_text, read_parameters, save_png
+
+NUMBERED = re.compile(r"([0-9]{1,18})-.*\.png$")  # an image's file name
 
 
 class PlannedImage(NamedTuple):
@@ -137,21 +139,49 @@ def plan_images(prompts, n, seed, folder, continues, parameters):
     Raises: InputError if an image exists and its parameters are others.
     """
     existing = set(os.listdir(folder))
-    numbers = [int(match[1]) for name in existing if (match := re.match(r"(\d+)-.*\.png$", name))]
+    numbers = [int(match[1]) for name in existing if (match := NUMBERED.match(name))]
     first = 0 if continues else max(numbers, default=-1) + 1
     planned = []
     for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
         image = PlannedImage(prompt, seed + i, folder / f"{first + i:05d}-seed{seed + i}.png")
         if image.path.name not in existing:
             planned.append(image)
-        elif (old := read_parameters(image.path)) != (new := parameters(image)):
-            old, new = (old or "no parameters").split("\n"), new.split("\n")
-            line = -1 if old[-1] != new[-1] else 0  # the settings, or else the prompt
-            raise InputError(
-                f"{image.path} exists and was made with other settings ({old[line]}) than this command's "
-                f"({new[line]}); give another --out"
-            )
+        else:
+            _require_same_parameters(image.path, parameters(image))
     return planned
+
+
+def save_planned(png, continues, image, parameters, *texts):
+    """Save the Pillow ``image`` of a PlannedImage; nothing that another process has made meanwhile is replaced.
+
+    Args: continues: as in `plan_images`: the name is fixed, and who has taken it made the same image. texts: see
+        `save_png`.
+    Returns: the PlannedImage, with the path it has now: its number goes up until the name is free.
+    Raises: InputError if an image of other settings has taken a fixed name.
+    """
+    while True:
+        try:
+            save_png(image, png.path, parameters, *texts, replace=False)
+        except FileExistsError:
+            if continues:
+                _require_same_parameters(png.path, parameters)
+                return png
+            number, _, rest = png.path.name.partition("-")
+            taken = [int(match[1]) for name in os.listdir(png.path.parent) if (match := NUMBERED.match(name))]
+            png = png._replace(path=png.path.with_name(f"{max(int(number), *taken) + 1:05d}-{rest}"))
+        else:
+            return png
+
+
+def _require_same_parameters(path, new):
+    """Raise InputError unless the image at ``path`` has the ``parameters`` text ``new``."""
+    if (old := read_parameters(path)) != new:
+        old, new = (old or "no parameters").split("\n"), new.split("\n")
+        line = -1 if old[-1] != new[-1] else 0  # the settings, or else the prompt
+        raise InputError(
+            f"{path} exists and was made with other settings ({old[line]}) than this command's ({new[line]}); give "
+            "another --out"
+        )
 
 
 def split_batches(planned, batch_size):

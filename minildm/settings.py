@@ -35,7 +35,9 @@ class Settings:
     """Base of the settings dataclasses: checks every field when an object is made."""
 
     def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
+            check_type(field, getattr(self, field.name), hints[field.name])
             check(field, getattr(self, field.name))
 
     def as_json(self):
@@ -46,6 +48,19 @@ class Settings:
 def flag(name):
     """The flag of a field: "batch_size" -> "--batch-size"."""
     return "--" + name.replace("_", "-")
+
+
+def check_type(field, value, hint):
+    """Raise InputError, naming the flag, if ``value`` is not of its type: files hold anything."""
+    if value is None and field.default is None:
+        return
+    kind, members = _without_none(hint), (value,)
+    if typing.get_origin(kind) is tuple:
+        members = value if isinstance(value, (tuple, list)) else (object(),)
+        kind = typing.get_args(kind)[0]
+    kinds = {int: numbers.Integral, float: numbers.Real, Path: (Path, str), str: (str, Path)}.get(kind, kind)
+    if not all(isinstance(member, kinds) and (kind is bool or not isinstance(member, bool)) for member in members):
+        raise InputError(f"{flag(field.name)} must be of type {kind.__name__}, got {value!r}")
 
 
 def check(field, value):

@@ -188,16 +188,16 @@ def test_a_disk_that_is_too_small_stops_the_build_before_it_begins(vae, data_set
 
 def test_values_that_float16_cannot_hold_are_an_error(tmp_path):
     with pytest.raises(InputError, match=r"values that float16 cannot hold"):
-        Rows(tmp_path, "x").add([b"k" * 32], torch.tensor([[1e6]]))
+        Rows(tmp_path, "x", (1,)).add([b"k" * 32], torch.tensor([[1e6]]))
 
 
 def test_a_damaged_cache_file_is_named(tmp_path):
-    rows = Rows(tmp_path, "x")
+    rows = Rows(tmp_path, "x", (4,))
     rows.add([b"k" * 32], torch.ones(1, 4))
     shard = next(rows.folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-3])
     with pytest.raises(InputError, match=r"safetensors is not a complete cache file .* delete it"):
-        Rows(tmp_path, "x")
+        Rows(tmp_path, "x", (4,))
 
 
 BUILD = """

@@ -105,6 +105,7 @@ def test_a_run_says_what_it_made_and_what_to_type_next(place, capsys):
         assert words in said, words
     made = {path.relative_to(place / "said").as_posix() for path in (place / "said").rglob("*") if path.is_file()}
     assert made == {
+        ".lock",
         "config.json",
         "log.jsonl",
         "adapter.safetensors",

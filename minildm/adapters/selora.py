@@ -198,9 +198,13 @@ class SeLoRA(LoRA):
     def load_state_dict(self, state):
         """The values follow with the trained parameters."""
         for path, layer in self.layers.items():
-            while layer.rank < state["ranks"][path]:
+            rank, blocks = state["ranks"][path], state.get("blocks", {}).get(path, 0)  # 0.2.0 had only blocks in use
+            largest = sum(layer.base.weight.shape[:2])
+            if not all(type(n) is int and n <= largest for n in (rank, blocks)) or rank < layer.rank:
+                raise ValueError(f"rank {rank} in {blocks} blocks of {path}")
+            while layer.rank < rank:
                 layer.grow(0.0)
-            while len(layer.lora_A) < state.get("blocks", {}).get(path, 0):  # 0.2.0 had no blocks without rows in use
+            while len(layer.lora_A) < blocks:
                 layer.add_block()
 
 

@@ -14,7 +14,6 @@ same time, such as the ranks of a distributed run, share the blocks among them.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -29,9 +28,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from minildm.config import MAX_TOKENS
 from minildm.data.reading import read, to_tensor
 from minildm.errors import InputError
-from minildm.files import shown, writable_folder, written_beside
+from minildm.files import locked, read_json, shown, writable_folder, written_beside
 
 ROWS_PER_SHARD = 128  # an interruption loses at most this many; a build holds this many in memory
 SETTLED_SECONDS = 2.0  # a file changed later than this could change again within the clock's resolution
@@ -50,10 +50,14 @@ def weights_fingerprint(module):
 class Rows:
     """A folder of shards: float16 rows of one shape, found by their 32-byte key.
 
-    Args: folder: of all caches; recipe: text that names everything the rows depend on besides their key.
+    Args: folder: of all caches; recipe: text that names everything the rows depend on besides their key; row_shape: of
+        a row, None for a size that is not known yet.
+    Raises: InputError for a file that is no whole shard of such rows. Whether a row's numbers are finite is checked
+        when the row is read, since a cache may be larger than the memory.
     """
 
-    def __init__(self, folder, recipe):
+    def __init__(self, folder, recipe, row_shape):
+        self.row_shape = row_shape
         self.folder = writable_folder(Path(folder) / _short_hash(recipe), "--cache")
         if not (self.folder / "recipe.txt").is_file():
             with written_beside(self.folder / "recipe.txt") as path:
@@ -68,13 +72,26 @@ class Rows:
             if path.name not in self.shards:
                 try:
                     with safe_open(path, framework="pt") as shard:
-                        keys, self.shards[path.name] = shard.get_tensor("keys"), shard.get_tensor("rows")
-                except Exception as error:
+                        keys, rows = shard.get_tensor("keys"), shard.get_tensor("rows")
+                    self._check(keys, rows)
+                except Exception as error:  # of many types
                     raise InputError(
                         f"{path} is not a complete cache file ({error}); delete it, it will be built again"
                     ) from None
+                self.shards[path.name] = rows
                 for row, key in enumerate(keys.numpy()):
                     self.locations[key.tobytes()] = (path.name, row)
+
+    def _check(self, keys, rows):
+        """Raise ValueError unless these are the keys and rows of one shard."""
+        if keys.dtype != torch.uint8 or keys.ndim != 2 or keys.shape[1] != 32:
+            raise ValueError(f"keys of {keys.dtype}, shape {tuple(keys.shape)}")
+        shape = tuple(rows.shape[1:])
+        fits = len(shape) == len(self.row_shape) and all(
+            size == wanted or wanted is None for size, wanted in zip(shape, self.row_shape)
+        )
+        if rows.dtype != torch.float16 or len(rows) != len(keys) or not fits:
+            raise ValueError(f"rows of {rows.dtype}, shape {tuple(rows.shape)}, for {len(keys)} keys")
 
     def __contains__(self, key):
         return key in self.locations
@@ -82,7 +99,13 @@ class Rows:
     def __getitem__(self, key):
         """A copy of the row, float32."""
         name, row = self.locations[key]
-        return self.shards[name][row].float()
+        values = self.shards[name][row].float()
+        if not values.isfinite().all():
+            raise InputError(
+                f"{self.folder / name} is damaged: row {row} holds NaN or infinite numbers; delete it, it will be "
+                "built again"
+            )
+        return values
 
     def add(self, keys, rows):
         """Write ``rows`` (n, ...) under ``keys`` as one shard."""
@@ -108,13 +131,9 @@ class Rows:
     @contextlib.contextmanager
     def locked(self, name, wait):
         """Hold the lock ``name``. Yields False, without it, if another process holds it and ``wait`` is False."""
-        with open(self.folder / f"{name}.lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True  # closing the file releases the lock
+        file = locked(self.folder / f"{name}.lock", wait)
+        with file or contextlib.nullcontext():  # closing the file releases the lock
+            yield file is not None
 
 
 def _short_hash(content):
@@ -152,7 +171,11 @@ def latent_cache(records, transform, vae, folder, batch_size=4, workers=2, skip_
     Raises: InputError for images that cannot be decoded (their number and the first five), for a file that changes
         during the build, and for a disk that is too small.
     """
-    rows = Rows(folder, f"latents (mean, logvar) of {transform}; VAE {weights_fingerprint(vae)}")
+    rows = Rows(
+        folder,
+        f"latents (mean, logvar) of {transform}; VAE {weights_fingerprint(vae)}",
+        (8, transform.size // 8, transform.size // 8),
+    )
     build = _LatentBuild(records, transform, vae, rows, batch_size)
     missing = {block: len(indices) for block in build.blocks if (indices := build.look_up(block))}
     rows.require_space(sum(missing.values()), row_bytes=8 * (transform.size // 8) ** 2 * 2)
@@ -257,10 +280,12 @@ def _file_state(record):
 
 
 def _load_hashes(path):
-    """{file state: SHA-256 of the content}, as written by _save_hashes."""
-    if not path.is_file():
+    """{file state: SHA-256 of the content}, as written by _save_hashes. Nothing, if that is damaged: the files are then
+    read again."""
+    try:
+        return {state: bytes.fromhex(key) for state, key in read_json(path).items()}
+    except (FileNotFoundError, InputError, TypeError, ValueError):
         return {}
-    return {state: bytes.fromhex(key) for state, key in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def _save_hashes(path, keyed_records):
@@ -296,7 +321,8 @@ def context_cache(prompts, tokenize, text_encoder, folder, batch_size=16):
     Args: tokenize: prompts -> int64 (B, 77); text_encoder: token ids -> (B, 77, D); folder: of all caches.
     Returns: CachedContexts, in the order of ``prompts``.
     """
-    rows = Rows(folder, f"contexts; text encoder {weights_fingerprint(text_encoder)}")
+    recipe = f"contexts; text encoder {weights_fingerprint(text_encoder)}"
+    rows = Rows(folder, recipe, (MAX_TOKENS, text_encoder.config.width))
     device = next(text_encoder.parameters()).device
     keys, missing = [], {}
     for start in range(0, len(prompts), 1024):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from minildm.errors import InputError
+from minildm.errors import InputError, is_out_of_memory
 from minildm.files import sha256
 from minildm.loading import find_weights, usable_device
 from minildm.metrics.inception import DIMS, WEIGHTS_NAME, WEIGHTS_SHA256, InceptionV3, prepare
@@ -35,7 +35,9 @@ class FeatureSettings(Settings):
 
     features: str = setting(
         "inception",
-        "inception | random | vae | clip | FILE.pt (TorchScript: (B,3,224,224) in [0,1] -> (B,d))",
+        "inception | random | vae | clip | FILE.pt (TorchScript: (B,3,224,224) in [0,1] -> (B,d)). TorchScript is a "
+        "program and runs with your rights: only from people you trust. Files of weights are data: --weights, --base, "
+        "--clip-pretrained",
         metavar="NAME",
     )
     weights: str | None = setting(None, "Inception weights (default: the published file in weights/)", metavar="FILE")
@@ -148,30 +150,48 @@ def clip_extractor(model_name, pretrained, device="cpu"):
 
 
 def script_extractor(path, device="cpu"):
-    """A user's TorchScript encoder: (B, 3, 224, 224) float32 in [0, 1] -> (B, d)."""
+    """A user's TorchScript encoder: (B, 3, 224, 224) float32 in [0, 1] -> (B, d).
+
+    The file is a program: it can read and write files. Raises: InputError if it is none, or fails.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no TorchScript file at {path}; --features is inception, random, vae, clip or FILE.pt")
     try:
         script = torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
+    except Exception as error:  # of many types: archive, code, tensors
         raise InputError(
-            f"{path} is not a TorchScript file ({str(error).splitlines()[0][:80]}); save it with "
+            f"{path} is not a TorchScript file ({_last_line(error)}); save it with "
             "torch.jit.trace(network, example).save(path)"
         ) from None
-    probe = script(torch.zeros(2, 3, 224, 224, device=device))
-    if not isinstance(probe, torch.Tensor) or probe.ndim != 2 or len(probe) != 2:
-        shape = tuple(probe.shape) if isinstance(probe, torch.Tensor) else type(probe).__name__
-        raise InputError(f"{path} must map (B, 3, 224, 224) in [0, 1] to (B, d), gave {shape}; pool it in the script")
-    dim = probe.shape[1]
+
+    def run(images):
+        try:
+            features = script(images.to(device))
+        except Exception as error:  # the script's own
+            if is_out_of_memory(error):
+                raise
+            shape = (len(images), 3, 224, 224)
+            raise InputError(f"the script {path} fails on images {shape} in [0, 1]: {_last_line(error)}") from None
+        if not isinstance(features, torch.Tensor):
+            form = type(features).__name__
+        elif features.ndim == 2 and len(features) == len(images) and features.numel() and features.is_floating_point():
+            return features
+        else:
+            form = f"{str(features.dtype).removeprefix('torch.')} {tuple(features.shape)}"
+        raise InputError(f"{path} must map (B, 3, 224, 224) in [0, 1] to (B, d), gave {form}; pool it in the script")
+
+    with torch.inference_mode():
+        dim = run(torch.zeros(2, 3, 224, 224)).shape[1]
     facts = {"weights": str(path), "sha256": sha256(path), "resize": "224 x 224 bilinear, antialias"}
     return Extractor(
-        f"FD-{path.stem}",
-        (dim,),
-        lambda image: _resized(image, 224),
-        lambda images: {dim: script(images.to(device))},
-        facts,
+        f"FD-{path.stem}", (dim,), lambda image: _resized(image, 224), lambda images: {dim: run(images)}, facts
     )
+
+
+def _last_line(error):
+    """What a script's error says: its last line, after those that say where."""
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1][:100]
 
 
 def _resized(image, size):

@@ -14,7 +14,7 @@ real and finite at any rank, whereas the 2048 x 2048 product is singular and its
 import numpy as np
 import torch
 
-from minildm.errors import InputError
+from minildm.errors import InputError, is_out_of_memory
 from minildm.files import written_beside
 
 
@@ -151,9 +151,11 @@ class SavedStatistics:
             with np.load(path, allow_pickle=False) as file:
                 self.mean, self.covariance = _array(file["mu"], path).reshape(-1), _array(file["sigma"], path)
                 self.n = int(file["n"]) if "n" in file else None
-        except (KeyError, ValueError, OSError, AttributeError) as error:
-            if isinstance(error, FileNotFoundError | InputError):
-                raise
+        except (FileNotFoundError, InputError):
+            raise
+        except Exception as error:  # of a dozen types: zip, zlib, header, dtype
+            if is_out_of_memory(error):
+                raise InputError(f"{path} asks for more memory than there is; get it again") from None
             raise InputError(
                 f"{path} cannot be read as statistics: expected an .npz with mu (d,) and sigma (d, d)"
             ) from None

@@ -25,7 +25,7 @@ from minildm.checkpoint.load import require_match
 from minildm.checkpoint.statements import stated_prediction
 from minildm.checkpoint.writing import CODES, LazyTensor, write_single_file
 from minildm.errors import InputError
-from minildm.files import UMASK, read_json, writable_folder
+from minildm.files import UMASK, read_json, temporary_path, writable_folder
 from minildm.latent_diffusion import LatentDiffusion
 from minildm.loading import find_base, parse_adapter
 from minildm.settings import Parser
@@ -158,7 +158,7 @@ def _progress(tensors):
 
 def _write_pipeline(tensors, plan, out, about):
     """Write the folder ``out``, whole or not at all: the networks, and what else a diffusers pipeline needs."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f"{temporary_path(out).name}-", dir=out.absolute().parent) as temporary:
         folder = Path(temporary) / out.name
         write_folder(tensors, plan.config, folder)
         if plan.path.is_dir():  # the base's own scheduler class and tokenizer

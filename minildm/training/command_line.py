@@ -86,7 +86,12 @@ def parse(arguments):
         preset = "tiny"
     defaults = PRESETS.get(preset, {})
     name = given.get("adapter", (defaults | stored).get("adapter", Goal.adapter))
+    if (
+        not isinstance(name, str) or name not in METHODS
+    ):  # a flag's choices are checked below, but the run's file may hold anything
+        raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]
+    stored = {key: value for key, value in stored.items() if key not in ("resume", "out", "dry_run", "preset")}
     defaults = method.defaults | defaults | defaults.get("methods", {}).get(name, {}) | stored
     if "epochs" in given and "steps" not in given and not stored:
         defaults.pop("steps", None)  # a preset's steps would cut the epochs that were asked for

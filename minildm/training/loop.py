@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from minildm.distributed import sum_over_processes
-from minildm.errors import InputError
+from minildm.errors import InputError, is_out_of_memory
 from minildm.kernels import to_device
 from minildm.optimizer import clip_gradients
 from minildm.training.machine import helpful_out_of_memory, peak_memory_mb, stop_requests
@@ -28,7 +28,14 @@ def train(method, task, config, run, steps):
     """
     state = State(method, config)
     if saved := run.load_state():
-        state.load_state_dict(saved, config)
+        try:
+            state.load_state_dict(saved, config)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise run.damaged_state(f"not a state of this run: {error}") from None
+        if not 0 <= state.step <= steps:
+            raise run.damaged_state(f"step {state.step} of {steps}")
 
     def between_steps():
         """Validation, the best result, sample images, the saved state: each at its interval, and at the end."""

@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from minildm import kernels
-from minildm.errors import InputError
+from minildm.errors import InputError, is_out_of_memory
 from minildm.layers import ResnetBlock, SpatialTransformer
 from minildm.settings import Settings, setting
 from minildm.text_encoder import EncoderLayer
@@ -156,8 +156,8 @@ def helpful_out_of_memory(config):
     """Turn an out-of-memory error into one that names the flags that help."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "not enough memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise InputError("out of memory; " + memory_advice(config)) from None
 

@@ -7,23 +7,25 @@
     last/state.pt        everything that an exact continuation needs
     samples/             sheets of sample images
 
-Files are whole or absent (the log is appended to), and written by one process only.
+Files are whole or absent (the log is appended to), and written by one process only: `.lock` is locked while it runs.
 """
 
-import fcntl
 import hashlib
 import json
+import math
 import os
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from minildm import __version__
-from minildm.errors import InputError
-from minildm.files import writable_folder, written_beside
+from minildm.errors import InputError, is_out_of_memory, one_line
+from minildm.files import locked, parse_json, read_json, writable_folder, written_beside
 
-LOCKED = {}  # {(inode, device): open file} of the config.json of this process' runs
+LOCKED = {}  # {(inode, device): open file} of the locks of this process' runs
 
 
 class Run:
@@ -43,16 +45,15 @@ class Run:
         self.record = {"minildm": __version__, "settings": json.loads(json.dumps(settings))}  # tuples become lists
         if resume:
             self._compare(read_record(self.folder)["settings"], self.record["settings"], free)
-        elif (self.folder / "log.jsonl").exists():  # without a log nothing was trained: a mistake that can be repaired
-            raise InputError(
-                f"{folder} holds a run already; continue it with: {self.continue_with}, or give another --out"
-            )
+        else:
+            self._refuse_another_run()
         writable_folder(self.folder)
 
     def begin(self, **found):
         """Write config.json; or, resuming, check that base and data are what they were (``found``: fingerprints)."""
-        if (self.folder / "config.json").exists():
-            self._lock()
+        self._lock()
+        if not self.resume:
+            self._refuse_another_run()  # one that began and ended since this process looked
         for name in ("last", "samples"):
             writable_folder(self.folder / name)
         self.record["found"] = json.loads(json.dumps(found))
@@ -61,24 +62,23 @@ class Run:
         else:
             with written_beside(self.folder / "config.json") as path:
                 path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-            self._lock()
+
+    def _refuse_another_run(self):
+        if (self.folder / "log.jsonl").exists():  # without a log nothing was trained: a mistake that can be repaired
+            raise InputError(
+                f"{self.folder} holds a run already; continue it with: {self.continue_with}, or give another --out"
+            )
 
     def _lock(self):
-        """One process per run: two would write one log. The lock on config.json ends with the process, however that
-        ends; the process itself may open its run again."""
-        file = open(self.folder / "config.json", "r+")  # noqa: SIM115 (held open)
-        inode = os.fstat(file.fileno())[1:3]
-        if inode in LOCKED:
+        """One process per run: two would write one log. The process itself may open its run again. The file is there
+        for its lock alone: it is never renamed or removed, so all processes lock the same one."""
+        path = self.folder / ".lock"
+        if path.exists() and os.stat(path)[1:3] in LOCKED:
             return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another process is writing {self.folder}; wait for it to end, or give another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        LOCKED[inode] = file
+        file = locked(path)
+        if file is None:
+            raise InputError(f"another process is writing {self.folder}; wait for it to end, or give another --out")
+        LOCKED[os.fstat(file.fileno())[1:3]] = file
 
     def _compare(self, then, now, free=()):
         for name in sorted({*then, *now} - {*free}):
@@ -107,9 +107,19 @@ class Run:
             file.write(line)
 
     def entries(self):
-        """The log so far, a list of dicts."""
+        """The log so far, a list of dicts, without lines that cannot be read, of which a warning tells."""
         path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        entries, damaged = [], []
+        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+            try:
+                entries.append(parse_json(line, f"{path}, line {number}"))
+            except InputError as error:
+                damaged.append(str(error))
+        if damaged:
+            warnings.warn(
+                f"{len(damaged)} damaged lines of the log are left out, the first: {damaged[0]}", stacklevel=2
+            )
+        return entries
 
     def save_state(self, state):
         """Replace last/state.pt; if that fails, the older one is still there."""
@@ -126,17 +136,40 @@ class Run:
         state = None
         if self.state.exists():
             try:
+                _check_archive(self.state)
                 state = torch.load(self.state, map_location="cpu", weights_only=True)
-            except Exception as error:
-                best = f"the best weights so far are in {self.result}, " if self.result.exists() else ""
-                raise InputError(
-                    f"{self.state} is damaged ({_first_line(error)}); {best}begin a new run with another --out"
-                ) from None
-        self.log_bytes = state["log_bytes"] if state else 0
-        if (self.folder / "log.jsonl").exists():
-            with open(self.folder / "log.jsonl", "r+b") as file:
-                file.truncate(self.log_bytes)
+                if not all(type(state[name]) is int and state[name] >= 0 for name in ("log_bytes", "step")):
+                    raise ValueError("it says no step")
+            except Exception as error:  # of a dozen types
+                raise self.damaged_state(error) from None
+        self._shorten_log(state)
         return state
+
+    def damaged_state(self, reason):
+        """The InputError for a saved state that cannot be read or does not fit the run."""
+        best = f"the best weights so far are in {self.result}, " if self.result.exists() else ""
+        return InputError(f"{self.state} is damaged ({_first_line(reason)}); {best}begin a new run with another --out")
+
+    def _shorten_log(self, state):
+        """Cut the log where it ended when ``state`` was saved. A log that was not so long then, or whose entries after
+        that place belong to steps before, is another one: it is kept as it is."""
+        path, self.log_bytes = self.folder / "log.jsonl", state["log_bytes"] if state else 0
+        log = path.read_bytes() if path.exists() else b""
+        kept, after = log[: self.log_bytes], log[self.log_bytes :]
+        whole = len(kept) == self.log_bytes and kept[-1:] in (b"", b"\n")
+        if state and not (whole and _first_step(after) >= state.get("step", 0)):
+            warnings.warn(
+                f"{path} is not the log that the state was saved with ({len(log):,} bytes, expected "
+                f"{self.log_bytes:,}): it is kept as it is, and lines may be missing or come twice",
+                stacklevel=2,
+            )
+            kept = log if log[-1:] in (b"", b"\n") else log + b"\n"
+        if kept != log:
+            with open(path, "r+b") as file:
+                file.truncate(len(kept))
+                file.seek(min(len(kept), len(log)))
+                file.write(kept[len(log) :])
+        self.log_bytes = len(kept)
 
     def save_file(self, name, write):
         """``write(path)`` makes the file ``name`` of the run's folder."""
@@ -154,11 +187,14 @@ class Run:
         """``write(what)``, with an InputError for a full or failing disk, which torch reports as RuntimeError."""
         try:
             write(what)
-        except torch.OutOfMemoryError:
-            raise
         except errors as error:
+            if is_out_of_memory(error):
+                raise
+            reason = _first_line(error)
+            if "inline_container" in reason:  # torch.save's words for it
+                reason = "the disk is full, or the file too large"
             raise InputError(
-                f"could not write to {self.folder} ({_first_line(error)}); everything saved so far is intact; make "
+                f"could not write to {self.folder} ({reason}); everything saved so far is intact; make "
                 f"room, then continue with: {self.continue_with}"
             ) from None
 
@@ -174,19 +210,41 @@ def data_fingerprint(records, prompts, contents):
 def read_record(folder):
     """What config.json holds: {"minildm": version, "settings": ..., "found": ...}.
 
-    Raises: FileNotFoundError where there is no run; InputError for a run of minildm 0.1.
+    Raises: FileNotFoundError where there is no run; InputError for a damaged one, or one of minildm 0.1.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume (no config.json)")
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     if "settings" not in record:
         raise InputError(
             f"{folder} was begun with minildm 0.1, and minildm {__version__} cannot continue it (its adapter loads); "
             "continue it with version 0.1, or begin a new run with another --out"
         )
+    for part in ("settings", "found"):  # before the run begins to train, there is no "found"
+        if not isinstance(record.setdefault(part, {}), dict):
+            raise InputError(f"{path} is damaged: {part} is {one_line(record[part])[:40]}, expected an object")
     return record
 
 
+def _check_archive(path):
+    """Raise ValueError for an archive that would unpack to more than the file holds."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > entry.compress_size:
+                raise ValueError("it is compressed, and torch never compresses")
+            if entry.filename.endswith(".pkl") and b"bytearray" in archive.read(entry):
+                raise ValueError("it asks for memory")
+
+
+def _first_step(lines):
+    """The step of the first line of a log, bytes; infinite where it says none, as a torn line does not."""
+    try:
+        step = parse_json(lines.partition(b"\n")[0], "log").get("step")
+    except InputError:
+        return math.inf
+    return step if type(step) is int else math.inf
+
+
 def _first_line(error):
-    return str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+    return one_line(str(error).splitlines()[0])[:100] if str(error) else type(error).__name__

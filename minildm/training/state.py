@@ -54,9 +54,16 @@ class State:
         }
 
     def load_state_dict(self, state, config):
+        """Raises: LookupError, TypeError, ValueError, AttributeError or RuntimeError for the state of another run."""
+        _check_numbers(state)
         self.method.load_state_dict(state["method"])
         parameters = self.method.trained()
         self.trained = {name: parameters[name] for name in state["trained"]}  # the order they were added in
+        if missing := sorted({*parameters} - {*self.trained}):
+            raise ValueError(f"no {missing[0]}")
+        for name, values in (*state["trained"].items(), *state["average"].items()):
+            if values.shape != self.trained[name].shape:  # one number would be copied to all
+                raise ValueError(f"{name} is {tuple(values.shape)}, expected {tuple(self.trained[name].shape)}")
         for name, values in state["trained"].items():
             self.trained[name].data.copy_(values)
         self.average.values = {name: values.to(self.trained[name].device) for name, values in state["average"].items()}
@@ -64,3 +71,14 @@ class State:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in self.NUMBERS:
             setattr(self, name, state[name])
+
+
+def _check_numbers(state):
+    for name in State.NUMBERS:
+        value, kinds = state[name], (int, float) if name in ("loss_scale", "seconds") else int
+        if name == "best":
+            wrong = value is not None and [type(part) for part in value] != [float, int]
+        else:
+            wrong = not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value < float("inf")
+        if wrong:
+            raise ValueError(f"{name} is {value}")

@@ -123,7 +123,7 @@ def bench_table(folder, rows=160_861):
 def bench_rows(folder, count=160_000):
     """Look-ups among as many rows as PadChest needs. The rows are small: their number counts here."""
     rng = np.random.default_rng(0)
-    rows = cache.Rows(folder, "bench")
+    rows = cache.Rows(folder, "bench", (8, 4, 4))
     before = memory()
     keys = [rng.bytes(32) for _ in range(count)]
     refresh, cache.Rows.refresh = cache.Rows.refresh, lambda self: None  # write only
@@ -131,7 +131,7 @@ def bench_rows(folder, count=160_000):
         rows.add(keys[start : start + cache.ROWS_PER_SHARD], torch.zeros(cache.ROWS_PER_SHARD, 8, 4, 4))
     cache.Rows.refresh = refresh
     start = time.perf_counter()
-    rows = cache.Rows(folder, "bench")
+    rows = cache.Rows(folder, "bench", (8, 4, 4))
     opened = time.perf_counter() - start
     order = rng.permutation(count)[:20_000]
     start = time.perf_counter()
