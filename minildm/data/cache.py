@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from minildm.data.reading import read, to_tensor
 from minildm.errors import InputError
 from minildm.files import shown, writable_folder, written_beside
+from minildm.progress import Progress
 
 ROWS_PER_SHARD = 128  # an interruption loses at most this many; a build holds this many in memory
 SETTLED_SECONDS = 2.0  # a file changed later than this could change again within the clock's resolution
@@ -158,14 +158,14 @@ def latent_cache(records, transform, vae, folder, batch_size=4, workers=2, skip_
     rows.require_space(sum(missing.values()), row_bytes=8 * (transform.size // 8) ** 2 * 2)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=sum(missing.values()), unit="image", desc="caching latents", disable=not missing) as progress,
+        Progress("caching latents", "image", sum(missing.values()), hidden=not missing) as progress,
     ):
         for wait in (False, True):  # first the blocks that no other process works on, then wait for the others
             for block in list(missing):
                 with rows.locked(build.names[block], wait) as locked:
                     if locked:
-                        build.encode(block, pool)
-                        progress.update(missing.pop(block))
+                        encoded = build.encode(block, pool, progress)
+                        progress.update(missing.pop(block) - encoded)  # what another process has encoded
     if build.errors and not skip_bad:
         first = [build.errors[i] for i in sorted(build.errors)[:5]]
         raise InputError(
@@ -195,8 +195,9 @@ class _LatentBuild:
             self.keys[i] = key if key in self.rows else None
         return [i for i in block if self.keys[i] is None and i not in self.errors]
 
-    def encode(self, block, pool):
-        """Read the block's records that are still missing, encode those without a row, and write them as one shard."""
+    def encode(self, block, pool, progress):
+        """Read the block's records that are still missing, encode those without a row, and write them as one shard.
+        Returns: how many were missing."""
         self.rows.refresh()  # another process may have encoded the block meanwhile
         missing = self.look_up(block)
         states, new_keys, new_rows, batch = {}, [], [], []
@@ -212,6 +213,7 @@ class _LatentBuild:
 
         for i, key, pixels in pool.map(load, missing):
             self.keys[i] = key
+            progress.update()
             if key is None or key in self.rows or key in new_keys:  # a file that occurs twice is encoded once
                 continue
             new_keys.append(key)
@@ -230,6 +232,7 @@ class _LatentBuild:
         if new_rows:
             self.rows.add(new_keys, torch.cat(new_rows))
         _save_hashes(self.rows.folder / f"{self.names[block]}.json", [(self.records[i], self.keys[i]) for i in block])
+        return len(missing)
 
     def _moments(self, batch):
         """List of uint8 (H, W, 3) -> mean and logvar, float32 (B, 8, h, w) on the CPU."""
@@ -306,14 +309,16 @@ def context_cache(prompts, tokenize, text_encoder, folder, batch_size=16):
             if key not in rows:
                 missing[key] = token_ids
     missing = list(missing.items())
-    for start in tqdm(range(0, len(missing), ROWS_PER_SHARD), desc="caching contexts", disable=not missing):
-        shard, contexts = missing[start : start + ROWS_PER_SHARD], []
-        for first in range(0, len(shard), batch_size):
-            token_ids = torch.stack([ids for _, ids in shard[first : first + batch_size]])
-            with torch.no_grad():
-                contexts.append(text_encoder(token_ids.to(device)).float().cpu())  # (B, 77, D)
-        contexts = torch.cat(contexts)
-        if start == 0:  # the width is known now
-            rows.require_space(len(missing), row_bytes=contexts[0].numel() * 2)
-        rows.add([key for key, _ in shard], contexts)
+    with Progress("caching contexts", "prompt", len(missing), hidden=not missing) as progress:
+        for start in range(0, len(missing), ROWS_PER_SHARD):
+            shard, contexts = missing[start : start + ROWS_PER_SHARD], []
+            for first in range(0, len(shard), batch_size):
+                token_ids = torch.stack([ids for _, ids in shard[first : first + batch_size]])
+                with torch.no_grad():
+                    contexts.append(text_encoder(token_ids.to(device)).float().cpu())  # (B, 77, D)
+                progress.update(len(token_ids))
+            contexts = torch.cat(contexts)
+            if start == 0:  # the width is known now
+                rows.require_space(len(missing), row_bytes=contexts[0].numel() * 2)
+            rows.add([key for key, _ in shard], contexts)
     return CachedContexts(rows, keys)

@@ -11,6 +11,7 @@ import torch
 from minildm.errors import InputError
 from minildm.metrics.frechet import Statistics
 from minildm.metrics.sources import image_name, open_rgb
+from minildm.progress import Progress
 
 
 @dataclass
@@ -53,12 +54,10 @@ def batches(images, extractor, batch_size=16, progress=None, prepare=None):
 
     Args: prepare: image -> network input; overrides how an image is opened and prepared.
     """
-    from tqdm import tqdm
-
     prepare = prepare or (lambda image: extractor.prepare(open_rgb(image)))
     workers = min(8, os.cpu_count() or 1)
     starts = range(0, len(images), batch_size)
-    bar = tqdm(total=len(images), desc=progress, unit="image", disable=progress is None, delay=1)
+    bar = Progress(progress, "image", len(images), hidden=progress is None)
     with ThreadPoolExecutor(workers) as pool, bar:
         ahead = deque()
         todo = iter(starts)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minildm.checkpoint import NETWORKS, save_folder
 from minildm.data.cache import latent_cache
@@ -45,6 +44,7 @@ from minildm.pretraining.stage import (
     stage_settings,
 )
 from minildm.pretraining.text_encoder import CaptionReading
+from minildm.progress import Progress
 from minildm.settings import Parser, Settings, add_flags, from_flags, setting
 from minildm.training.command_line import check_texts
 from minildm.training.config import TrainingConfig
@@ -267,7 +267,7 @@ def open_whole_data_set(plan, transform):
             errors[record.name] = str(error)
 
     with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(decode, files), total=len(files), desc="decoding all images", delay=2, disable=None))
+        list(Progress("decoding all images", "image", len(files), pool.map(decode, files)))
     if errors and not plan.data.skip_bad:
         advice = "restore them, or begin a new run with --skip-bad" if plan.resume else "--skip-bad leaves them out"
         raise InputError(f"{len(errors):,} of {len(data):,} images cannot be used: "

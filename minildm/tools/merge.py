@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minildm import checkpoint
 from minildm.adapters.files import merge_file, read_adapter
@@ -27,6 +26,7 @@ from minildm.errors import InputError
 from minildm.files import UMASK, writable_folder
 from minildm.latent_diffusion import LatentDiffusion
 from minildm.loading import find_base, parse_adapter
+from minildm.progress import Progress
 from minildm.settings import Parser
 from minildm.tokenizer import vocabulary_files
 
@@ -143,7 +143,7 @@ def _check_out(out):
 def _progress(tensors):
     """Yield the same LazyTensors, which move a progress bar as they are read."""
     n = sum(len(network) for network in tensors.values())
-    with tqdm(total=n, unit="tensor", desc="merging", disable=None, leave=False) as bar:
+    with Progress("merging", "tensor", n, leave=False) as bar:
 
         def counted(tensor):
             def read():

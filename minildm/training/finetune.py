@@ -18,6 +18,7 @@ from minildm.data.splits import classes_of
 from minildm.errors import InputError
 from minildm.images import contact_sheet, save_png
 from minildm.latent_diffusion import to_pil, usual_guidance
+from minildm.progress import Progress
 from minildm.training.forgetting import ForgettingProbe, forgetting_line
 from minildm.training.loop import train
 from minildm.training.loss import Captions, denoising_losses, sample_randomness, validation_loss
@@ -121,7 +122,12 @@ class Finetuning(Task):
 
     def sample_sheet(self, path):
         """Images of fixed prompts and seeds: only the weights differ from one sheet to the next."""
-        images = self.model.sample(
+        with Progress("sampling a sheet", "step", 20, leave=False) as bar:
+            images = self._sheet_images(lambda *_: bar.update())
+        save_png(contact_sheet(to_pil(images)), path, f"contact sheet, {path.stem}")
+
+    def _sheet_images(self, callback):
+        return self.model.sample(
             self.sheet_prompts,
             steps=20,
             guidance=usual_guidance(self.model.config),
@@ -130,8 +136,8 @@ class Finetuning(Task):
             height=self.image_size,
             width=self.image_size,
             output="tensor",
+            callback=callback,
         )
-        save_png(contact_sheet(to_pil(images)), path, f"contact sheet, {path.stem}")
 
 
 def contexts_folder(settings, folder):
