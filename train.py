@@ -53,6 +53,7 @@ def main(arguments):
         print(f"note: {note}")
     check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
     model = load(goal.base, goal.on_top_of, device, weights, goal.prediction, goal.vae)
+    plan.method.check_fit(model, plan.method_settings)
     transform = plan.data.transform(model.config.image_size)
     print(f"{model.files.title}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip

@@ -6,6 +6,7 @@ This module does not import torch, so that a mistake on the command line is repo
 import hashlib
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,12 +74,15 @@ def read_init_image(path, strength):
 
 
 def check_request(prompts, negative, n, seed):
-    """Raise InputError for prompts that are not valid UTF-8, and for seeds beyond those of torch's generators."""
+    """Raise InputError for prompts that are not valid UTF-8, and for seeds beyond those of torch's generators. Warn of
+    an empty prompt."""
     for prompt in (*prompts, negative):
         try:
             prompt.encode()
         except UnicodeEncodeError:  # the shell passed on bytes that are no text
             raise InputError(f"the prompt {prompt!r} is not valid UTF-8") from None
+    if not all(prompt.strip() for prompt in prompts):
+        warnings.warn("the prompt is empty: the image shows whatever the model makes without one", stacklevel=2)
     n_images = n * len(prompts)
     if seed > 2**63 - n_images:
         raise InputError(f"--seed must be at most 2^63 - {n_images} for {n_images} images, got {seed}")

@@ -42,6 +42,11 @@ class Method:
         """
         self.model, self.settings, self.steps, self.seed = model, settings, steps, seed
 
+    @classmethod
+    def check_fit(cls, model, settings):
+        """Raise InputError for settings that do not fit the model, which a new method would raise, too: for checks
+        before hours of work on images."""
+
     def trained(self):
         """{name: parameter} of what is trained, in the model's order. Read again after an `update` that changed it."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}

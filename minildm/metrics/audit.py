@@ -26,7 +26,7 @@ from minildm.data.reading import Transform
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 from minildm.loading import find_weights
-from minildm.metrics.extractors import FeatureSettings, open_extractor
+from minildm.metrics.extractors import FeatureSettings, feature_settings, open_extractor
 from minildm.metrics.features import batches
 from minildm.metrics.inception import WEIGHTS_NAME
 from minildm.metrics.sources import (
@@ -333,7 +333,7 @@ def main(argv):
     add_flags(parser, DataSettings, "how training selected and read its images", skip=NOT_OF_AUDIT)
     parser.set_defaults(features="inception" if find_weights(WEIGHTS_NAME).is_file() else "random")
     arguments = parser.parse_args(argv)
-    settings = from_flags(FeatureSettings, arguments)
+    settings = feature_settings(parser, argv)
     if arguments.train == arguments.holdout:
         raise InputError(
             f"--train and --holdout are both {arguments.train}; give --holdout images the model was not trained on"

@@ -7,7 +7,7 @@ import torch
 import minildm
 from minildm.errors import InputError
 from minildm.files import writable_file
-from minildm.metrics.extractors import FeatureSettings, inception_extractor, open_extractor
+from minildm.metrics.extractors import FeatureSettings, feature_settings, inception_extractor, open_extractor
 from minildm.metrics.features import FeatureSet, collect
 from minildm.metrics.frechet import SavedStatistics
 from minildm.metrics.inception import DIMS
@@ -15,7 +15,7 @@ from minildm.metrics.manifold import precision_recall_density_coverage
 from minildm.metrics.mmd import cmmd, kid
 from minildm.metrics.small_sample import small_sample
 from minildm.metrics.sources import list_images, write_json
-from minildm.settings import Parser, add_flags, at_least, from_flags
+from minildm.settings import Parser, add_flags, at_least
 
 FEWEST_FOR_INTERVALS = 8
 
@@ -128,7 +128,7 @@ def main(argv):
     )
     add_flags(parser, FeatureSettings, "features")
     arguments = parser.parse_args(argv)
-    settings = from_flags(FeatureSettings, arguments)
+    settings = feature_settings(parser, argv)
     if arguments.save_stats is not None and (len(arguments.dims) > 1 or arguments.save_stats.suffix != ".npz"):
         raise InputError("--save-stats writes one FILE.npz of one depth; give a single number to --dims")
     if arguments.save_stats is not None:

@@ -45,7 +45,7 @@ from minildm.pretraining.stage import (
 )
 from minildm.pretraining.text_encoder import CaptionReading
 from minildm.progress import Progress
-from minildm.settings import Parser, Settings, add_flags, from_flags, setting
+from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
 from minildm.training.command_line import check_texts
 from minildm.training.config import TrainingConfig
 from minildm.training.finetune import Finetuning, Samples
@@ -115,6 +115,9 @@ def parse(arguments):
         out=args.resume or args.out or Path("runs/pretrain"),
         resume=args.resume is not None,
     )
+    for stage, settings in plan.stages.items():
+        if settings.lr == 0:
+            raise InputError(f"{flag(STAGES[stage].prefix + 'lr')} 0 trains nothing; give a learning rate above 0")
     crop, size = plan.stages["autoencoder"].crop, plan.goal.size
     if crop is not None and (crop % 8 or crop > size):
         raise InputError(f"--vae-crop must be a multiple of 8, from 8 to --size {size}, got {crop}")

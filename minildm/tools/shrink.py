@@ -17,7 +17,7 @@ import torch
 from minildm.adapters.files import Factors, read_adapter, write_native
 from minildm.errors import InputError
 from minildm.files import sha256, writable_folder
-from minildm.loading import split_multiplier
+from minildm.loading import parse_adapter
 from minildm.settings import Parser, at_least
 
 
@@ -108,7 +108,10 @@ def main(arguments):
     )
     add("--out", type=Path, metavar="FILE", help="(default: beside ADAPTER, such as adapter-rank4.safetensors)")
     args = parser.parse_args(arguments)
-    path, _ = split_multiplier(args.adapter)
+    path, multiplier, rank = parse_adapter(args.adapter)
+    if multiplier != 1 or rank is not None:
+        raise InputError(f"{args.adapter}: shrink takes an adapter as it is; give {path}, and multiplier and rank to "
+                         "sample.py or merge")  # fmt: skip
     choice = f"rank{args.rank}" if args.energy is None else f"energy{args.energy:g}"
     out = path.with_name(f"{path.stem}-{choice}.safetensors") if args.out is None else args.out
     try:

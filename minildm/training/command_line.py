@@ -5,15 +5,15 @@ exist), the training, the machine. A value comes from the first of: its flag, th
 defaults, the dataclass.
 """
 
-import argparse
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from minildm.adapters import METHODS
+from minildm.adapters import METHODS, NETWORKS
 from minildm.data.open import DataSettings
 from minildm.data.prompts import prompts_for
-from minildm.data.splits import classes_of, split_by_patient
+from minildm.data.splits import SPLITS, classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.loading import is_embedded
 from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
@@ -99,7 +99,7 @@ def parse(arguments):
     _refuse(unknown, name, parser)
     dreambooth, config = from_flags(DreamBoothSettings, args), from_flags(TrainingConfig, args)
     _check_dreambooth(dreambooth, config, given)
-    return Plan(
+    plan = Plan(
         goal=from_flags(Goal, args, adapter=name),
         method=method,
         method_settings=from_flags(method.settings_class, args),
@@ -112,6 +112,11 @@ def parse(arguments):
         preset=preset,
         dry_run=args.dry_run,
     )
+    _refuse_unused(plan, parser.given(arguments))
+    if unused := sorted({*PRESETS.get(preset, {})} - {*plan.settings, "methods"}):
+        names = ", ".join(flag(setting) for setting in unused)
+        warnings.warn(f"--preset {preset} also sets {names}, which --adapter {name} does not have", stacklevel=2)
+    return plan
 
 
 def check_texts(data, settings, seed, captioned=True):
@@ -158,9 +163,7 @@ def _given(arguments):
     """{name: value} of the flags that decide about other flags, as far as they are given."""
     parser = _parser(add_help=False)
     _add_common_flags(parser)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_known_args(arguments)[0])
+    return parser.given(arguments)
 
 
 def _check_dreambooth(dreambooth, config, given):
@@ -171,6 +174,26 @@ def _check_dreambooth(dreambooth, config, given):
     if dreambooth.n_class_images and config.batch_size < 2:
         raise InputError(f"--batch-size {config.batch_size} has no room for both an instance and a class image; give "
                          "at least 2, or leave --class-prompt out")  # fmt: skip
+
+
+def _refuse_unused(plan, given):
+    """Refuse flags on the command line that would change nothing. ``given``: {name: value} of all that are there."""
+    config, targets = plan.config, getattr(plan.method_settings, "targets", NETWORKS)
+    if config.lr == 0:
+        raise InputError("--lr 0 trains nothing; give a learning rate above 0, such as 1e-4")
+    if config.micro_batch is not None and config.micro_batch > config.batch_size and "micro_batch" in given:
+        raise InputError(f"--micro-batch {config.micro_batch} is more than --batch-size {config.batch_size}, which it "
+                         "divides; lower it, or leave it out")  # fmt: skip
+    unused = {
+        "samples": (not config.sample_interval, "there are no sheets of sample images; give --sample-interval, too"),
+        "text_encoder_rate": ("text_encoder" not in targets, "the text encoder is not trained; name it in --targets"),
+    }
+    if "validation" not in SPLITS[plan.data.split]:
+        reason = f"--split {plan.data.split} has no images for validation; give another --split"
+        unused |= dict.fromkeys(("validation_interval", "validation_pairs"), (True, reason))
+    for name, (is_unused, reason) in unused.items():
+        if is_unused and name in given:
+            raise InputError(f"{flag(name)} would change nothing: {reason}, or leave {flag(name)} out")
 
 
 def _refuse(unknown, name, parser):

@@ -24,6 +24,7 @@ weights of the last step.
 """
 
 import hashlib
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,6 +76,10 @@ class DreamBoothSettings(Settings):
         for name, needed in needs.items():
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise InputError(f"{flag(name)} needs {flag(needed)}; give both, or leave {flag(name)} out")
+        if self.class_images is not None and self.prior_weight == 0:
+            warnings.warn(
+                f"--class-images {self.class_images} are not used: --prior-weight 0 leaves them out", stacklevel=3
+            )
         for name in ("instance_prompt", "class_prompt"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise InputError(f"{flag(name)} is empty; give a prompt, or leave it out")

@@ -157,6 +157,9 @@ def finetune(task, method_class, settings, run, machine):
     if task.images_per_step > task.n_images:
         print(f"note: --batch-size {config.batch_size} exceeds the {task.n_images} training images: images repeat "
               "within a batch")  # fmt: skip
+    if config.warmup >= task.steps:
+        print(f"note: --warmup {config.warmup} is not over after the {task.steps} steps of the run: the learning rate "
+              f"never reaches --lr {config.lr:g}")  # fmt: skip
     probe = ForgettingProbe(model, run, task.image_size) if config.forgetting_probe else None
     method = method_class(model, settings, task.steps, config.seed)
     trains_text = any(name.startswith("text_encoder.") for name in method.trained())
