@@ -58,6 +58,15 @@ def main(arguments):
     print(f"{model.files.title}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
 
+    known = {
+        "base": model.base_hash,
+        "vae": goal.vae and [model.vae_hash, model.config.vae.scaling_factor],
+        "on_top_of": [{key: value for key, value in one.items() if key != "path"} for one in model.merged],
+        "dtype": _name(dtype),
+        "pixels": transform.size,
+    }
+    run.expect(**known)
+
     # Records -> images -> latents, encoded once; the VAE runs in float32, the reference for all precisions
     model.vae.float()
     latents = latent_cache(data.records, transform, model.vae, machine.cache, skip_bad=plan.data.skip_bad)
@@ -78,10 +87,7 @@ def main(arguments):
     splits = {name: samples.subset(members) for name, members in indices.items()}
     training, validation = splits["train"], splits.get("validation", samples.subset([]))
     run.begin(
-        base=model.base_hash,
-        vae=goal.vae and [model.vae_hash, model.config.vae.scaling_factor],
-        dtype=_name(dtype),
-        pixels=transform.size,
+        **known,
         data=samples.fingerprint,
         class_images=class_images and class_images.fingerprint,
         splits={name: [record.name for record in part.records] for name, part in splits.items()},

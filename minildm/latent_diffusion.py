@@ -54,7 +54,7 @@ class LatentDiffusion(nn.Module):
         schedule = config.schedule
         self.schedule = NoiseSchedule(schedule.prediction, schedule.n_timesteps, schedule.beta_start, schedule.beta_end)
         self.files = files  # the Checkpoint it was loaded from
-        self.merged = []  # adapters merged into it: [{"adapter": SHA-256, "multiplier": ..., "rank": ...}]
+        self.merged = []  # adapters merged into it: [{"adapter": SHA-256, "multiplier", "rank", "path"}]
 
     @property
     def device(self):

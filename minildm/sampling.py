@@ -90,12 +90,13 @@ def check_request(prompts, negative, n, seed):
 
 # --- adapters --------------------------------------------------------------------------------------------------------
 def choose_adapters(adapters, base):
-    """The adapters to merge into ``base``: those of --adapter; none for "none"; by default the embedded base's own.
+    """The adapters to merge into ``base``: those of --adapter, with the ones they were trained on top of; none for
+    "none"; by default the embedded base's own.
 
     Args: adapters: a tuple of flags.
     Raises: InputError; FileNotFoundError, naming the adapters that do not exist.
     """
-    from minildm.loading import EMBEDDED_ADAPTER, is_embedded, parse_adapter
+    from minildm.loading import EMBEDDED_ADAPTER, is_embedded, parse_adapter, with_those_below
 
     if adapters == ("none",):
         return ()
@@ -113,7 +114,10 @@ def choose_adapters(adapters, base):
             )
         names = ", ".join(map(str, absent))
         raise FileNotFoundError(f"no such adapter: {names}; give PATH[@RANK][:MULTIPLIER] of a file or a run folder")
-    return adapters
+    stack = with_those_below(adapters)
+    for below in [adapter for adapter in stack if adapter not in adapters]:
+        print(f"merging {below}, too, which the adapter was trained on top of")
+    return tuple(stack)
 
 
 def describe_adapters(adapters):

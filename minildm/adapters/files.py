@@ -136,17 +136,27 @@ def merge_file(model, path, multiplier=1.0, rank=None):
             f"{path} was trained on another base ({about['base'][:10]}) than this one ({model.base_hash[:10]})",
             stacklevel=2,
         )
-    if missing := [one["adapter"][:10] for one in about.get("on_top_of", []) if one not in model.merged]:
+    merged = [_without_path(one) for one in model.merged]
+    if missing := [one for one in about.get("on_top_of", []) if _without_path(one) not in merged]:
+        names = ", ".join(f"{one.get('path', 'one')} (SHA-256 {one['adapter'][:10]})" for one in missing)
+        flags = " ".join(f"--adapter {one.get('path', 'PATH')}:{one['multiplier']:g}" for one in missing)
         warnings.warn(
-            f"{path} was trained on top of other adapters, not merged here: {', '.join(missing)}", stacklevel=2
+            f"{path} was trained on top of other adapters, not merged here: {names}; without them its images are "
+            f"wrong: give {flags} --adapter {path}",
+            stacklevel=2,
         )
     at_rank = {} if rank is None else {"rank": rank}
-    model.merged.append({"adapter": sha256(path), "multiplier": multiplier, **at_rank})
+    model.merged.append({"adapter": sha256(path), "multiplier": multiplier, **at_rank, "path": str(path)})
     for name, (A, B, scale) in adapter.factors.items():  # only now that all of it fits
         layer = layers[name]
         A, B = (factor.to(layer.weight.device, torch.float32) for factor in (A[:rank], B[:, :rank]))
         layer.weight.data = (layer.weight.float() + multiplier * scale * B @ A).to(layer.weight.dtype)
     return about
+
+
+def _without_path(entry):
+    """What identifies an entry of ``on_top_of`` or ``model.merged``: a file may lie somewhere else today."""
+    return {key: value for key, value in entry.items() if key != "path"}
 
 
 def _check_rank(rank, path, kind, max_rank):

@@ -28,12 +28,14 @@ class Method:
         defaults: {training setting: value} that suit the method better than TrainingConfig's own defaults.
         float32_weights: load the base in float32, and use the run's precision for products only (autocast).
         result: name of the file or folder in the run's folder that `save` writes.
+        follows_end: names of schedules that depend on the number of steps, for a resumed run that gets another.
     """
 
     settings_class = Settings
     defaults = {}
     float32_weights = False
     result = "adapter.safetensors"
+    follows_end = ()
 
     def __init__(self, model, settings, steps, seed):
         """Wrap or unfreeze layers of ``model`` (a LatentDiffusion); its output does not change.

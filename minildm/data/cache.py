@@ -6,7 +6,8 @@ memory-mapped, so memory use does not grow with the data.
 
 Everything is found by content. A cache folder's name is the hash of its recipe (transform, VAE weights), a row's key is
 the hash of the image file's bytes. What has changed has another hash, so nothing stale is ever used. To avoid reading
-every file again, hashes are remembered with the file's size, times and inode, as git does.
+every file again, hashes are remembered with the file's size, times and inode, as git does, and those
+of rendered images with their recipe.
 
 Records are encoded in blocks of 128. A block is locked (``flock``, which the system releases when a process dies) and
 its shard is written whole or not at all. A build may therefore be killed at any time, and processes that build at the
@@ -191,7 +192,7 @@ class _LatentBuild:
         """Fill in the keys of the block's records whose file is unchanged. Returns: the indices of the others."""
         hashes = _load_hashes(self.rows.folder / f"{self.names[block]}.json")
         for i in block:
-            key = hashes.get(_file_state(self.records[i])) if self.records[i].path is not None else None
+            key = hashes.get(_state(self.records[i]))
             self.keys[i] = key if key in self.rows else None
         return [i for i in block if self.keys[i] is None and i not in self.errors]
 
@@ -203,7 +204,7 @@ class _LatentBuild:
         states, new_keys, new_rows, batch = {}, [], [], []
 
         def load(i):
-            states[i] = _file_state(self.records[i])
+            states[i] = _state(self.records[i])
             try:
                 pixels, _, key = read(self.records[i], self.transform)
                 return i, key, pixels
@@ -224,7 +225,7 @@ class _LatentBuild:
         if batch:
             new_rows.append(self._moments(batch))
         for i in missing:
-            if self.records[i].path is not None and i not in self.errors and _file_state(self.records[i]) != states[i]:
+            if self.records[i].path is not None and i not in self.errors and _state(self.records[i]) != states[i]:
                 raise InputError(
                     f"{self.records[i].path} changed while the cache was being built; run again once the files no "
                     "longer change"
@@ -247,11 +248,12 @@ def _label(record):
     return record.name if record.path is None else str(record.path.absolute())
 
 
-def _file_state(record):
-    """The file's path, size, times and inode as text. The change time (ctime) reveals a file that was replaced by one
-    with the old modification time."""
+def _state(record):
+    """Text that changes if the record's image does: the file's path, size, times and inode, or the recipe of a rendered
+    image; None if there is no recipe. The change time (ctime) reveals a file that was replaced by one with the old
+    modification time."""
     if record.path is None:
-        return None
+        return record.recipe
     try:
         status = os.stat(record.path)
     except OSError as error:
@@ -270,12 +272,16 @@ def _save_hashes(path, keyed_records):
     """Remember the content hashes of (record, key) pairs, except of files that changed moments ago."""
     now = time.time()
     states = {
-        _file_state(record): key.hex()
+        state: key.hex()
         for record, key in keyed_records
-        if key is not None and record.path is not None and now - os.stat(record.path).st_ctime > SETTLED_SECONDS
+        if key is not None and (state := _state(record)) is not None and _is_settled(record, now)
     }
     with written_beside(path) as beside:
         beside.write_text(json.dumps(states), encoding="utf-8")
+
+
+def _is_settled(record, now):
+    return record.path is None or now - os.stat(record.path).st_ctime > SETTLED_SECONDS
 
 
 # --- contexts ---------------------------------------------------------------------------------------------------------

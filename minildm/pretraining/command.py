@@ -57,7 +57,8 @@ SHARED = ("micro_batch", "warmup", "ema_decay", "caption_dropout", "min_snr_gamm
           "sample_interval", "save_interval")  # fmt: skip
 MACHINE = ("device", "workers", "cache")
 DEFAULTS = {"warmup": 200, "ema_decay": 0.999, "sample_interval": 1000, "save_interval": 200, "split": "98/2"}
-FREE = (*MACHINE, "micro_batch", "checkpointing", "sample_interval", "save_interval")  # a resumed run may change these
+# What a resumed run may change. Data may lie somewhere else, since their contents are compared.
+FREE = (*MACHINE, "micro_batch", "checkpointing", "sample_interval", "save_interval", "data", "exclude")
 MANY_EPOCHS = 100  # above this a note warns that the model may memorise images
 
 
@@ -97,6 +98,9 @@ def parse(arguments):
         if given.out:
             raise InputError(f"--resume {given.resume} continues in its own folder; leave --out {given.out} out")
         if not (given.resume / "autoencoder" / "config.json").is_file():
+            if (given.resume / "config.json").is_file():
+                raise InputError(f"{given.resume} is a run of train.py; python train.py --resume {given.resume} "
+                                 "continues it")  # fmt: skip
             raise FileNotFoundError(f"{given.resume} holds no pretraining run to resume (no autoencoder/config.json)")
         parser.set_defaults(**read_record(given.resume / "autoencoder")["settings"])
     args = parser.parse_args(arguments)

@@ -22,8 +22,10 @@ from minildm.training.dreambooth import DreamBoothSettings
 from minildm.training.machine import Machine
 from minildm.training.run import read_record
 
-# Settings that a resumed run may change.
-FREE = ("device", "workers", "cache", "compile", "micro_batch", "checkpointing", "forgetting_probe")
+# Settings that a resumed run may change: the machine's; where files lie, since their contents are compared; the end.
+PATHS = ("data", "base", "vae", "on_top_of", "exclude")
+FREE = ("device", "workers", "cache", "compile", "micro_batch", "checkpointing", "forgetting_probe", "steps", "epochs")
+FREE += PATHS
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ def parse(arguments):
     name = given.get("adapter", (defaults | stored).get("adapter", Goal.adapter))
     method = METHODS[name]
     defaults = method.defaults | defaults | defaults.get("methods", {}).get(name, {}) | stored
-    if "epochs" in given and "steps" not in given and not stored:
-        defaults.pop("steps", None)  # a preset's steps would cut the epochs that were asked for
+    for length, other in (("epochs", "steps"), ("steps", "epochs")):
+        if length in given and other not in given and (stored or length == "epochs"):
+            defaults.pop(other, None)  # a preset's steps would cut the epochs that were asked for; the new end counts
 
     parser = _parser()
     add_flags(parser, method.settings_class, f"method: {name}")

@@ -4,6 +4,7 @@ images -> cached moments, prompts -> (cached) context -> losses of samples -> th
 """
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -157,6 +158,8 @@ def finetune(task, method_class, settings, run, machine):
     if task.images_per_step > task.n_images:
         print(f"note: --batch-size {config.batch_size} exceeds the {task.n_images} training images: images repeat "
               "within a batch")  # fmt: skip
+    if new_end := changed_end(task, method_class, run):
+        print(f"note: {new_end}")
     if config.warmup >= task.steps:
         print(f"note: --warmup {config.warmup} is not over after the {task.steps} steps of the run: the learning rate "
               f"never reaches --lr {config.lr:g}")  # fmt: skip
@@ -177,6 +180,23 @@ def finetune(task, method_class, settings, run, machine):
         with state.averaged():
             probe.measure(state.step)
     return state, method
+
+
+def changed_end(task, method_class, run):
+    """What to say of a resumed run whose --steps or --epochs are others than before; None if the end is the same."""
+    if run.settings_before is None:
+        return None
+    before = dataclasses.replace(task.config, **{name: run.settings_before.get(name) for name in ("steps", "epochs")})
+    before = before.total_steps(task.n_images, task.images_per_step)
+    if before == task.steps:
+        return None
+    schedules = ["the cosine learning rate"] * (task.config.lr_schedule == "cosine") + [*method_class.follows_end]
+    if not schedules:
+        return f"the run now ends at step {task.steps:,}, not {before:,}"
+    return (
+        f"the run now ends at step {task.steps:,}, not {before:,}; {' and '.join(schedules)} will follow the new end "
+        f"from here on, so the result is not that of a run begun with {task.steps:,} steps"
+    )
 
 
 def print_forecast(task, method, run):

@@ -28,6 +28,12 @@ def train(method, task, config, run, steps):
     state = State(method, config)
     if saved := run.load_state():
         state.load_state_dict(saved, config)
+    if state.step > steps:
+        raise InputError(
+            f"{run.folder} has {state.step:,} steps already, and its end would be step {steps:,}; give more --steps or "
+            "--epochs"
+        )
+    run.adopt_settings()
 
     def between_steps():
         """Validation, the best result, sample images, the saved state: each at its interval, and at the end."""

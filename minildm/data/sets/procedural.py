@@ -4,6 +4,7 @@ import functools
 
 from minildm.data.records import Record
 from minildm.progress import Progress
+from minildm.teaching import source_hash
 from minildm.teaching.procedural import render_batch
 
 PROMPT = "{text}"
@@ -15,7 +16,13 @@ def records(n=N_RECORDS, seed=0):
     numbers = Progress("writing captions", "caption", iterable=range(n))
     captions = [render_batch([(seed, i)], 32)[1][0] for i in numbers]
     return [
-        Record(name=f"{i:06d}", patient=str(i), fields={"text": caption}, render=functools.partial(_render, (seed, i)))
+        Record(
+            name=f"{i:06d}",
+            patient=str(i),
+            fields={"text": caption},
+            render=functools.partial(_render, (seed, i)),
+            recipe=f"procedural {seed} {i} {source_hash()}",
+        )
         for i, caption in enumerate(captions)
     ], []
 
