@@ -24,10 +24,13 @@ from minildm.data.prompts import prompts_for
 from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
+from minildm.metrics.audit import FEWEST_HELD_OUT
 from minildm.training.command_line import FREE, check_texts, parse
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
 from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
 from minildm.training.run import Run
+
+GENERATED = "generated"  # the folder in a run's for the images that its last lines propose to make
 
 
 def main(arguments):
@@ -109,6 +112,8 @@ def main(arguments):
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
     print(f"next: {sample_command(goal, run, training.prompts[0], transform.size)}")
+    if command := audit_command(run, {name: len(part.records) for name, part in splits.items()}):
+        print(f"then: {command}  (does it copy training images?)")
     return 0
 
 
@@ -122,7 +127,19 @@ def sample_command(goal, run, prompt, size):
         words += ["--vae", goal.vae] if goal.vae else []
         words += ["--prediction", goal.prediction] if goal.prediction else []
         words += [word for adapter in (*goal.on_top_of, run.folder) for word in ("--adapter", str(adapter))]
-    return shlex.join([*words, "-n", "4", "--height", str(size), "--width", str(size)])
+    size = ["-n", "4", "--height", str(size), "--width", str(size)]
+    return shlex.join([*words, *size, "--out", str(run.folder / GENERATED)])
+
+
+def audit_command(run, sizes):
+    """The command that looks for copies of training images among those of `sample_command`; None without enough
+    held-out images. Args: sizes: {split: number of images}."""
+    sizes = sizes | {"held-out": sum(n for name, n in sizes.items() if name != "train")}
+    holdout = next((name for name in ("test", "held-out") if sizes.get(name, 0) >= FEWEST_HELD_OUT), None)
+    if holdout is None:
+        return None
+    words = ["python", "-m", "minildm", "audit", str(run.folder / GENERATED)]
+    return shlex.join([*words, "--train", f"run:{run.folder}:train", "--holdout", f"run:{run.folder}:{holdout}"])
 
 
 def _name(dtype):

@@ -29,24 +29,30 @@ class FeatureSet:
         return bool(self.rows) and all(len(rows) == self.n for rows in self.rows.values())
 
 
-def collect(images, extractor, keep=2000, batch_size=16, seed=0, progress=None):
+def collect(images, extractor, keep=2000, batch_size=16, seed=0, progress=None, prepare=None):
     """Extract features: the statistics of all images, and the features of at most ``keep`` of them, chosen at random.
 
+    Args: prepare: as in `batches`.
     Raises: InputError naming the image that cannot be read or whose features are not finite.
     """
-    if len(images) < 2:
-        raise InputError(f"{image_name(images[0])} is the only image: a distribution needs at least 2; give more")
+    require_several(images)
     kept = np.random.default_rng(seed).permutation(len(images))[:keep]
     row_of = {int(index): k for k, index in enumerate(np.sort(kept))}  # image index -> row
     rows = {dim: np.empty((len(row_of), dim), np.float32) for dim in extractor.dims}
     statistics = {dim: Statistics(dim) for dim in extractor.dims}
-    for start, batch in batches(images, extractor, batch_size, progress):
+    for start, batch in batches(images, extractor, batch_size, progress, prepare):
         for dim, values in batch.items():
             statistics[dim].add(values)
             for offset, features in enumerate(values):
                 if start + offset in row_of:
                     rows[dim][row_of[start + offset]] = features
     return FeatureSet(len(images), statistics, rows if keep else {}, list(images))
+
+
+def require_several(images):
+    """Raise InputError for a single image."""
+    if len(images) < 2:
+        raise InputError(f"{image_name(images[0])} is the only image: a distribution needs at least 2; give more")
 
 
 def batches(images, extractor, batch_size=16, progress=None, prepare=None):
