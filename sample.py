@@ -9,13 +9,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minildm import like, record, sampling
 from minildm.config import SamplingSettings
 from minildm.errors import exit_cleanly
 from minildm.files import writable_folder
 from minildm.images import FROM_IMAGE, SYNTHETIC, contact_sheet, save_png
+from minildm.progress import Progress
 from minildm.settings import Parser, Several, add_flags, at_least, from_flags
 from minildm.startup import prepare_process
 
@@ -95,10 +94,7 @@ def main(arguments):
     init_images = None if init_image is None else init_image.tensor(settings.height, settings.width)
     description = SYNTHETIC if init_image is None else FROM_IMAGE
     saved, sheet, start = [], [], time.perf_counter()
-    with (
-        kernels.plain(args.plain),
-        tqdm(total=settings.network_calls * len(batches), unit="step", disable=None, dynamic_ncols=True) as bar,
-    ):
+    with kernels.plain(args.plain), Progress("sampling", "step", settings.network_calls * len(batches)) as bar:
         for batch in batches:
             options = asdict(settings) | {"seed": [png.seed for png in batch], "init_images": init_images}
             batch_prompts = [png.prompt for png in batch]

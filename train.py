@@ -24,10 +24,13 @@ from minildm.data.prompts import prompts_for
 from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
+from minildm.metrics.audit import FEWEST_HELD_OUT
 from minildm.training.command_line import FREE, check_texts, parse
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
 from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
 from minildm.training.run import Run
+
+GENERATED = "generated"  # the folder in a run's for the images that its last lines propose to make
 
 
 def main(arguments):
@@ -53,9 +56,19 @@ def main(arguments):
         print(f"note: {note}")
     check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
     model = load(goal.base, goal.on_top_of, device, weights, goal.prediction, goal.vae)
+    plan.method.check_fit(model, plan.method_settings)
     transform = plan.data.transform(model.config.image_size)
     print(f"{model.files.title}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
+
+    known = {
+        "base": model.base_hash,
+        "vae": goal.vae and [model.vae_hash, model.config.vae.scaling_factor],
+        "on_top_of": [{key: value for key, value in one.items() if key != "path"} for one in model.merged],
+        "dtype": _name(dtype),
+        "pixels": transform.size,
+    }
+    run.expect(**known)
 
     # Records -> images -> latents, encoded once; the VAE runs in float32, the reference for all precisions
     model.vae.float()
@@ -78,11 +91,8 @@ def main(arguments):
     splits = {name: samples.subset(members) for name, members in indices.items()}
     training, validation = splits["train"], splits.get("validation", samples.subset([]))
     run.begin(
-        base=model.base_hash,
-        vae=goal.vae and [model.vae_hash, model.config.vae.scaling_factor],
-        dtype=_name(dtype),
+        **known,
         products=products,
-        pixels=transform.size,
         data=samples.fingerprint,
         class_images=class_images and class_images.fingerprint,
         splits={name: [record.name for record in part.records] for name, part in splits.items()},
@@ -106,6 +116,8 @@ def main(arguments):
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
     print(f"next: {sample_command(goal, run, training.prompts[0], transform.size)}")
+    if command := audit_command(run, {name: len(part.records) for name, part in splits.items()}):
+        print(f"then: {command}  (does it copy training images?)")
     return 0
 
 
@@ -119,7 +131,19 @@ def sample_command(goal, run, prompt, size):
         words += ["--vae", goal.vae] if goal.vae else []
         words += ["--prediction", goal.prediction] if goal.prediction else []
         words += [word for adapter in (*goal.on_top_of, run.folder) for word in ("--adapter", str(adapter))]
-    return shlex.join([*words, "-n", "4", "--height", str(size), "--width", str(size)])
+    size = ["-n", "4", "--height", str(size), "--width", str(size)]
+    return shlex.join([*words, *size, "--out", str(run.folder / GENERATED)])
+
+
+def audit_command(run, sizes):
+    """The command that looks for copies of training images among those of `sample_command`; None without enough
+    held-out images. Args: sizes: {split: number of images}."""
+    sizes = sizes | {"held-out": sum(n for name, n in sizes.items() if name != "train")}
+    holdout = next((name for name in ("test", "held-out") if sizes.get(name, 0) >= FEWEST_HELD_OUT), None)
+    if holdout is None:
+        return None
+    words = ["python", "-m", "minildm", "audit", str(run.folder / GENERATED)]
+    return shlex.join([*words, "--train", f"run:{run.folder}:train", "--holdout", f"run:{run.folder}:{holdout}"])
 
 
 def _name(dtype):

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from minildm import __version__
 from minildm.errors import InputError
+from minildm.progress import Progress
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 30  # seconds without a byte, after which a connection counts as lost
@@ -64,7 +63,7 @@ def download(file, destination, folder, headers=None):
         try:
             _receive(file, output, headers or {})
         except KeyboardInterrupt:
-            tqdm.write(f"{_kept(output, file)}; the same command continues", file=sys.stderr)
+            print(f"{_kept(output, file)}; the same command continues", file=sys.stderr)
             raise
         os.fsync(output.fileno())  # on disk before it gets its name, in case of a power cut
         if (found := content_digest(part, file.digest, file.name)) != file.digest:
@@ -81,7 +80,7 @@ def content_digest(path, like, name=None):
     """The SHA-256 or git SHA-1 of a file's content, whichever kind ``like`` is; a progress bar if it takes long."""
     size = Path(path).stat().st_size
     digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % size)
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"checking {name or Path(path).name}", delay=2, leave=False)
+    bar = Progress(f"checking {name or Path(path).name}", "B", size, leave=False)
     with open(path, "rb") as file, bar:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
@@ -102,7 +101,7 @@ def _lock(output, part):
 def _receive(file, output, headers):
     """Append to ``output`` what it lacks of the RemoteFile, with as many connections as that takes."""
     failures, answered, furthest = 0, False, output.seek(0, os.SEEK_END)
-    with tqdm(total=file.size, initial=furthest, unit="B", unit_scale=True, desc=Path(file.name).name) as bar:
+    with Progress(Path(file.name).name, "B", file.size, initial=furthest) as bar:
         while (have := output.seek(0, os.SEEK_END)) < file.size:
             gained = False
             try:
@@ -110,7 +109,7 @@ def _receive(file, output, headers):
                     answered = True
                     if response.status != 206 and have:  # the server sends the file from its beginning
                         output.truncate(0)
-                        bar.reset(file.size)
+                        bar.reset()
                         have = 0
                     while have < file.size and (chunk := response.read1(min(CHUNK, file.size - have))):
                         _write(output, chunk, file)

@@ -56,7 +56,7 @@ class LatentDiffusion(nn.Module):
         self.schedule = NoiseSchedule(**asdict(config.schedule))
         self.files = files  # the Checkpoint it was loaded from
         self.rounded_to = None  # the dtype of weights that `compute_in_float32` has converted
-        self.merged = []  # adapters merged into it: [{"adapter": SHA-256, "multiplier": ..., "rank": ...}]
+        self.merged = []  # adapters merged into it: [{"adapter": SHA-256, "multiplier", "rank", "path"}]
 
     @property
     def device(self):

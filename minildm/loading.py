@@ -9,8 +9,9 @@ import torch
 
 from minildm import checkpoint
 from minildm.adapters.files import merge_file
-from minildm.adapters.reading import adapter_file
+from minildm.adapters.reading import adapter_file, read_adapter
 from minildm.errors import InputError
+from minildm.files import sha256
 from minildm.latent_diffusion import LatentDiffusion
 
 PACKAGE = Path(__file__).resolve().parent  # an installed package carries the embedded model as minildm/tiny
@@ -27,7 +28,8 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=N
     Args:
         base: a single .safetensors or .ckpt file, or a diffusers-layout folder; None = the model of `find_base`.
         adapters: adapter files or run folders to merge, in order: "runs/a", "runs/a:0.6" to scale its change of the
-            weights by 0.6, "runs/a@2" or "runs/a@2:0.6" to use a DyLoRA adapter at rank 2.
+            weights by 0.6, "runs/a@2" or "runs/a@2:0.6" to use a DyLoRA adapter at rank 2. What one was trained on top
+            of is merged before it (`with_those_below`).
         device: "cpu", "cuda", ...; None = a GPU if there is one, else the CPU.
         dtype: of the networks, such as torch.float16 or "float16"; None = float16 on a GPU, float32 elsewhere.
         prediction: "epsilon" or "v", with a warning if the checkpoint says otherwise; None = what it says, and
@@ -42,9 +44,39 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=N
     if vae is not None:
         checkpoint.replace_vae(plan, vae)
     model = LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
-    for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
+    for adapter in with_those_below([adapters] if isinstance(adapters, (str, Path)) else adapters):
         merge_file(model, *parse_adapter(adapter))
     return model
+
+
+def with_those_below(adapters):
+    """``adapters`` (as in `load`) and, before each, those that it was trained on top of and that are not among them.
+
+    They are looked for where they were then, and are recognised by their SHA-256. One that is not found stays away;
+    merging then warns. Returns: a list.
+    """
+    adapters = list(adapters)
+    paths = [parse_adapter(adapter)[0] for adapter in adapters]
+    below = [read_adapter(path).about.get("on_top_of") for path in paths]
+    if not any(below):
+        return adapters
+    there, stack = {sha256(path) for path in paths}, []
+    for adapter, entries in zip(adapters, below):
+        for entry in entries or ():
+            found = None if entry["adapter"] in there else _find_adapter(entry)
+            if found is not None:
+                there.add(entry["adapter"])
+                rank = "" if entry.get("rank") is None else f"@{entry['rank']}"
+                stack.append(f"{found}{rank}:{entry['multiplier']!r}")
+        stack.append(adapter)
+    return stack
+
+
+def _find_adapter(entry):
+    """The file of an entry of ``on_top_of``, or None: the path of that time, or the embedded adapter."""
+    named = [Path(entry["path"])] if isinstance(entry.get("path"), str) else []
+    found = (path for path in (*named, EMBEDDED_ADAPTER) if path.is_file() and sha256(path) == entry["adapter"])
+    return next(found, None)
 
 
 def usable_device(name):

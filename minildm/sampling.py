@@ -6,6 +6,7 @@ This module does not import torch, so that a mistake on the command line is repo
 import hashlib
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,12 +76,15 @@ def read_init_image(path, strength):
 
 
 def check_request(prompts, negative, n, seed):
-    """Raise InputError for prompts that are not valid UTF-8, and for seeds beyond those of torch's generators."""
+    """Raise InputError for prompts that are not valid UTF-8, and for seeds beyond those of torch's generators. Warn of
+    an empty prompt."""
     for prompt in (*prompts, negative):
         try:
             prompt.encode()
         except UnicodeEncodeError:  # the shell passed on bytes that are no text
             raise InputError(f"the prompt {prompt!r} is not valid UTF-8") from None
+    if not all(prompt.strip() for prompt in prompts):
+        warnings.warn("the prompt is empty: the image shows whatever the model makes without one", stacklevel=2)
     n_images = n * len(prompts)
     if seed > 2**63 - n_images:
         raise InputError(f"--seed must be at most 2^63 - {n_images} for {n_images} images, got {seed}")
@@ -88,12 +92,13 @@ def check_request(prompts, negative, n, seed):
 
 # --- adapters --------------------------------------------------------------------------------------------------------
 def choose_adapters(adapters, base):
-    """The adapters to merge into ``base``: those of --adapter; none for "none"; by default the embedded base's own.
+    """The adapters to merge into ``base``: those of --adapter, with the ones they were trained on top of; none for
+    "none"; by default the embedded base's own.
 
     Args: adapters: a tuple of flags.
     Raises: InputError; FileNotFoundError, naming the adapters that do not exist.
     """
-    from minildm.loading import EMBEDDED_ADAPTER, is_embedded, parse_adapter
+    from minildm.loading import EMBEDDED_ADAPTER, is_embedded, parse_adapter, with_those_below
 
     if adapters == ("none",):
         return ()
@@ -112,7 +117,10 @@ def choose_adapters(adapters, base):
             )
         names = ", ".join(map(str, absent))
         raise FileNotFoundError(f"no such adapter: {names}; give PATH[@RANK][:MULTIPLIER] of a file or a run folder")
-    return adapters
+    stack = with_those_below(adapters)
+    for below in [adapter for adapter in stack if adapter not in adapters]:
+        print(f"merging {below}, too, which the adapter was trained on top of")
+    return tuple(stack)
 
 
 def describe_adapters(adapters):

@@ -106,6 +106,20 @@ class Parser(argparse.ArgumentParser):
         self.usage = " ".join([self.prog, *needed, "[options]"])  # argparse's own lists every flag
         return super().format_help()
 
+    def given(self, arguments):
+        """{name: value} of what is on the command line ``arguments``, without defaults."""
+        defaults, self._defaults = self._defaults, {}
+        of_actions = [action.default for action in self._actions]
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        try:
+            found = vars(self.parse_known_args(arguments)[0])
+        finally:
+            self._defaults = defaults
+            for action, default in zip(self._actions, of_actions):
+                action.default = default
+        return {name: value for name, value in found.items() if not name.startswith("_")}
+
     def error(self, message):
         self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
 

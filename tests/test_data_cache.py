@@ -1,5 +1,6 @@
 """The latent cache: exact, never stale, safe when interrupted or built by several processes."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -9,12 +10,13 @@ import time
 from pathlib import Path
 
 import made_data
+import numpy as np
 import pytest
 import torch
 from peers import randomize
 
 from minildm.config import TextEncoderConfig, VAEConfig
-from minildm.data import cache
+from minildm.data import cache, sets
 from minildm.data.cache import CachedLatents, Rows, context_cache, latent_cache, weights_fingerprint
 from minildm.data.loader import TrainingPairs, training_batches
 from minildm.data.open import open_data_set
@@ -62,6 +64,25 @@ def assert_half_precision(ours, theirs):
 def forbid(monkeypatch, owner, name):
     """Fail the test if ``owner.name`` is called."""
     monkeypatch.setattr(owner, name, lambda *arguments, **keywords: pytest.fail(f"{name} was called"))
+
+
+@pytest.mark.parametrize("name", ["phantom", "procedural"])
+def test_rendered_images_are_rendered_once_until_their_code_changes(vae, tmp_path, name):
+    records, _ = sets.DATA_SETS[name].records(3)
+    assert len({record.recipe for record in records}) == 3
+    first = latent_cache(records, TRANSFORM, vae, tmp_path)
+    again = [dataclasses.replace(record, render=lambda size: pytest.fail("rendered again")) for record in records]
+    second = latent_cache(again, TRANSFORM, vae, tmp_path)
+    assert first.keys == second.keys and all(torch.equal(*pair) for pair in zip(first.moments(2), second.moments(2)))
+    rendered = []
+
+    def blank(size):
+        rendered.append(size)
+        return np.zeros((size, size), np.uint8)
+
+    changed = [dataclasses.replace(record, recipe=f"{record.recipe}!", render=blank) for record in records]
+    third = latent_cache(changed, TRANSFORM, vae, tmp_path)
+    assert rendered == [64] * 3 and third.keys[0] not in first.keys
 
 
 def test_cached_moments_equal_the_vaes_to_half_precision(vae, data_set, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,11 @@ def place(tmp_path_factory):
 
 
 def flags(place, **changes):
-    values = {
+    return as_flags(flag_values(place) | changes)
+
+
+def flag_values(place):
+    return {
         "base": place / "base",
         "data": f"folder:{place / 'data'}",
         "cache": place / "cache",
@@ -55,7 +60,10 @@ def flags(place, **changes):
         "split": "70/10/20",
         "device": "cpu",
         "seed": 1,
-    } | changes
+    }
+
+
+def as_flags(values):
     return [
         part
         for name, value in values.items()
@@ -234,6 +242,62 @@ def test_resuming_on_other_data_or_another_base_names_the_difference(place, whol
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(run)])
     assert_says(error, "base = ")
+
+
+def test_a_run_goes_on_with_the_same_files_in_other_places(place, whole, tmp_path):
+    for name in ("data", "base"):
+        shutil.copytree(place / name, tmp_path / name)
+    shutil.copytree(whole, tmp_path / "run")
+    moved = {"data": f"folder:{tmp_path / 'data'}", "base": str(tmp_path / "base")}
+    flags = ["--data", moved["data"], "--base", moved["base"]]
+    assert train.main(["--resume", str(tmp_path / "run"), *flags]) == 0
+    settings = read_record(tmp_path / "run")["settings"]
+    assert {name: settings[name] for name in moved} == moved  # the next session finds them, too
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    text = (tmp_path / "data" / "metadata.csv").read_text()
+    (tmp_path / "data" / "metadata.csv").write_text(text.replace("number 3", "number three"))
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(whole), "--data", moved["data"]])
+    assert_says(error, "data = '20 images")
+    assert read_record(whole)["settings"]["data"] == f"folder:{place / 'data'}"  # nothing is adopted from a refusal
+
+
+def test_another_base_is_refused_before_images_are_read(place, whole, monkeypatch):
+    monkeypatch.setattr(train, "latent_cache", lambda *_, **__: pytest.fail("images are read"))
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(whole), "--base", str(place / "other_base")])
+    assert_says(error, "base = ")
+
+
+def test_a_run_with_more_steps_is_that_of_a_run_begun_with_them(place, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    assert train.main([*flags(place, steps=14), "--out", str(tmp_path / "longer")]) == 0
+    capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "14"]) == 0
+    assert "note: the run now ends at step 14, not 12" in capsys.readouterr().out
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "longer")
+    assert ours["step"] == theirs["step"] == 14 and ours["method"] == theirs["method"]
+    assert all(torch.equal(ours["trained"][name], theirs["trained"][name]) for name in theirs["trained"])
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0  # the new end is remembered
+    assert "now ends" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="has 14 steps already, and its end would be step 5; give more"):
+        train.main(["--resume", str(tmp_path / "run"), "--steps", "5"])
+    assert read_record(tmp_path / "run")["settings"]["steps"] == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedules"),
+    [
+        ({"lr_schedule": "cosine"}, "the cosine learning rate will follow"),
+        ({"adapter": "adalora", "expand_interval": None}, "the rank budget .* will follow"),
+    ],
+)
+def test_schedules_that_depend_on_the_end_are_named_when_it_changes(place, tmp_path, capsys, changes, schedules):
+    given = {name: value for name, value in (flag_values(place) | {"steps": 4} | changes).items() if value is not None}
+    assert train.main([*as_flags(given), "--out", str(tmp_path / "run")]) == 0
+    assert train.main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0  # of 14 images
+    assert re.search(f"ends at step 7, not 4; {schedules} the new end .* begun with 7 steps", capsys.readouterr().out)
+    assert weights(tmp_path / "run")["step"] == 7
 
 
 def test_a_folder_that_holds_another_run_is_refused(place, whole):

@@ -56,9 +56,14 @@ def merge_file(model, path, multiplier=1.0, rank=None):
             f"{path} was trained on another base ({about['base'][:10]}) than this one ({model.base_hash[:10]})",
             stacklevel=2,
         )
-    if missing := [one["adapter"][:10] for one in about.get("on_top_of", []) if one not in model.merged]:
+    merged = [_without_path(one) for one in model.merged]
+    if missing := [one for one in about.get("on_top_of", []) if _without_path(one) not in merged]:
+        names = ", ".join(f"{one.get('path', 'one')} (SHA-256 {one['adapter'][:10]})" for one in missing)
+        flags = " ".join(f"--adapter {one.get('path', 'PATH')}:{one['multiplier']:g}" for one in missing)
         warnings.warn(
-            f"{path} was trained on top of other adapters, not merged here: {', '.join(missing)}", stacklevel=2
+            f"{path} was trained on top of other adapters, not merged here: {names}; without them its images are "
+            f"wrong: give {flags} --adapter {path}",
+            stacklevel=2,
         )
     digest, at_rank = sha256(path), {} if rank is None else {"rank": rank}
     for name, (A, B, scale) in adapter.factors.items():  # only now that all of it fits
@@ -66,8 +71,13 @@ def merge_file(model, path, multiplier=1.0, rank=None):
         A, B = (factor.to(layer.weight.device, torch.float32).flatten(1) for factor in (A[:rank], B[:, :rank]))
         change = (multiplier * scale * B @ A).reshape(layer.weight.shape)
         layer.weight.data = (layer.weight.float() + change).to(layer.weight.dtype)
-    model.merged.append({"adapter": digest, "multiplier": multiplier, **at_rank})
+    model.merged.append({"adapter": digest, "multiplier": multiplier, **at_rank, "path": str(path)})
     return about
+
+
+def _without_path(entry):
+    """What identifies an entry of ``on_top_of`` or ``model.merged``: a file may lie somewhere else today."""
+    return {key: value for key, value in entry.items() if key != "path"}
 
 
 def check_rank(rank, adapter, flag):

@@ -32,6 +32,19 @@ def wrap(model, layer_class, rank, alpha=None, targets=NETWORKS, layers="all-lin
         The others as in `adapters.add_adapter`.
     Returns: {module path: wrapper}, in the model's order.
     """
+    paths = check_fit(model, rank, targets, layers)
+    if alpha is not None and not (is_finite_number(alpha) and alpha > 0):
+        raise InputError(f"alpha must be a positive number, got {alpha!r:.40}")
+    generator = torch.Generator().manual_seed(seed)
+    scale = 1.0 if alpha is None else alpha / (math.sqrt(rank) if stabilized else rank)
+    model.requires_grad_(False)
+    for path in paths:
+        _replace(model, path, layer_class(model.get_submodule(path), rank, scale, generator))
+    return adapter_layers(model)
+
+
+def check_fit(model, rank, targets=NETWORKS, layers="all-linear"):
+    """The paths of the layers that `wrap` would adapt. Raises: InputError if it cannot."""
     if adapter_layers(model):
         raise InputError("the model already has a live adapter; merge_adapter(model) first, or load the base again")
     paths = target_paths(model, targets, layers)
@@ -42,14 +55,7 @@ def wrap(model, layer_class, rank, alpha=None, targets=NETWORKS, layers="all-lin
             raise InputError(f"rank must be in [1, {most}] for {path}, got {rank}; choose another rank")
     if not paths:
         raise InputError(f"an adapter needs a network to adapt, from {', '.join(NETWORKS)}; got {targets}")
-    if alpha is not None and not (is_finite_number(alpha) and alpha > 0):
-        raise InputError(f"alpha must be a positive number, got {alpha!r:.40}")
-    generator = torch.Generator().manual_seed(seed)
-    scale = 1.0 if alpha is None else alpha / (math.sqrt(rank) if stabilized else rank)
-    model.requires_grad_(False)
-    for path in paths:
-        _replace(model, path, layer_class(model.get_submodule(path), rank, scale, generator))
-    return adapter_layers(model)
+    return paths
 
 
 def target_paths(model, targets=NETWORKS, layers="all-linear"):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from minildm import kernels
 from minildm.adapters.files import save_adapter
 from minildm.adapters.fused import LoRAFunction
-from minildm.adapters.inject import LAYERS, NETWORKS, adapter_layers, parameter_counts, wrap
+from minildm.adapters.inject import LAYERS, NETWORKS, adapter_layers, check_fit, parameter_counts, wrap
 from minildm.adapters.method import Method
 from minildm.adapters.rank_map import rank_map
 from minildm.errors import InputError
@@ -96,6 +96,7 @@ class LoRA(Method):
 
     def __init__(self, model, settings, steps, seed):
         super().__init__(model, settings, steps, seed)
+        self.check_fit(model, settings)
         self.layers = wrap(
             model,
             self.layer_class,
@@ -106,6 +107,10 @@ class LoRA(Method):
             seed,
             settings.rank_stabilized,
         )
+
+    @classmethod
+    def check_fit(cls, model, settings):
+        check_fit(model, settings.rank, settings.targets, settings.layers)
 
     def trained(self):
         return {

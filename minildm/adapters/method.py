@@ -30,6 +30,7 @@ class Method:
         float32_weights: load the base in float32, and use the run's precision for products only (autocast).
         result: name of the file or folder in the run's folder that `save` writes.
         compiled: whether the networks are compiled, so that a change of shapes is expensive; set by the caller.
+        follows_end: names of schedules that depend on the number of steps, for a resumed run that gets another.
     """
 
     settings_class = Settings
@@ -37,6 +38,7 @@ class Method:
     float32_weights = False
     result = "adapter.safetensors"
     compiled = False
+    follows_end = ()
 
     def __init__(self, model, settings, steps, seed):
         """Wrap or unfreeze layers of ``model`` (a LatentDiffusion); its output does not change.
@@ -44,6 +46,11 @@ class Method:
         Args: settings: of ``settings_class``. steps: of the whole run. seed: of the new parameters.
         """
         self.model, self.settings, self.steps, self.seed = model, settings, steps, seed
+
+    @classmethod
+    def check_fit(cls, model, settings):
+        """Raise InputError for settings that do not fit the model, which a new method would raise, too: for checks
+        before hours of work on images."""
 
     def trained(self):
         """{name: parameter} of what is trained, in the model's order. Read again after an `update` that changed it."""

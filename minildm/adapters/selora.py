@@ -22,6 +22,7 @@ depend on start and scale: a lambda tuned there does not carry over.
 
 import contextlib
 import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minildm.adapters.fisher import probe_layers
+from minildm.adapters.inject import target_paths
 from minildm.adapters.lora import LoRA, LoRALinear, LoRASettings
+from minildm.errors import InputError
 from minildm.seeds import seeded
 from minildm.settings import setting
 
@@ -119,6 +122,14 @@ class SeLoRASettings(LoRASettings):
         None, "the adapter does not grow beyond it; the highest ratios come first (default: no limit)", at_least=1
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_rank is not None and self.max_rank < self.rank:
+            raise InputError(
+                f"--max-rank must be at least --rank, the rank at the start, got {self.max_rank} and {self.rank}; "
+                "SeLoRA only raises ranks"
+            )
+
 
 class SeLoRA(LoRA):
     """Algorithm 1 as a training method."""
@@ -126,6 +137,26 @@ class SeLoRA(LoRA):
     settings_class = SeLoRASettings
     layer_class = SeLoRALinear
     probe = None  # of the present step, where it is a test
+
+    def __init__(self, model, settings, steps, seed):
+        super().__init__(model, settings, steps, seed)
+        if steps < settings.expand_interval:
+            warnings.warn(
+                f"no layer is ever tested, so no rank grows: --expand-interval {settings.expand_interval} is more than "
+                f"the {steps} steps of the run",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def check_fit(cls, model, settings):
+        super().check_fit(model, settings)
+        layers = map(model.get_submodule, target_paths(model, settings.targets, settings.layers))
+        at_start = settings.rank * sum(layer.in_features + layer.out_features for layer in layers)
+        if settings.max_parameters is not None and settings.max_parameters < at_start:
+            raise InputError(
+                f"--max-parameters {settings.max_parameters:,} is less than the adapter has at the start, {at_start:,} "
+                f"at rank {settings.rank}; give more, or fewer --layers or --targets"
+            )
 
     @contextlib.contextmanager
     def watch(self, step):

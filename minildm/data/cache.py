@@ -6,7 +6,8 @@ memory-mapped, so memory use does not grow with the data.
 
 Everything is found by content. A cache folder's name is the hash of its recipe (transform, VAE weights), a row's key is
 the hash of the image file's bytes. What has changed has another hash, so nothing stale is ever used. To avoid reading
-every file again, hashes are remembered with the file's size, times and inode, as git does.
+every file again, hashes are remembered with the file's size, times and inode, as git does, and those
+of rendered images with their recipe.
 
 Records are encoded in blocks of 128. A block is locked (``flock``, which the system releases when a process dies) and
 its shard is written whole or not at all. A build may therefore be killed at any time, and processes that build at the
@@ -26,12 +27,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from minildm.config import MAX_TOKENS
 from minildm.data.reading import read, to_tensor
 from minildm.errors import InputError
 from minildm.files import locked, read_json, shown, writable_folder, written_beside
+from minildm.progress import Progress
 
 ROWS_PER_SHARD = 128  # an interruption loses at most this many; a build holds this many in memory
 SETTLED_SECONDS = 2.0  # a file changed later than this could change again within the clock's resolution
@@ -181,14 +182,14 @@ def latent_cache(records, transform, vae, folder, batch_size=4, workers=2, skip_
     rows.require_space(sum(missing.values()), row_bytes=8 * (transform.size // 8) ** 2 * 2)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=sum(missing.values()), unit="image", desc="caching latents", disable=not missing) as progress,
+        Progress("caching latents", "image", sum(missing.values()), hidden=not missing) as progress,
     ):
         for wait in (False, True):  # first the blocks that no other process works on, then wait for the others
             for block in list(missing):
                 with rows.locked(build.names[block], wait) as locked:
                     if locked:
-                        build.encode(block, pool)
-                        progress.update(missing.pop(block))
+                        encoded = build.encode(block, pool, progress)
+                        progress.update(missing.pop(block) - encoded)  # what another process has encoded
     if build.errors and not skip_bad:
         first = [build.errors[i] for i in sorted(build.errors)[:5]]
         raise InputError(
@@ -214,18 +215,19 @@ class _LatentBuild:
         """Fill in the keys of the block's records whose file is unchanged. Returns: the indices of the others."""
         hashes = _load_hashes(self.rows.folder / f"{self.names[block]}.json")
         for i in block:
-            key = hashes.get(_file_state(self.records[i])) if self.records[i].path is not None else None
+            key = hashes.get(_state(self.records[i]))
             self.keys[i] = key if key in self.rows else None
         return [i for i in block if self.keys[i] is None and i not in self.errors]
 
-    def encode(self, block, pool):
-        """Read the block's records that are still missing, encode those without a row, and write them as one shard."""
+    def encode(self, block, pool, progress):
+        """Read the block's records that are still missing, encode those without a row, and write them as one shard.
+        Returns: how many were missing."""
         self.rows.refresh()  # another process may have encoded the block meanwhile
         missing = self.look_up(block)
         states, new_keys, new_rows, batch = {}, [], [], []
 
         def load(i):
-            states[i] = _file_state(self.records[i])
+            states[i] = _state(self.records[i])
             try:
                 pixels, _, key = read(self.records[i], self.transform)
                 return i, key, pixels
@@ -235,6 +237,7 @@ class _LatentBuild:
 
         for i, key, pixels in pool.map(load, missing):
             self.keys[i] = key
+            progress.update()
             if key is None or key in self.rows or key in new_keys:  # a file that occurs twice is encoded once
                 continue
             new_keys.append(key)
@@ -245,7 +248,7 @@ class _LatentBuild:
         if batch:
             new_rows.append(self._moments(batch))
         for i in missing:
-            if self.records[i].path is not None and i not in self.errors and _file_state(self.records[i]) != states[i]:
+            if self.records[i].path is not None and i not in self.errors and _state(self.records[i]) != states[i]:
                 raise InputError(
                     f"{self.records[i].path} changed while the cache was being built; run again once the files no "
                     "longer change"
@@ -253,6 +256,7 @@ class _LatentBuild:
         if new_rows:
             self.rows.add(new_keys, torch.cat(new_rows))
         _save_hashes(self.rows.folder / f"{self.names[block]}.json", [(self.records[i], self.keys[i]) for i in block])
+        return len(missing)
 
     def _moments(self, batch):
         """List of uint8 (H, W, 3) -> mean and logvar, float32 (B, 8, h, w) on the CPU."""
@@ -267,11 +271,12 @@ def _label(record):
     return record.name if record.path is None else str(record.path.absolute())
 
 
-def _file_state(record):
-    """The file's path, size, times and inode as text. The change time (ctime) reveals a file that was replaced by one
-    with the old modification time."""
+def _state(record):
+    """Text that changes if the record's image does: the file's path, size, times and inode, or the recipe of a rendered
+    image; None if there is no recipe. The change time (ctime) reveals a file that was replaced by one with the old
+    modification time."""
     if record.path is None:
-        return None
+        return record.recipe
     try:
         status = os.stat(record.path)
     except OSError as error:
@@ -292,12 +297,16 @@ def _save_hashes(path, keyed_records):
     """Remember the content hashes of (record, key) pairs, except of files that changed moments ago."""
     now = time.time()
     states = {
-        _file_state(record): key.hex()
+        state: key.hex()
         for record, key in keyed_records
-        if key is not None and record.path is not None and now - os.stat(record.path).st_ctime > SETTLED_SECONDS
+        if key is not None and (state := _state(record)) is not None and _is_settled(record, now)
     }
     with written_beside(path) as beside:
         beside.write_text(json.dumps(states), encoding="utf-8")
+
+
+def _is_settled(record, now):
+    return record.path is None or now - os.stat(record.path).st_ctime > SETTLED_SECONDS
 
 
 # --- contexts ---------------------------------------------------------------------------------------------------------
@@ -332,14 +341,16 @@ def context_cache(prompts, tokenize, text_encoder, folder, batch_size=16):
             if key not in rows:
                 missing[key] = token_ids
     missing = list(missing.items())
-    for start in tqdm(range(0, len(missing), ROWS_PER_SHARD), desc="caching contexts", disable=not missing):
-        shard, contexts = missing[start : start + ROWS_PER_SHARD], []
-        for first in range(0, len(shard), batch_size):
-            token_ids = torch.stack([ids for _, ids in shard[first : first + batch_size]])
-            with torch.no_grad():
-                contexts.append(text_encoder(token_ids.to(device)).float().cpu())  # (B, 77, D)
-        contexts = torch.cat(contexts)
-        if start == 0:  # the width is known now
-            rows.require_space(len(missing), row_bytes=contexts[0].numel() * 2)
-        rows.add([key for key, _ in shard], contexts)
+    with Progress("caching contexts", "prompt", len(missing), hidden=not missing) as progress:
+        for start in range(0, len(missing), ROWS_PER_SHARD):
+            shard, contexts = missing[start : start + ROWS_PER_SHARD], []
+            for first in range(0, len(shard), batch_size):
+                token_ids = torch.stack([ids for _, ids in shard[first : first + batch_size]])
+                with torch.no_grad():
+                    contexts.append(text_encoder(token_ids.to(device)).float().cpu())  # (B, 77, D)
+                progress.update(len(token_ids))
+            contexts = torch.cat(contexts)
+            if start == 0:  # the width is known now
+                rows.require_space(len(missing), row_bytes=contexts[0].numel() * 2)
+            rows.add([key for key, _ in shard], contexts)
     return CachedContexts(rows, keys)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from minildm.config import MAX_TOKENS
 from minildm.data import screening
@@ -25,6 +24,7 @@ from minildm.data.reading import read
 from minildm.data.splits import classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
+from minildm.progress import Progress
 from minildm.settings import Parser, add_flags, at_least, from_flags
 from minildm.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ def examine(records, transform, workers):
         )
 
     with ThreadPoolExecutor(workers) as pool:
-        results = list(tqdm(pool.map(facts, records), total=len(records), desc="decoding", unit="image"))
+        results = list(Progress("decoding", "image", len(records), pool.map(facts, records)))
     images = {i: result for i, result in enumerate(results) if isinstance(result, ImageFacts)}
     return images, {i: result for i, result in enumerate(results) if i not in images}
 

@@ -210,6 +210,8 @@ def _promptless(records, template):
 
 
 def _pediatric(records, settings):
+    if settings.drop_pediatric and not any("pediatric" in {*record.fields, *record.unread} for record in records):
+        raise InputError("--drop-pediatric: no record says whether it is paediatric; leave it out, or give --min-age")
     names = {record.name for record in records if record.fields.get("pediatric") == "yes"}
     return names if settings.drop_pediatric else set(), "flagged as paediatric (--drop-pediatric)"
 

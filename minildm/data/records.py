@@ -21,6 +21,7 @@ class Record:
     fields: dict[str, str] = field(default_factory=dict, hash=False)  # for prompts: age (years), sex, view, ...
     path: Path | None = None  # the image file; None if ``render`` makes the image
     render: Callable[[int], np.ndarray] | None = None  # side in pixels -> uint8 (side, side) or (side, side, 3)
+    recipe: str | None = None  # names all that ``render`` depends on, so that a rendered image can be found again
     frontal: bool | None = True  # False: a lateral or other view; None: unknown, in a data set that has both
     unread: dict[str, str] = field(default_factory=dict, hash=False)  # given but not understood: {"age": "414"}
 

@@ -26,9 +26,10 @@ from minildm.data.reading import Transform
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 from minildm.loading import find_weights
-from minildm.metrics.extractors import FeatureSettings, open_extractor
+from minildm.metrics.extractors import FeatureSettings, feature_settings, open_extractor
 from minildm.metrics.features import batches
 from minildm.metrics.inception import WEIGHTS_NAME
+from minildm.metrics.run_split import settings_for
 from minildm.metrics.sources import (
     RECORD_SIZE,
     as_tensor,
@@ -318,10 +319,16 @@ def main(argv):
     parser = Parser(prog="python -m minildm audit", description="Has the model memorised training images?")
     parser.add_argument("generated", help="folder or run of generated images")
     parser.add_argument(
-        "--train", required=True, metavar="DATA", help="folder or name:path data set the model was trained on"
+        "--train",
+        required=True,
+        metavar="DATA",
+        help="what the model was trained on: run:RUN:train, a folder or a name:path data set",
     )
     parser.add_argument(
-        "--holdout", required=True, metavar="DATA", help="the same, of other patients, never trained on"
+        "--holdout",
+        required=True,
+        metavar="DATA",
+        help="other patients, never trained on: run:RUN:test (or validation, held-out: both), ...",
     )
     parser.add_argument(
         "--out",
@@ -333,15 +340,16 @@ def main(argv):
     add_flags(parser, DataSettings, "how training selected and read its images", skip=NOT_OF_AUDIT)
     parser.set_defaults(features="inception" if find_weights(WEIGHTS_NAME).is_file() else "random")
     arguments = parser.parse_args(argv)
-    settings = from_flags(FeatureSettings, arguments)
+    settings = feature_settings(parser, argv)
     if arguments.train == arguments.holdout:
         raise InputError(
             f"--train and --holdout are both {arguments.train}; give --holdout images the model was not trained on"
         )
-    data = from_flags(DataSettings, arguments)
+    sources = (arguments.train, arguments.holdout)
+    data = settings_for(sources, from_flags(DataSettings, arguments), parser.given(argv))
     transform = data.transform(RECORD_SIZE)
     lists = [list_images(arguments.generated)]
-    lists += [list_as_training(source, data) for source in (arguments.train, arguments.holdout)]
+    lists += [list_as_training(source, data) for source in sources]
     beside = Path(arguments.generated) / "audit" if Path(arguments.generated).is_dir() else Path("audit")
     out = writable_folder(beside if arguments.out is None else arguments.out)
     extractor = open_extractor(settings, dims=(2048,))

@@ -21,6 +21,7 @@ from minildm.files import input_file, writable_file
 from minildm.loading import usable_device
 from minildm.metrics.extractors import FeatureSettings, load_clip
 from minildm.metrics.sources import list_images, open_rgb, write_json
+from minildm.progress import Progress
 from minildm.settings import Parser, add_flags, from_flags
 from minildm.tables import read_columns
 
@@ -39,13 +40,12 @@ class ClipScore:
 
 def clip_score(images, prompts, model_name="ViT-L-14", pretrained="openai", device="cpu", batch_size=16, progress=None):
     """CLIP score of images (paths) with one prompt each: ClipScore."""
-    from tqdm import tqdm
-
     if len(images) != len(prompts) or not images:
         raise InputError(f"{len(images)} images and {len(prompts)} prompts: expected one prompt per image")
     model, preprocess, tokenize = load_clip(model_name, pretrained, device)
     image_embeddings, text_embeddings, cut = [], [], 0
-    for start in tqdm(range(0, len(images), batch_size), desc=progress, disable=progress is None, delay=1):
+    starts = range(0, len(images), batch_size)
+    for start in Progress(progress, "batch", iterable=starts, hidden=progress is None):
         batch = torch.stack([preprocess(open_rgb(image)) for image in images[start : start + batch_size]])
         token_ids = tokenize(prompts[start : start + batch_size])  # (B, 77), padded with 0 after the end-of-text
         longer = tokenize(prompts[start : start + batch_size], context_length=4 * token_ids.shape[1])

@@ -17,7 +17,7 @@ from minildm.files import sha256
 from minildm.loading import find_weights, usable_device
 from minildm.metrics.inception import DIMS, WEIGHTS_NAME, WEIGHTS_SHA256, InceptionV3, prepare
 from minildm.metrics.sources import as_tensor
-from minildm.settings import Settings, setting
+from minildm.settings import Settings, flag, from_flags, setting
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,28 @@ class FeatureSettings(Settings):
     batch_size: int = setting(16, "images per batch", at_least=1, metavar="N")
     device: str | None = setting(None, "cpu, cuda, ... (default: a GPU if there is one)")
     seed: int = setting(0, "random seed", at_least=0)
+
+
+NEEDS = {"weights": "inception", "base": "vae", "clip_model": "clip", "clip_pretrained": "clip"}  # flag: --features
+WITH_DIMS = ("inception", "random")  # features at several depths
+
+
+def feature_settings(parser, arguments):
+    """The FeatureSettings of parsed flags. Raises: InputError for flags of other features than those that are used.
+
+    Args: parser: with the flags of FeatureSettings. arguments: the command line.
+    """
+    args, given = parser.parse_args(arguments), parser.given(arguments)
+    if "features" not in given and "weights" in given:  # the default may be others, where no weights are found
+        args.features = NEEDS["weights"]
+    for name, features in NEEDS.items():
+        if name in given and args.features != features:
+            raise InputError(f"{flag(name)} is for --features {features}, and the features are {args.features}; give "
+                             f"--features {features}, or leave {flag(name)} out")  # fmt: skip
+    if "dims" in given and args.features not in WITH_DIMS:
+        raise InputError(f"--dims is for --features {' and '.join(WITH_DIMS)}; {args.features} has one depth only: "
+                         "leave --dims out")  # fmt: skip
+    return from_flags(FeatureSettings, args)
 
 
 def open_extractor(settings, dims=DIMS):

@@ -11,6 +11,7 @@ import torch
 from minildm.errors import InputError
 from minildm.metrics.frechet import Statistics
 from minildm.metrics.sources import image_name, open_rgb
+from minildm.progress import Progress
 
 
 @dataclass
@@ -28,18 +29,18 @@ class FeatureSet:
         return bool(self.rows) and all(len(rows) == self.n for rows in self.rows.values())
 
 
-def collect(images, extractor, keep=2000, batch_size=16, seed=0, progress=None):
+def collect(images, extractor, keep=2000, batch_size=16, seed=0, progress=None, prepare=None):
     """Extract features: the statistics of all images, and the features of at most ``keep`` of them, chosen at random.
 
+    Args: prepare: as in `batches`.
     Raises: InputError naming the image that cannot be read or whose features are not finite.
     """
-    if len(images) < 2:
-        raise InputError(f"{image_name(images[0])} is the only image: a distribution needs at least 2; give more")
+    require_several(images)
     kept = np.random.default_rng(seed).permutation(len(images))[:keep]
     row_of = {int(index): k for k, index in enumerate(np.sort(kept))}  # image index -> row
     rows = {dim: np.empty((len(row_of), dim), np.float32) for dim in extractor.dims}
     statistics = {dim: Statistics(dim) for dim in extractor.dims}
-    for start, batch in batches(images, extractor, batch_size, progress):
+    for start, batch in batches(images, extractor, batch_size, progress, prepare):
         for dim, values in batch.items():
             statistics[dim].add(values)
             for offset, features in enumerate(values):
@@ -48,17 +49,21 @@ def collect(images, extractor, keep=2000, batch_size=16, seed=0, progress=None):
     return FeatureSet(len(images), statistics, rows if keep else {}, list(images))
 
 
+def require_several(images):
+    """Raise InputError for a single image."""
+    if len(images) < 2:
+        raise InputError(f"{image_name(images[0])} is the only image: a distribution needs at least 2; give more")
+
+
 def batches(images, extractor, batch_size=16, progress=None, prepare=None):
     """Yield (index of the first image, {dim: features (b, dim) numpy}). Threads decode and resize two batches ahead.
 
     Args: prepare: image -> network input; overrides how an image is opened and prepared.
     """
-    from tqdm import tqdm
-
     prepare = prepare or (lambda image: extractor.prepare(open_rgb(image)))
     workers = min(8, os.cpu_count() or 1)
     starts = range(0, len(images), batch_size)
-    bar = tqdm(total=len(images), desc=progress, unit="image", disable=progress is None, delay=1)
+    bar = Progress(progress, "image", len(images), hidden=progress is None)
     with ThreadPoolExecutor(workers) as pool, bar:
         ahead = deque()
         todo = iter(starts)

@@ -7,15 +7,16 @@ import torch
 import minildm
 from minildm.errors import InputError
 from minildm.files import writable_file
-from minildm.metrics.extractors import FeatureSettings, inception_extractor, open_extractor
-from minildm.metrics.features import FeatureSet, collect
+from minildm.metrics.extractors import FeatureSettings, feature_settings, inception_extractor, open_extractor
+from minildm.metrics.features import FeatureSet, collect, require_several
 from minildm.metrics.frechet import SavedStatistics
 from minildm.metrics.inception import DIMS
 from minildm.metrics.manifold import precision_recall_density_coverage
 from minildm.metrics.mmd import cmmd, kid
+from minildm.metrics.run_split import is_run_split, open_run_split
 from minildm.metrics.small_sample import small_sample
-from minildm.metrics.sources import list_images, write_json
-from minildm.settings import Parser, add_flags, at_least, from_flags
+from minildm.metrics.sources import RECORD_SIZE, list_images, read_as_training, write_json
+from minildm.settings import Parser, add_flags, at_least
 
 FEWEST_FOR_INTERVALS = 8
 
@@ -36,14 +37,35 @@ def fid(real_dir, fake_dir, weights=None, dims=(2048, 192, 64), device="cpu", ba
 
 def gather(source, extractor, keep, batch_size=16, seed=0, progress=None):
     """A folder, run, data set or .npz -> FeatureSet. An .npz has the statistics of one dim and no rows."""
+    return measure_source(open_source(source, extractor.dims), extractor, keep, batch_size, seed, progress)
+
+
+def open_source(source, dims):
+    """What needs no image to be read: a folder, run, data set or run's split -> (images, Transform or None); an .npz ->
+    SavedStatistics. Raises: FileNotFoundError, InputError if there are too few images, or for other dims than ``dims``.
+    """
+    if is_run_split(source):
+        split = open_run_split(source)
+        return list(split.records), split.settings.transform(RECORD_SIZE)
     if Path(source).suffix != ".npz":
-        return collect(list_images(source), extractor, keep, batch_size, seed, progress)
+        images = list_images(source)
+        require_several(images)
+        return images, None
     saved = SavedStatistics(source)
-    if set(extractor.dims) != {saved.dim}:
+    if set(dims) != {saved.dim}:
         raise InputError(
-            f"{source} holds statistics of {saved.dim} dims, expected {list(extractor.dims)}; give --dims {saved.dim}"
+            f"{source} holds statistics of {saved.dim} dims, expected {list(dims)}; give --dims {saved.dim}"
         )
-    return FeatureSet(saved.n, {saved.dim: saved}, {}, [])
+    return saved
+
+
+def measure_source(opened, extractor, keep, batch_size=16, seed=0, progress=None):
+    """What `open_source` has opened -> FeatureSet."""
+    if isinstance(opened, SavedStatistics):
+        return FeatureSet(opened.n, {opened.dim: opened}, {}, [])
+    images, transform = opened
+    prepare = None if transform is None else lambda image: extractor.prepare(read_as_training(image, transform))
+    return collect(images, extractor, keep, batch_size, seed, progress, prepare)
 
 
 def measure(real, fake, extractor, replicates=100, seed=0, progress=False):
@@ -110,7 +132,7 @@ def table(result):
 def main(argv):
     description = "The Frechet distance of two sets of images at several depths, and how far to trust it."
     parser = Parser(prog="python -m minildm fid", description=description)
-    parser.add_argument("real", help="folder, run, name:path data set or .npz statistics")
+    parser.add_argument("real", help="folder, run, run:RUN:SPLIT, name:path data set or .npz statistics")
     parser.add_argument("fake", help="the same")
     parser.add_argument("--dims", type=int, nargs="+", default=[2048, 192, 64], choices=DIMS, help="Inception depths")
     parser.add_argument(
@@ -128,7 +150,7 @@ def main(argv):
     )
     add_flags(parser, FeatureSettings, "features")
     arguments = parser.parse_args(argv)
-    settings = from_flags(FeatureSettings, arguments)
+    settings = feature_settings(parser, argv)
     if arguments.save_stats is not None and (len(arguments.dims) > 1 or arguments.save_stats.suffix != ".npz"):
         raise InputError("--save-stats writes one FILE.npz of one depth; give a single number to --dims")
     if arguments.save_stats is not None:
@@ -138,9 +160,10 @@ def main(argv):
     out = writable_file(_default_out(arguments.fake) if arguments.out is None else arguments.out)
 
     extractor = open_extractor(settings, arguments.dims)
+    opened = [open_source(source, extractor.dims) for source in (arguments.real, arguments.fake)]  # both, then images
     real, fake = (
-        gather(source, extractor, arguments.keep, settings.batch_size, settings.seed, name)
-        for name, source in (("real", arguments.real), ("fake", arguments.fake))
+        measure_source(source, extractor, arguments.keep, settings.batch_size, settings.seed, name)
+        for name, source in zip(("real", "fake"), opened)
     )
     result = measure(real, fake, extractor, arguments.replicates, settings.seed, progress=True)
     result |= {

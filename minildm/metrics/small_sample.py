@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from minildm.progress import Progress
+
 
 @dataclass(frozen=True)
 class SmallSample:
@@ -26,12 +28,9 @@ def small_sample(real, fake, replicates=100, seed=0, progress=None):
 
     Args: replicates: bootstrap resamples. progress: title of the progress bar; None shows none.
     """
-    from tqdm import tqdm
-
     rng = np.random.default_rng(seed)
     resampler = Resampler(real, fake)
-    bar = tqdm(total=replicates + 3 * 10, desc=progress, unit="resample", disable=progress is None, delay=1)
-    with bar:
+    with Progress(progress, "resample", replicates + 3 * 10, hidden=progress is None) as bar:
         n, m = resampler.n, resampler.m
         spread = np.array(
             [_tick(bar, resampler.fake_to_real(_bootstrap(rng, n), _bootstrap(rng, m))) for _ in range(replicates)]

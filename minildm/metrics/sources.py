@@ -20,17 +20,22 @@ from minildm.data.records import BUILT_IN, Record
 from minildm.errors import InputError
 from minildm.files import file_bytes, shown, written_beside
 from minildm.images import read_parameters
+from minildm.metrics.run_split import is_run_split, open_run_split
 
 FID_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # pytorch-fid's list
+SHEETS = "sheets"  # the subfolder for contact sheets
 RECORD_SIZE = 512  # pixels a side at which the records of a data set are read
 
 
 def list_images(source):
-    """The images of a folder (not of its subfolders), of a run (its samples/) or of a ``name:path`` data set.
+    """The images of a folder (not of its subfolders), of a run (its samples/), of a ``name:path`` data set, or of a
+    run's split, ``run:FOLDER:SPLIT``.
 
     Returns: sorted paths, or the data set's records. Raises: FileNotFoundError or InputError if there are none.
     """
     folder = Path(source)
+    if is_run_split(source):
+        return list(open_run_split(source).records)
     if _is_data_set(source):
         return _records(str(source))
     if not folder.exists():
@@ -59,10 +64,12 @@ def list_images(source):
 
 
 def _warn_of_others(folder, entries):
-    """Warn of images that pytorch-fid does not read either: in subfolders (but not an audit's) and in other formats."""
+    """Warn of images that pytorch-fid does not read either: in subfolders (but not an audit's, nor sample.py's sheets)
+    and in other formats."""
     others = [entry for entry in entries if entry.suffix.lower() in set(IMAGE_SUFFIXES) - set(FID_SUFFIXES)]
     subfolders = [entry for entry in entries if entry.is_dir() and not (entry / "audit.json").is_file()]
-    others += [path for subfolder in subfolders for path in paths_below(subfolder, *IMAGE_SUFFIXES)]
+    below = (path for subfolder in subfolders for path in paths_below(subfolder, *IMAGE_SUFFIXES))
+    others += [path for path in below if path.parent.name != SHEETS]
     if others:
         example = shown(others[0].relative_to(folder))
         warnings.warn(
@@ -73,12 +80,15 @@ def _warn_of_others(folder, entries):
 
 
 def list_as_training(source, settings):
-    """The images that training reads from a folder and its subfolders, or from a ``name:path`` data set; or a run's.
+    """The images that training reads from a folder and its subfolders, or from a ``name:path`` data set; or a run's, or
+    those of a run's split, ``run:FOLDER:SPLIT``, whose own settings count.
 
     Args: settings: DataSettings, of which those that select records count. Images without a prompt stay: DreamBooth
         trains on them. What is left out is printed.
     """
     folder = Path(source)
+    if is_run_split(source):
+        return list_images(source)
     if not folder.is_dir():
         return _records(str(source), settings, captioned=False) if _is_data_set(source) else list_images(source)
     if (folder / "config.json").is_file() and (folder / "samples").is_dir():

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minildm.checkpoint import NETWORKS, save_folder
 from minildm.data.cache import latent_cache
@@ -45,7 +44,8 @@ from minildm.pretraining.stage import (
     stage_settings,
 )
 from minildm.pretraining.text_encoder import CaptionReading
-from minildm.settings import Parser, Settings, add_flags, from_flags, setting
+from minildm.progress import Progress
+from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
 from minildm.training.command_line import check_texts
 from minildm.training.config import TrainingConfig
 from minildm.training.finetune import Finetuning, Samples
@@ -57,7 +57,8 @@ SHARED = ("micro_batch", "warmup", "ema_decay", "caption_dropout", "min_snr_gamm
           "sample_interval", "save_interval")  # fmt: skip
 MACHINE = ("device", "workers", "cache")
 DEFAULTS = {"warmup": 200, "ema_decay": 0.999, "sample_interval": 1000, "save_interval": 200, "split": "98/2"}
-FREE = (*MACHINE, "micro_batch", "checkpointing", "sample_interval", "save_interval")  # a resumed run may change these
+# What a resumed run may change. Data may lie somewhere else, since their contents are compared.
+FREE = (*MACHINE, "micro_batch", "checkpointing", "sample_interval", "save_interval", "data", "exclude")
 MANY_EPOCHS = 100  # above this a note warns that the model may memorise images
 
 
@@ -97,6 +98,9 @@ def parse(arguments):
         if given.out:
             raise InputError(f"--resume {given.resume} continues in its own folder; leave --out {given.out} out")
         if not (given.resume / "autoencoder" / "config.json").is_file():
+            if (given.resume / "config.json").is_file():
+                raise InputError(f"{given.resume} is a run of train.py; python train.py --resume {given.resume} "
+                                 "continues it")  # fmt: skip
             raise FileNotFoundError(f"{given.resume} holds no pretraining run to resume (no autoencoder/config.json)")
         parser.set_defaults(**read_record(given.resume / "autoencoder")["settings"])
     args = parser.parse_args(arguments)
@@ -115,6 +119,9 @@ def parse(arguments):
         out=args.resume or args.out or Path("runs/pretrain"),
         resume=args.resume is not None,
     )
+    for stage, settings in plan.stages.items():
+        if settings.lr == 0:
+            raise InputError(f"{flag(STAGES[stage].prefix + 'lr')} 0 trains nothing; give a learning rate above 0")
     crop, size = plan.stages["autoencoder"].crop, plan.goal.size
     if crop is not None and (crop % 8 or crop > size):
         raise InputError(f"--vae-crop must be a multiple of 8, from 8 to --size {size}, got {crop}")
@@ -267,7 +274,7 @@ def open_whole_data_set(plan, transform):
             errors[record.name] = str(error)
 
     with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(decode, files), total=len(files), desc="decoding all images", delay=2, disable=None))
+        list(Progress("decoding all images", "image", len(files), pool.map(decode, files)))
     if errors and not plan.data.skip_bad:
         advice = "restore them, or begin a new run with --skip-bad" if plan.resume else "--skip-bad leaves them out"
         raise InputError(f"{len(errors):,} of {len(data):,} images cannot be used: "

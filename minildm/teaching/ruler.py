@@ -16,9 +16,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from tqdm import tqdm
 
 from minildm.errors import InputError
+from minildm.progress import Progress
 from minildm.teaching import phantom
 
 RULER_SIZE = 128  # pixels a side of the image that is measured
@@ -199,7 +199,7 @@ def _calibrate():
     """The result of ``_fit`` on phantoms with each finding in turn, 15 % of them lateral."""
     names = list(phantom.FINDINGS)
     batch, features = [], []
-    for start in tqdm(range(0, N_FIT + N_THRESHOLD, 250), desc="calibrating the ruler", leave=False):
+    for start in Progress("calibrating the ruler", "batch", iterable=range(0, N_FIT + N_THRESHOLD, 250), leave=False):
         seeds = [(CALIBRATION_SEED, i) for i in range(start, start + 250)]
         rng = np.random.default_rng((CALIBRATION_SEED, start, 1))
         views = rng.choice(phantom.VIEWS, 250, p=(0.55, 0.3, 0.15))

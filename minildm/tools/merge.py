@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minildm import checkpoint
 from minildm.adapters.files import merge_file
@@ -27,7 +26,8 @@ from minildm.checkpoint.writing import CODES, LazyTensor, write_single_file
 from minildm.errors import InputError
 from minildm.files import UMASK, read_json, temporary_path, writable_folder
 from minildm.latent_diffusion import LatentDiffusion
-from minildm.loading import find_base, parse_adapter
+from minildm.loading import find_base, parse_adapter, with_those_below
+from minildm.progress import Progress
 from minildm.settings import Parser
 from minildm.tokenizer import vocabulary_files
 
@@ -38,7 +38,7 @@ def merge(base, adapters, out, dtype=None, prediction=None, vae=None):
     """Write ``base`` with ``adapters`` merged into it to ``out``.
 
     Args:
-        base, adapters, prediction, vae: as in `minildm.load`.
+        base, adapters, prediction, vae: as in `minildm.load`, which also merges what an adapter was trained on top of.
         out: a path that ends in .safetensors, or a folder to make.
         dtype: of every tensor; None = what the base stores it in.
     Raises: InputError or FileNotFoundError if the base, an adapter or ``out`` cannot be used, before anything is
@@ -52,7 +52,7 @@ def merge(base, adapters, out, dtype=None, prediction=None, vae=None):
     require_match(plan, {network: module.state_dict() for network, module in plan.networks.items()})
     model = LatentDiffusion(plan.config, **plan.networks, files=plan)  # shapes without memory: checks every adapter
     deltas = {}
-    for adapter in adapters:
+    for adapter in with_those_below(adapters):
         path, multiplier, rank = parse_adapter(adapter)
         merge_file(model, path, multiplier, rank)
         for module, factors in read_adapter(path).factors.items():
@@ -144,7 +144,7 @@ def _check_out(out):
 def _progress(tensors):
     """Yield the same LazyTensors, which move a progress bar as they are read."""
     n = sum(len(network) for network in tensors.values())
-    with tqdm(total=n, unit="tensor", desc="merging", disable=None, leave=False) as bar:
+    with Progress("merging", "tensor", n, leave=False) as bar:
 
         def counted(tensor):
             def read():

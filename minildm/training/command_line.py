@@ -5,15 +5,15 @@ exist), the training, the machine. A value comes from the first of: its flag, th
 defaults, the dataclass.
 """
 
-import argparse
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from minildm.adapters import METHODS, Method
+from minildm.adapters import METHODS, NETWORKS, Method
 from minildm.data.open import DataSettings
 from minildm.data.prompts import prompts_for
-from minildm.data.splits import classes_of, split_by_patient
+from minildm.data.splits import SPLITS, classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.loading import is_embedded
 from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
@@ -22,8 +22,10 @@ from minildm.training.dreambooth import DreamBoothSettings
 from minildm.training.machine import Machine
 from minildm.training.run import read_record
 
-# Settings that a resumed run may change.
-FREE = ("device", "workers", "cache", "compile", "micro_batch", "checkpointing", "forgetting_probe", "save_format")
+# Settings that a resumed run may change: the machine's; where files lie, since their contents are compared; the end.
+PATHS = ("data", "base", "vae", "on_top_of", "exclude")
+FREE = ("device", "workers", "cache", "compile", "micro_batch", "checkpointing", "forgetting_probe", "steps", "epochs")
+FREE += (*PATHS, "save_format")
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ def parse(arguments):
     method = METHODS[name]
     stored = {key: value for key, value in stored.items() if key not in ("resume", "out", "dry_run", "preset")}
     defaults = method.defaults | defaults | defaults.get("methods", {}).get(name, {}) | stored
-    if "epochs" in given and "steps" not in given and not stored:
-        defaults.pop("steps", None)  # a preset's steps would cut the epochs that were asked for
+    for length, other in (("epochs", "steps"), ("steps", "epochs")):
+        if length in given and other not in given and (stored or length == "epochs"):
+            defaults.pop(other, None)  # a preset's steps would cut the epochs that were asked for; the new end counts
 
     parser = _parser()
     add_flags(parser, method.settings_class, f"method: {name}")
@@ -107,7 +110,7 @@ def parse(arguments):
     if config.save_format != "native" and method.export is Method.export:
         raise InputError(f"--save-format {config.save_format} is for adapters; --adapter {name} writes a checkpoint, "
                          "which needs none: leave it out")  # fmt: skip
-    return Plan(
+    plan = Plan(
         goal=from_flags(Goal, args, adapter=name),
         method=method,
         method_settings=from_flags(method.settings_class, args),
@@ -120,6 +123,11 @@ def parse(arguments):
         preset=preset,
         dry_run=args.dry_run,
     )
+    _refuse_unused(plan, parser.given(arguments))
+    if unused := sorted({*PRESETS.get(preset, {})} - {*plan.settings, "methods"}):
+        names = ", ".join(flag(setting) for setting in unused)
+        warnings.warn(f"--preset {preset} also sets {names}, which --adapter {name} does not have", stacklevel=2)
+    return plan
 
 
 def check_texts(data, settings, seed, captioned=True):
@@ -166,9 +174,7 @@ def _given(arguments):
     """{name: value} of the flags that decide about other flags, as far as they are given."""
     parser = _parser(add_help=False)
     _add_common_flags(parser)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_known_args(arguments)[0])
+    return parser.given(arguments)
 
 
 def _check_dreambooth(dreambooth, config, given):
@@ -179,6 +185,26 @@ def _check_dreambooth(dreambooth, config, given):
     if dreambooth.n_class_images and config.batch_size < 2:
         raise InputError(f"--batch-size {config.batch_size} has no room for both an instance and a class image; give "
                          "at least 2, or leave --class-prompt out")  # fmt: skip
+
+
+def _refuse_unused(plan, given):
+    """Refuse flags on the command line that would change nothing. ``given``: {name: value} of all that are there."""
+    config, targets = plan.config, getattr(plan.method_settings, "targets", NETWORKS)
+    if config.lr == 0:
+        raise InputError("--lr 0 trains nothing; give a learning rate above 0, such as 1e-4")
+    if config.micro_batch is not None and config.micro_batch > config.batch_size and "micro_batch" in given:
+        raise InputError(f"--micro-batch {config.micro_batch} is more than --batch-size {config.batch_size}, which it "
+                         "divides; lower it, or leave it out")  # fmt: skip
+    unused = {
+        "samples": (not config.sample_interval, "there are no sheets of sample images; give --sample-interval, too"),
+        "text_encoder_rate": ("text_encoder" not in targets, "the text encoder is not trained; name it in --targets"),
+    }
+    if "validation" not in SPLITS[plan.data.split]:
+        reason = f"--split {plan.data.split} has no images for validation; give another --split"
+        unused |= dict.fromkeys(("validation_interval", "validation_pairs"), (True, reason))
+    for name, (is_unused, reason) in unused.items():
+        if is_unused and name in given:
+            raise InputError(f"{flag(name)} would change nothing: {reason}, or leave {flag(name)} out")
 
 
 def _refuse(unknown, name, parser):

@@ -24,12 +24,12 @@ weights of the last step.
 """
 
 import hashlib
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from minildm import __version__
 from minildm.config import SAMPLER_NAMES, SamplingSettings
@@ -42,6 +42,7 @@ from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 from minildm.images import parameters_text, save_png
 from minildm.latent_diffusion import usual_guidance
+from minildm.progress import Progress
 from minildm.seeds import seeded
 from minildm.settings import Settings, flag, setting
 from minildm.training.finetune import Finetuning, Samples
@@ -75,6 +76,10 @@ class DreamBoothSettings(Settings):
         for name, needed in needs.items():
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise InputError(f"{flag(name)} needs {flag(needed)}; give both, or leave {flag(name)} out")
+        if self.class_images is not None and self.prior_weight == 0:
+            warnings.warn(
+                f"--class-images {self.class_images} are not used: --prior-weight 0 leaves them out", stacklevel=3
+            )
         for name in ("instance_prompt", "class_prompt"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise InputError(f"{flag(name)} is empty; give a prompt, or leave it out")
@@ -123,7 +128,7 @@ def sample_class_images(model, settings, size, seed, cache):
         path.write_text(recipe + "\n", encoding="utf-8")
     paths = [folder / f"{i:05d}.png" for i in range(n)]
     print(f"class images: {n:,} of {prompt!r}, in {folder}")
-    with tqdm(total=n, desc="sampling class images", unit="image", disable=None, delay=1) as bar:
+    with Progress("sampling class images", "image", n) as bar:
         for first in range(0, n, IMAGES_AT_A_TIME):
             batch = paths[first : first + IMAGES_AT_A_TIME]
             if not all(path.exists() for path in batch):

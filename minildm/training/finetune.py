@@ -4,6 +4,7 @@ images -> cached moments, prompts -> (cached) context -> losses of samples -> th
 """
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from minildm.data.splits import classes_of
 from minildm.errors import InputError
 from minildm.images import contact_sheet, save_png
 from minildm.latent_diffusion import to_pil, usual_guidance
+from minildm.progress import Progress
 from minildm.training.forgetting import ForgettingProbe, forgetting_line
 from minildm.training.loop import exported_name, train
 from minildm.training.loss import Captions, denoising_losses, sample_randomness, validation_loss
@@ -121,7 +123,12 @@ class Finetuning(Task):
 
     def sample_sheet(self, path):
         """Images of fixed prompts and seeds: only the weights differ from one sheet to the next."""
-        images = self.model.sample(
+        with Progress("sampling a sheet", "step", 20, leave=False) as bar:
+            images = self._sheet_images(lambda *_: bar.update())
+        save_png(contact_sheet(to_pil(images)), path, f"contact sheet, {path.stem}")
+
+    def _sheet_images(self, callback):
+        return self.model.sample(
             self.sheet_prompts,
             steps=20,
             guidance=usual_guidance(self.model.config),
@@ -130,8 +137,8 @@ class Finetuning(Task):
             height=self.image_size,
             width=self.image_size,
             output="tensor",
+            callback=callback,
         )
-        save_png(contact_sheet(to_pil(images)), path, f"contact sheet, {path.stem}")
 
 
 def contexts_folder(settings, folder):
@@ -151,6 +158,11 @@ def finetune(task, method_class, settings, run, machine):
     if task.images_per_step > task.n_images:
         print(f"note: --batch-size {config.batch_size} exceeds the {task.n_images} training images: images repeat "
               "within a batch")  # fmt: skip
+    if new_end := changed_end(task, method_class, run):
+        print(f"note: {new_end}")
+    if config.warmup >= task.steps:
+        print(f"note: --warmup {config.warmup} is not over after the {task.steps} steps of the run: the learning rate "
+              f"never reaches --lr {config.lr:g}")  # fmt: skip
     probe = ForgettingProbe(model, run, task.image_size) if config.forgetting_probe else None
     method = method_class(model, settings, task.steps, config.seed)
     trains_text = any(name.startswith("text_encoder.") for name in method.trained())
@@ -169,6 +181,23 @@ def finetune(task, method_class, settings, run, machine):
         with state.averaged():
             probe.measure(state.step)
     return state, method
+
+
+def changed_end(task, method_class, run):
+    """What to say of a resumed run whose --steps or --epochs are others than before; None if the end is the same."""
+    if run.settings_before is None:
+        return None
+    before = dataclasses.replace(task.config, **{name: run.settings_before.get(name) for name in ("steps", "epochs")})
+    before = before.total_steps(task.n_images, task.images_per_step)
+    if before == task.steps:
+        return None
+    schedules = ["the cosine learning rate"] * (task.config.lr_schedule == "cosine") + [*method_class.follows_end]
+    if not schedules:
+        return f"the run now ends at step {task.steps:,}, not {before:,}"
+    return (
+        f"the run now ends at step {task.steps:,}, not {before:,}; {' and '.join(schedules)} will follow the new end "
+        f"from here on, so the result is not that of a run begun with {task.steps:,} steps"
+    )
 
 
 def print_forecast(task, method, run):

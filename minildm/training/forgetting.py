@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from minildm.files import written_beside
 from minildm.images import save_png
 from minildm.latent_diffusion import to_pil, usual_guidance
 from minildm.loading import is_embedded
+from minildm.progress import Progress
 from minildm.teaching.shape_check import check_shapes
 from minildm.teaching.shapes import shape_prompt
 
@@ -55,7 +55,7 @@ class ForgettingProbe:
 
     def _sample(self, when):
         """Scaled latents of all prompts, (n, 4, h, w) on the CPU."""
-        with tqdm(total=STEPS, desc=f"forgetting probe, {when} training", unit="step", disable=None, delay=1) as bar:
+        with Progress(f"forgetting probe, {when} training", "step", STEPS) as bar:
             return self.model.sample(
                 self.prompts,
                 steps=STEPS,

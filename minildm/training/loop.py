@@ -9,12 +9,12 @@ import math
 import time
 
 import torch
-from tqdm import tqdm
 
 from minildm.distributed import sum_over_processes
 from minildm.errors import InputError, is_out_of_memory
 from minildm.kernels import to_device
 from minildm.optimizer import clip_gradients
+from minildm.progress import Progress
 from minildm.training.machine import helpful_out_of_memory, peak_memory_mb, stop_requests
 from minildm.training.state import State
 
@@ -34,8 +34,14 @@ def train(method, task, config, run, steps):
             if is_out_of_memory(error):
                 raise
             raise run.damaged_state(f"not a state of this run: {error}") from None
-        if not 0 <= state.step <= steps:
-            raise run.damaged_state(f"step {state.step} of {steps}")
+        if state.step < 0:
+            raise run.damaged_state(f"step {state.step}")
+    if state.step > steps:
+        raise InputError(
+            f"{run.folder} has {state.step:,} steps already, and its end would be step {steps:,}; give more --steps or "
+            "--epochs"
+        )
+    run.adopt_settings()
 
     def between_steps():
         """Validation, the best result, sample images, the saved state: each at its interval, and at the end."""
@@ -62,7 +68,7 @@ def train(method, task, config, run, steps):
     with (
         helpful_out_of_memory(config),
         stop_requests() as stops,
-        tqdm(total=steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True) as bar,
+        Progress("training", "step", steps, initial=state.step) as bar,
     ):
         if not saved:
             between_steps()
@@ -73,8 +79,7 @@ def train(method, task, config, run, steps):
             state.seconds = before + time.perf_counter() - begun
             memory = round(peak_memory_mb(method.model))
             run.log(step=state.step, **entry, seconds=round(state.seconds, 3), memory_mb=memory)
-            bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-            bar.update()
+            bar.update(note=f"loss {entry['loss']:.4f}")
             if state.bad_steps >= config.max_bad_steps:
                 raise InputError(_not_finite(state, config, run))
             between_steps()

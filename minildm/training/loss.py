@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import default_collate
 
 from minildm.kernels import to_device
+from minildm.progress import Progress
 from minildm.seeds import seeded
 
 
@@ -104,7 +105,7 @@ def validation_loss(model, pairs, captions, config):
     spread = ((order + 0.5) / count * model.schedule.n_timesteps).long()
     size = config.micro_batch or config.batch_size
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for first in range(0, count, size):
+    for first in Progress("validating", "batch", iterable=range(0, count, size), leave=False):
         ids = range(first, min(first + size, count))
         batch = default_collate([pairs[i % len(pairs)] for i in ids])
         shape = batch["mean"].shape[1:]

@@ -42,12 +42,20 @@ class Run:
         self.continue_with = continue_with or f"python train.py --resume {folder}"
         self.folder, self.resume, self.log_bytes = Path(folder), resume, 0
         self.result = self.folder / result
-        self.record = {"minildm": __version__, "settings": json.loads(json.dumps(settings))}  # tuples become lists
+        self.record = {"minildm": __version__, "settings": _as_json(settings)}
+        self.settings_before = None  # of a resumed run
         if resume:
-            self._compare(read_record(self.folder)["settings"], self.record["settings"], free)
+            self.settings_before = read_record(self.folder)["settings"]
+            self._compare(self.settings_before, self.record["settings"], free)
         else:
             self._refuse_another_run()
         writable_folder(self.folder)
+
+    def expect(self, **found):
+        """Resuming, check a part of what `begin` will check, before the work that finds the rest."""
+        if self.resume:
+            then = read_record(self.folder)["found"]
+            self._compare(*({name: facts[name] for name in found if name in then} for facts in (then, _as_json(found))))
 
     def begin(self, **found):
         """Write config.json; or, resuming, check that base and data are what they were (``found``: fingerprints)."""
@@ -56,18 +64,27 @@ class Run:
             self._refuse_another_run()  # one that began and ended since this process looked
         for name in ("last", "samples"):
             writable_folder(self.folder / name)
-        self.record["found"] = json.loads(json.dumps(found))
+        self.record["found"] = _as_json(found)
         if self.resume:
             self._compare(read_record(self.folder)["found"], self.record["found"])
         else:
-            with written_beside(self.folder / "config.json") as path:
-                path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+            self._write_record()
 
     def _refuse_another_run(self):
         if (self.folder / "log.jsonl").exists():  # without a log nothing was trained: a mistake that can be repaired
             raise InputError(
                 f"{self.folder} holds a run already; continue it with: {self.continue_with}, or give another --out"
             )
+
+    def adopt_settings(self):
+        """Resuming, write the settings that differ from those of the begin into config.json: the next session's
+        defaults."""
+        if self.resume and self.settings_before != self.record["settings"]:
+            self._write_record()
+
+    def _write_record(self):
+        with written_beside(self.folder / "config.json") as path:
+            path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
 
     def _lock(self):
         """One process per run: two would write one log. The process itself may open its run again. The file is there
@@ -199,6 +216,10 @@ class Run:
             ) from None
 
 
+def _as_json(facts):
+    return json.loads(json.dumps(facts))  # tuples become lists
+
+
 def data_fingerprint(records, prompts, contents):
     """A hash of names, prompts and contents (each image's hash, bytes): captions themselves are not written down."""
     digest = hashlib.sha256()
@@ -214,7 +235,10 @@ def read_record(folder):
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no run to resume (no config.json)")
+        if (Path(folder) / "autoencoder" / "config.json").is_file():
+            raise InputError(f"{folder} is a run of pretraining, with a config.json for each stage; python -m minildm "
+                             f"pretrain --resume {folder} continues it")  # fmt: skip
+        raise FileNotFoundError(f"{folder} holds no run (no config.json)")
     record = read_json(path)
     if "settings" not in record:
         raise InputError(

@@ -3,6 +3,7 @@
 import functools
 
 from minildm.data.records import Record
+from minildm.teaching import source_hash
 from minildm.teaching.phantom import fields, labels, render
 
 PROMPT = "full"
@@ -19,6 +20,7 @@ def records(n=N_RECORDS, seed=0):
             frontal=label.view != "lateral",
             fields={name: value for name, value in fields(label).items() if value and name != "patient_id"},
             render=functools.partial(render, label, (seed, i)),
+            recipe=f"phantom {seed} {i} {source_hash()}",
         )
         for i, label in enumerate(sampled)
     ], []

@@ -2,9 +2,9 @@
 
 import functools
 
-from tqdm import tqdm
-
 from minildm.data.records import Record
+from minildm.progress import Progress
+from minildm.teaching import source_hash
 from minildm.teaching.procedural import render_batch
 
 PROMPT = "{text}"
@@ -13,11 +13,16 @@ N_RECORDS = 40_000
 
 def records(n=N_RECORDS, seed=0):
     """``n`` images with captions. Record i depends on (seed, i) alone; its caption is the same at every size."""
-    captions = [
-        render_batch([(seed, i)], 32)[1][0] for i in tqdm(range(n), desc="writing captions", delay=2, disable=None)
-    ]
+    numbers = Progress("writing captions", "caption", iterable=range(n))
+    captions = [render_batch([(seed, i)], 32)[1][0] for i in numbers]
     return [
-        Record(name=f"{i:06d}", patient=str(i), fields={"text": caption}, render=functools.partial(_render, (seed, i)))
+        Record(
+            name=f"{i:06d}",
+            patient=str(i),
+            fields={"text": caption},
+            render=functools.partial(_render, (seed, i)),
+            recipe=f"procedural {seed} {i} {source_hash()}",
+        )
         for i, caption in enumerate(captions)
     ], []
 
