@@ -163,7 +163,11 @@ def _checked_about(about, path):
     """What a file says about its method, its base and the adapters below it, in the form that `merge_file` reads."""
     below, base, kind = about.get("on_top_of") or [], about.get("base"), about.get("kind", "lora")
     whole = isinstance(below, list) and all(
-        isinstance(one, dict) and isinstance(one.get("adapter"), str) for one in below
+        isinstance(one, dict)
+        and isinstance(one.get("adapter"), str)
+        and is_finite_number(one.get("multiplier"))
+        and isinstance(one.get("rank"), int | None)
+        for one in below
     )
     if not whole or not isinstance(kind, str) or not (base is None or isinstance(base, str)):
         raise InputError(
