@@ -24,9 +24,11 @@ from minildm.data.prompts import prompts_for
 from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
+from minildm.report.page import write_report
 from minildm.training.command_line import FREE, check_texts, parse
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
 from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
+from minildm.training.machine import session_facts
 from minildm.training.run import Run
 
 
@@ -87,6 +89,7 @@ def main(arguments):
     )
 
     # Training
+    run.start_session(**session_facts(device, shlex.join(["python", "train.py", *arguments])))
     options = {
         "contexts": contexts_folder(plan.method_settings, machine.cache),
         "balance": plan.data.balance,
@@ -101,6 +104,7 @@ def main(arguments):
     print(f"{data.name}: {sizes} images; {task.steps:,} steps of {config.batch_size}; run: {run.folder}")
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
+    run.save_file("report.html", lambda path: print(f"report: {write_report([run.folder], path)}"))
     print(f"next: {sample_command(goal, run, training.prompts[0], transform.size)}")
     return 0
 

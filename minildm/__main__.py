@@ -47,6 +47,13 @@ def audit(arguments):
     return main(arguments)
 
 
+def report(arguments):
+    """write one HTML file about one or several runs"""
+    from minildm.report.page import main
+
+    return main(arguments)
+
+
 def rare_tokens(arguments):
     """list rare words for DreamBooth's instance prompt"""
     from minildm.training.rare_tokens import main
@@ -96,6 +103,7 @@ COMMANDS = {
     "fid": fid,
     "clip-score": clip_score,
     "audit": audit,
+    "report": report,
     "info": info,
     "merge": merge,
     "shrink": shrink,

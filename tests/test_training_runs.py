@@ -99,6 +99,7 @@ def test_a_run_says_what_it_made_and_what_to_type_next(place, capsys):
         "before",
         "peak memory",
         "adapter.safetensors",
+        "report: ",
         "next: python sample.py",
     ):
         assert words in said, words
@@ -106,6 +107,9 @@ def test_a_run_says_what_it_made_and_what_to_type_next(place, capsys):
     assert made == {
         "config.json",
         "log.jsonl",
+        "sessions.jsonl",
+        "summary.json",
+        "report.html",
         "adapter.safetensors",
         "last/state.pt",
         "samples/step-000000.png",
