@@ -25,7 +25,7 @@ from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
 from minildm.report.page import write_report
-from minildm.training.command_line import FREE, check_texts, parse
+from minildm.training.command_line import FREE, check_texts, parse, sampling_flags
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
 from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
 from minildm.training.machine import session_facts
@@ -105,21 +105,9 @@ def main(arguments):
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
     run.save_file("report.html", lambda path: print(f"report: {write_report([run.folder], path)}"))
-    print(f"next: {sample_command(goal, run, training.prompts[0], transform.size)}")
+    flags = sampling_flags(plan.settings, run.result, transform.size)
+    print(f"next: {shlex.join(['python', 'sample.py', training.prompts[0], *flags, '-n', '4'])}")
     return 0
-
-
-def sample_command(goal, run, prompt, size):
-    """The command that samples with the result of a run."""
-    words = ["python", "sample.py", prompt]
-    if run.result.is_dir():
-        words += ["--base", str(run.result)]
-    else:
-        words += ["--base", goal.base] if goal.base else []
-        words += ["--vae", goal.vae] if goal.vae else []
-        words += ["--prediction", goal.prediction] if goal.prediction else []
-        words += [word for adapter in (*goal.on_top_of, run.folder) for word in ("--adapter", str(adapter))]
-    return shlex.join([*words, "-n", "4", "--height", str(size), "--width", str(size)])
 
 
 def _name(dtype):

@@ -47,6 +47,13 @@ def audit(arguments):
     return main(arguments)
 
 
+def compare(arguments):
+    """train, sample and evaluate methods on one data set: tables and figures of a paper"""
+    from minildm.report.compare import main
+
+    return main(arguments)
+
+
 def report(arguments):
     """write one HTML file about one or several runs"""
     from minildm.report.page import main
@@ -103,6 +110,7 @@ COMMANDS = {
     "fid": fid,
     "clip-score": clip_score,
     "audit": audit,
+    "compare": compare,
     "report": report,
     "info": info,
     "merge": merge,

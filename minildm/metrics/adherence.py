@@ -15,6 +15,8 @@ from minildm.metrics.sources import read_as_training
 @dataclass(frozen=True)
 class Agreement:
     share: float  # of the images that show what their own prompt asks for
+    low: float  # 95 % interval of the share (Wilson)
+    high: float
     chance: float  # that share with every other image's prompt: what ignoring the prompt gives
     n: int  # images whose prompt asks for a value of this field
 
@@ -42,5 +44,12 @@ def prompt_adherence(images, wanted, measure, obeys):
             if i != j and name in verdict
         ]
         chance = float(np.mean(mismatched)) if mismatched else float("nan")
-        result[name] = Agreement(float(np.mean(matched)), chance, len(matched))
+        share = float(np.mean(matched))
+        result[name] = Agreement(share, *wilson(share, len(matched)), chance, len(matched))
     return result
+
+
+def wilson(share, n, z=1.96):
+    """95 % interval of a share of n independent trials (Wilson 1927, JASA 22, 209), also near 0 and 1."""
+    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)

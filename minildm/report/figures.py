@@ -64,6 +64,7 @@ def curves(id, title, across, up, curves, words=None, log_x=False):
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     curves = [curve for curve in curves if len(curve.x)]
     with rc_context(STYLE):
@@ -82,6 +83,9 @@ def curves(id, title, across, up, curves, words=None, log_x=False):
         axes.set(xlabel=across, ylabel=up)
         if log_x:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         if rows:
             canvas.legend(loc="outside lower left", ncols=2)
         svg = _svg(canvas, id)

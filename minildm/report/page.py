@@ -68,7 +68,7 @@ def contents(runs, with_images, energy):
         "with_images": with_images,
         "facts": compared(runs, {run.name: facts(run) for run in runs}),
         "outcome": compared(runs, {run.name: outcome(run, energy) for run in runs}),
-        "settings": compared(runs, {run.name: {k: _text(v) for k, v in run.settings.items()} for run in runs}),
+        "settings": compared(runs, {run.name: setting_texts(run) for run in runs}),
         "figures": all_figures(runs),
         "rank_maps": {run.name: rank_tables(run) for run in runs},
         "metrics": metrics_table(runs),
@@ -141,6 +141,11 @@ def command(run):
     """The command line that makes the run again."""
     commands = [session["command"] for session in run.sessions if session.get("command")]
     return commands[0] if commands else Missing("the run does not record its command (no sessions.jsonl)")
+
+
+def setting_texts(run):
+    """{setting: text}"""
+    return {name: _text(value) for name, value in run.settings.items()}
 
 
 def _text(value):
@@ -241,7 +246,11 @@ def forgetting(run, with_images):
 def data_uri(path):
     """An image as a data URI: a JPEG of at most LARGEST_IMAGE pixels a side, without the texts in the file."""
     with Image.open(path) as image:
-        small = image.convert("RGB")
+        return pixels_uri(image.convert("RGB"))
+
+
+def pixels_uri(small):
+    """A Pillow RGB image as such a data URI; it is made smaller in place."""
     small.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
     out = io.BytesIO()
     small.save(out, "JPEG", quality=88)

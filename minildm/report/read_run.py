@@ -79,6 +79,13 @@ class RunFiles:
         finite = [(loss, step) for loss, step in zip(losses, steps) if math.isfinite(loss)]
         return min(finite) if finite else Missing("no validation in the log")
 
+    def result(self, part):
+        """A part of metrics.json, what a comparison measured; Missing with the reason."""
+        if "metrics.json" not in self.results:
+            return Missing("not evaluated yet")
+        found = self.results["metrics.json"].get(part, {"missing": "not measured"})
+        return Missing(found["missing"]) if isinstance(found, dict) and "missing" in found else found
+
     def images(self, pattern):
         """Sorted paths of images below the folder."""
         return sorted(self.folder.glob(pattern))
