@@ -47,6 +47,13 @@ def audit(arguments):
     return main(arguments)
 
 
+def adherence(arguments):
+    """count how often images show what their prompts ask for"""
+    from minildm.metrics.adherence import main
+
+    return main(arguments)
+
+
 def compare(arguments):
     """train, sample and evaluate methods on one data set: tables and figures of a paper"""
     from minildm.report.compare import main
@@ -110,6 +117,7 @@ COMMANDS = {
     "fid": fid,
     "clip-score": clip_score,
     "audit": audit,
+    "adherence": adherence,
     "compare": compare,
     "report": report,
     "info": info,

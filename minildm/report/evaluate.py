@@ -18,6 +18,7 @@ import torch
 import minildm
 from minildm.data.open import DataSettings, open_data_set
 from minildm.data.prompts import prompts_for
+from minildm.data.splits import classes_of
 from minildm.errors import InputError
 from minildm.loading import find_weights, usable_device
 from minildm.metrics.adherence import prompt_adherence
@@ -29,6 +30,7 @@ from minildm.metrics.fid_score import measure
 from minildm.metrics.frechet import Statistics
 from minildm.metrics.inception import WEIGHTS_NAME
 from minildm.metrics.sources import as_tensor, image_name, read_as_training, write_json
+from minildm.metrics.utility import usefulness
 from minildm.report.read_run import read_run
 from minildm.teaching import ruler
 
@@ -189,6 +191,21 @@ class Evaluator:
             "ruler": "the phantom's ruler",
         }
 
+    def utility(self, data, generated):
+        """AUC on held-out real images of a classifier of the caption field, by what it was trained on."""
+        field, n = self.utility_field, len(generated)
+        if field is None:
+            raise InputError("not asked for (--utility FIELD)")
+        test, train, asked = data.held_out.images, data.splits["train"].images, data.requests(n)
+        label, dim = self.extractors[-1].label, max(self.extractors[-1].dims)
+        rows = self.rows[label, dim]
+
+        def part(images, records):
+            return np.stack([rows[key_of(image)] for image in images]), classes_of(records, field)
+
+        found = usefulness(part(train, train), part(generated, asked), part(test, test))
+        return found | {"field": field, "classifier": f"linear, on {label}'s {dim} features"}
+
     def measure(self, cell, data, generated):
         """Write the cell's metrics.json, unless it is there."""
         path, run = cell.folder / "metrics.json", read_run(cell.folder)
@@ -211,6 +228,7 @@ class Evaluator:
                 "clip_score": or_reason(self.clip, data, generated),
                 "adherence": or_reason(self.adherence, run, data, generated),
                 "audit": or_reason(self.audit, data, generated),
+                "utility": or_reason(self.utility, data, generated),
             }
         write_json(path, content)
 

@@ -70,11 +70,3 @@ def interpolate(x, y, at):
             f"{at:,.0f} parameters lie outside the compared LoRA ranks' {x[0]:,.0f} to {x[-1]:,.0f} (--ranks)"
         )
     return float(np.interp(np.log(at), np.log(x), y))
-
-
-def bootstrap_interval(statistic, n, seed=0, resamples=1000):
-    """95 % percentile interval of statistic(indices) over resamples of n items with replacement; undefined ones (nan)
-    do not count."""
-    rng = np.random.default_rng(seed)
-    values = np.array([statistic(rng.integers(n, size=n)) for _ in range(resamples)])
-    return tuple(float(q) for q in np.nanquantile(values, (0.025, 0.975)))
