@@ -82,6 +82,9 @@ def parse(arguments):
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     add("--with-images", action="store_true", help="put images in compare.html, also those that may show patients")
     args = parser.parse_args(own)
+    for name, method, values in (("ranks", "lora", args.ranks), ("thresholds", "selora", args.thresholds)):
+        if values and method not in args.methods:
+            raise InputError(f"--{name} are those of {method}, which is not among --methods; add it, or leave them out")
     return args, from_flags(CompareSettings, args), further
 
 
@@ -94,9 +97,7 @@ def main(arguments):
     for variant in rows:  # mistakes in the flags show before anything is trained
         plan = parse_training([*flags, *variant.flags, "--out", str(args.out)])
         if plan.dreambooth.instance_prompt is not None:
-            raise InputError(
-                "compare needs captioned data: --instance-prompt gives all images one prompt; leave it out"
-            )
+            raise InputError("compare needs captions, and --instance-prompt gives all images one prompt; leave it out")
     device = ("--device", args.device) if args.device else ()
     n_seeds = len(set(args.seeds))
     print(f"{len(rows)} methods x {n_seeds} seeds: {len(cells)} cells of {settings.steps} steps, in {shown(args.out)}")
