@@ -105,17 +105,17 @@ def made(n, shift, seed):
 
 
 def test_useful_images_are_found_useful_and_useless_ones_not():
-    found = usefulness(made(80, 1.0, 0), made(80, 1.0, 1), made(100, 1.0, 2))
+    found = usefulness(made(80, 1.0, 0), made(80, 1.0, 1), made(100, 1.0, 2), resamples=200)
     assert found["classes"] == ["ill"]
     assert all(entry["auc"] > 0.9 and entry["low"] < entry["auc"] < entry["high"] for entry in found["auc"].values())
-    useless = usefulness(made(80, 1.0, 0), made(80, 0.0, 1), made(100, 1.0, 2))["auc"]
+    useless = usefulness(made(80, 1.0, 0), made(80, 0.0, 1), made(100, 1.0, 2), resamples=200)["auc"]
     assert useless["synthetic"]["low"] < 0.75 and useless["real"] == found["auc"]["real"]
-    assert found == usefulness(made(80, 1.0, 0), made(80, 1.0, 1), made(100, 1.0, 2))
+    assert found == usefulness(made(80, 1.0, 0), made(80, 1.0, 1), made(100, 1.0, 2), resamples=200)
 
 
 def test_too_few_images_of_a_class_are_an_error():
     with pytest.raises(InputError, match="no class has 3 images"):
-        usefulness(made(80, 1.0, 0), (np.zeros((4, 5)), [()] * 4), made(100, 1.0, 2))
+        usefulness(made(80, 1.0, 0), (np.zeros((4, 5)), [()] * 4), made(100, 1.0, 2), resamples=200)
 
 
 # --- prompts of phantoms ---------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_a_phantoms_prompt_says_what_its_fields_say():
 TABLE = Table(
     "A & B_1 | 50 %",
     ("method", "loss", "note"),
-    (("lora, rank 4", Value(0.12345, 0.01, 3, 3), "x|y <b>"), ("full", Missing("not run"), "$5 ~ #1")),
+    (("lora r = 4", Value(0.12345, 0.01, 3, 3), "x|y <b>"), ("full", Missing("not run"), "$5 ~ #1")),
     ("a note",),
 )
 

@@ -6,6 +6,7 @@ Two forms, both programs of their author, to be used only if you trust them:
 Either maps images (B, 3, s, s) float32 in [0, 1] to logits (B, classes), the classes in the order of --classes.
 """
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -24,7 +25,8 @@ class ClassifierRuler:
 
     def __init__(self, path, weights, classes, size=224, name="class"):
         self.network, self.classes, self.size, self.name = open_classifier(path, weights), list(classes), size, name
-        shape = tuple(self._logits(Image.new("RGB", (size, size))).shape)
+        with failures_named(path):
+            shape = tuple(self._logits(Image.new("RGB", (size, size))).shape)
         if shape != (len(self.classes),):
             raise InputError(
                 f"{path} gives {shape} logits per image, expected {len(self.classes)}, one for each --classes"
@@ -53,6 +55,15 @@ class ClassifierRuler:
         return {self.name: found[0]} if len(found) == 1 else {}
 
 
+@contextlib.contextmanager
+def failures_named(path):
+    """Any error of the user's program becomes an InputError that names its file."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{path} fails ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from None
+
+
 def open_classifier(path, weights=None):
     """The network of a FILE.py with weights, or of a TorchScript FILE.pt, in eval mode."""
     path = input_file(path, "--classifier")
@@ -67,10 +78,12 @@ def open_classifier(path, weights=None):
         raise InputError(f"{path} needs its weights: --classifier-weights FILE.safetensors")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with failures_named(path):
+        spec.loader.exec_module(module)
     if not hasattr(module, "Classifier"):
         raise InputError(f"{path} has no class Classifier(torch.nn.Module)")
-    network = module.Classifier()
+    with failures_named(path):
+        network = module.Classifier()
     try:
         network.load_state_dict(load_file(input_file(Path(weights), "--classifier-weights")))
     except (RuntimeError, SafetensorError) as error:

@@ -14,13 +14,14 @@ from minildm.errors import InputError
 
 L2 = 1e-2  # of the mean loss
 FEWEST = 3  # images with and without a class, in training and in the test, or the class does not count
-RESAMPLES = 1000
 
 
-def usefulness(real, synthetic, test, seed=0):
+def usefulness(real, synthetic, test, seed=0, resamples=1000):
     """AUC on the test images of classifiers trained on real, on synthetic, and on both.
 
-    Args: each (features (n, d), the classes of each image, tuples of names), as `splits.classes_of` gives them.
+    Args:
+        real, synthetic, test: each (features (n, d), the classes of each image as `splits.classes_of` gives them).
+        seed, resamples: of the bootstrap.
     Returns: {"classes": [...], "auc": {"real" | "synthetic" | "real + synthetic": {"auc", "low", "high", ...}}}.
     Raises: InputError if no class has enough images everywhere.
     """
@@ -39,7 +40,9 @@ def usefulness(real, synthetic, test, seed=0):
     result = {}
     for training, (features, labels) in (("real", real), ("synthetic", synthetic), ("real + synthetic", both)):
         scores = linear_scores(features, one_hot(labels, kept), test[0])
-        low, high = bootstrap_interval(lambda rows, s=scores: mean_auc(truth[rows], s[rows]), len(truth), seed)
+        low, high = bootstrap_interval(
+            lambda rows, s=scores: mean_auc(truth[rows], s[rows]), len(truth), seed, resamples
+        )
         value = mean_auc(truth, scores)
         result[training] = {"auc": value, "low": low, "high": high, "n_train": len(labels), "n_test": len(truth)}
     return {"classes": kept, "auc": result}
@@ -90,7 +93,7 @@ def mean_auc(truth, scores):
     return float(np.mean(known)) if known else float("nan")
 
 
-def bootstrap_interval(statistic, n, seed=0, resamples=RESAMPLES):
+def bootstrap_interval(statistic, n, seed, resamples):
     """95 % percentile interval of statistic(indices) over resamples of n items; undefined ones (nan) do not count."""
     rng = np.random.default_rng(seed)
     values = np.array([statistic(rng.integers(n, size=n)) for _ in range(resamples)])

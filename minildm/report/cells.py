@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 class Variant:
     """A method with its settings: a row of the tables."""
 
-    label: str  # "lora, rank 4"
+    label: str  # "lora r = 4"
     folder: str  # "lora-rank4"
     flags: tuple[str, ...]  # of train.py
     rank: int | None = None  # of a LoRA in the rank sweep
@@ -53,11 +53,11 @@ def variants(methods, ranks=(), thresholds=()):
         flags = ("--adapter", method)
         if method == "lora" and ranks:
             found += [
-                Variant(f"lora, rank {r}", f"lora-rank{r}", (*flags, "--rank", str(r)), r) for r in dict.fromkeys(ranks)
+                Variant(f"lora r = {r}", f"lora-rank{r}", (*flags, "--rank", str(r)), r) for r in dict.fromkeys(ranks)
             ]
         elif method == "selora" and thresholds:
             found += [
-                Variant(f"selora, λ = {t:g}", f"selora-lambda{t:g}", (*flags, "--expand-threshold", f"{t!r}"))
+                Variant(f"selora λ = {t:g}", f"selora-lambda{t:g}", (*flags, "--expand-threshold", f"{t!r}"))
                 for t in dict.fromkeys(thresholds)
             ]
         else:

@@ -25,8 +25,10 @@ class Value:
     unit: str = ""  # "%", "s", ...
 
     def __str__(self):
+        mean = f"{self.mean:,.{self.digits}f}"
+        mean = mean.removeprefix("-") if not mean.strip("-0.") else mean  # no minus before a zero
         spread = "" if self.deviation is None else f" ± {self.deviation:,.{self.digits}f}"
-        return f"{self.mean:,.{self.digits}f}{spread}{' ' * bool(self.unit)}{self.unit}"
+        return f"{mean}{spread}{' ' * bool(self.unit)}{self.unit}"
 
 
 def spread(values, digits=3, unit="", of=None):
