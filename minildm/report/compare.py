@@ -25,10 +25,11 @@ from minildm.report.cells import CellFailed, cells_of, generated_paths, sample_c
 from minildm.report.evaluate import Evaluator, RunData
 from minildm.report.forecast import forecast
 from minildm.report.page import (
+    IMAGE_PIXELS,
     WITHHELD,
     compared,
     data_uri,
-    pixels_uri,
+    image_uri,
     rank_tables,
     render,
     setting_texts,
@@ -253,9 +254,9 @@ def qualitative_grid(rows, settings, with_images):
     n = min(GRID_ROWS, settings.samples, len(data.held_out.images))
     lines = []
     for i, (record, prompt) in enumerate(zip(data.held_out.images[:n], data.held_out.prompts)):
-        cells = [("real image", pixels_uri(read_as_training(record, data.transform)))]
+        cells = [("real image", image_uri(read_as_training(record, data.transform), IMAGE_PIXELS))]
         for label, run in columns:
             path = generated_paths(run.folder, n)[i]
-            cells.append((label, data_uri(path) if path.is_file() else Missing("not generated yet")))
+            cells.append((label, data_uri(path, IMAGE_PIXELS) if path.is_file() else Missing("not generated yet")))
         lines.append((prompt, cells))
     return ["real image", *(label for label, _ in columns)], lines

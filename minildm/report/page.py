@@ -24,8 +24,8 @@ from minildm.report.tables import Table
 from minildm.settings import Parser, add_flags, from_flags
 
 TEMPLATES = Path(__file__).parent
-LARGEST_IMAGE = 1000  # pixels a side on the page
-MOST_SHEETS, MOST_GENERATED = 6, 12  # of a run
+SHEET_PIXELS, IMAGE_PIXELS = 1000, 320  # a side, at most, on the page
+MOST_SHEETS, MOST_GENERATED = 6, 12  # of a run; of many runs there are fewer sheets
 WITHHELD = Missing(
     "images are left out, because those of this data may show patients or resemble them; --with-images puts them in"
 )
@@ -72,7 +72,7 @@ def contents(runs, with_images, energy):
         "figures": all_figures(runs),
         "rank_maps": {run.name: rank_tables(run) for run in runs},
         "metrics": metrics_table(runs),
-        "sheets": {run.name: sheets(run, with_images) for run in runs},
+        "sheets": {run.name: sheets(run, with_images, max(2, 24 // len(runs))) for run in runs},
         "generated": {run.name: generated(run, with_images) for run in runs},
         "audits": {run.name: audits(run, with_images) for run in runs},
         "forgetting": {run.name: forgetting(run, with_images) for run in runs},
@@ -187,20 +187,20 @@ def rank_tables(run):
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
-def _images(run, paths, with_images, labels, none):
+def _images(run, paths, with_images, labels, none, pixels=SHEET_PIXELS):
     """[(label, data URI)] of images; Missing where there are none, or where they might show patients."""
     if not paths:
         return Missing(none)
     if not (with_images or run.shows_no_patient):
         return WITHHELD
-    return [(label, data_uri(path)) for path, label in zip(paths, labels)]
+    return [(label, data_uri(path, pixels)) for path, label in zip(paths, labels)]
 
 
-def sheets(run, with_images):
-    """Sheets of sample images over training, of fixed prompts and seeds."""
+def sheets(run, with_images, most=MOST_SHEETS):
+    """Sheets of sample images over training, of fixed prompts and seeds; at most ``most``, evenly spread."""
     paths = [path for path in run.images("samples/step-*.png") if step_of(path) is not None]
-    kept = [paths[round(i * (len(paths) - 1) / (MOST_SHEETS - 1))] for i in range(MOST_SHEETS)] if paths else []
-    kept = list(dict.fromkeys(kept))
+    n = min(most, MOST_SHEETS, len(paths))
+    kept = [paths[round(i * (len(paths) - 1) / max(n - 1, 1))] for i in range(n)]
     labels = [f"step {step_of(path)}" for path in kept]
     return _images(run, kept, with_images, labels, "the run made no sheets of sample images (--sample-interval)")
 
@@ -243,17 +243,17 @@ def forgetting(run, with_images):
     return words, _images(run, paths, with_images, ["before and after training"], "samples/forgetting.png is missing")
 
 
-def data_uri(path):
-    """An image as a data URI: a JPEG of at most LARGEST_IMAGE pixels a side, without the texts in the file."""
+def data_uri(path, pixels):
+    """The image of a file as in `image_uri`, without the texts in the file."""
     with Image.open(path) as image:
-        return pixels_uri(image.convert("RGB"))
+        return image_uri(image.convert("RGB"), pixels)
 
 
-def pixels_uri(small):
-    """A Pillow RGB image as such a data URI; it is made smaller in place."""
-    small.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
+def image_uri(image, pixels):
+    """A Pillow RGB image as a data URI: a JPEG of at most ``pixels`` a side. The image is made smaller in place."""
+    image.thumbnail((pixels, pixels))
     out = io.BytesIO()
-    small.save(out, "JPEG", quality=88)
+    image.save(out, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
