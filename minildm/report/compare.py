@@ -110,7 +110,11 @@ def main(arguments):
         return 0
     writable_folder(args.out)
     remember(args.out / "plan.json", settings, further)
-    failed = make_cells(mine, flags, settings, args.device, device)
+    try:
+        failed = make_cells(mine, flags, settings, args.device, device)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues the comparison")
+        raise
     command = shlex.join(["python", "-m", "minildm", "compare", *arguments])
     write_comparison(args.out, rows, cells, settings, command, args.with_images, failed)
     for reason in failed.values():
