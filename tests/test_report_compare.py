@@ -286,7 +286,7 @@ def test_images_and_captions_need_the_flag_unless_the_data_is_procedural(out, mo
 # --- killed and continued --------------------------------------------------------------------------------------------
 def command(place, out):
     words = ["--data", f"folder:{place / 'data'}", "--base", str(place / "base"), "--methods", "lora", "selora"]
-    words += ["--ranks", "1", "2", "--seeds", "0", "--steps", "12", "--samples", "3", "--sampling-steps", "2"]
+    words += ["--seeds", "0", "--steps", "12", "--samples", "3", "--sampling-steps", "2"]
     words += ["--replicates", "5", "--device", "cpu", "--out", str(out), "--", "--cache", str(place / "cache")]
     words += ["--split", "70/10/20", "--batch-size", "4", "--save-interval", "4", "--validation-interval", "6"]
     return [sys.executable, "-m", "minildm", "compare", *words]
@@ -300,7 +300,7 @@ def test_kill_9_at_any_moment_changes_no_table(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     first = subprocess.run(command(tmp_path, whole), capture_output=True, text=True, env=environment)
     assert first.returncode == 0, first.stderr
-    for seconds in (7, 13, 19):
+    for seconds in (6, 11, 16):
         process = subprocess.Popen(
             command(tmp_path, killed), env=environment, start_new_session=True, stderr=subprocess.DEVNULL
         )
@@ -314,8 +314,7 @@ def test_kill_9_at_any_moment_changes_no_table(tmp_path):
         rows = csv.DictReader(io.StringIO((out / "compare.csv").read_text()))
         return [row for row in rows if row["table"] != "Cost"]
 
-    assert lines(whole) == lines(killed) and len(lines(whole)) > 40
+    assert lines(whole) == lines(killed) and len(lines(whole)) > 20
     check_page((killed / "compare.html").read_text())
-    again = subprocess.run(command(tmp_path, killed), capture_output=True, text=True, env=environment)
-    assert "3 of 3 cells are complete" in again.stdout
+    assert "2 of 2 cells are complete" in last.stdout
     assert not isinstance(read_run(killed / "cells" / "selora-seed0").ranks(), Missing)
