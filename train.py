@@ -25,9 +25,11 @@ from minildm.data.splits import split_by_patient
 from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
 from minildm.metrics.audit import FEWEST_HELD_OUT
-from minildm.training.command_line import FREE, check_texts, parse
+from minildm.report.page import write_report
+from minildm.training.command_line import FREE, check_texts, parse, sampling_flags
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
 from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
+from minildm.training.machine import session_facts
 from minildm.training.run import Run
 
 GENERATED = "generated"  # the folder in a run's for the images that its last lines propose to make
@@ -99,6 +101,7 @@ def main(arguments):
     )
 
     # Training
+    run.start_session(**session_facts(device, shlex.join(["python", "train.py", *arguments])))
     options = {
         "contexts": contexts_folder(plan.method_settings, machine.cache),
         "balance": plan.data.balance,
@@ -115,24 +118,18 @@ def main(arguments):
         kernels.compute_in_float32(model)
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
-    print(f"next: {sample_command(goal, run, training.prompts[0], transform.size)}")
+    run.save_file("report.html", lambda path: print(f"report: {write_report([run.folder], path)}"))
+    flags = [
+        "-n",
+        "4",
+        *sampling_flags(plan.settings, run.result, transform.size),
+        "--out",
+        str(run.folder / GENERATED),
+    ]
+    print(f"next: {shlex.join(['python', 'sample.py', training.prompts[0], *flags])}")
     if command := audit_command(run, {name: len(part.records) for name, part in splits.items()}):
         print(f"then: {command}  (does it copy training images?)")
     return 0
-
-
-def sample_command(goal, run, prompt, size):
-    """The command that samples with the result of a run."""
-    words = ["python", "sample.py", prompt]
-    if run.result.is_dir():
-        words += ["--base", str(run.result)]
-    else:
-        words += ["--base", goal.base] if goal.base else []
-        words += ["--vae", goal.vae] if goal.vae else []
-        words += ["--prediction", goal.prediction] if goal.prediction else []
-        words += [word for adapter in (*goal.on_top_of, run.folder) for word in ("--adapter", str(adapter))]
-    size = ["-n", "4", "--height", str(size), "--width", str(size)]
-    return shlex.join([*words, *size, "--out", str(run.folder / GENERATED)])
 
 
 def audit_command(run, sizes):

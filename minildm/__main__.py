@@ -47,6 +47,27 @@ def audit(arguments):
     return main(arguments)
 
 
+def adherence(arguments):
+    """count how often images show what their prompts ask for"""
+    from minildm.metrics.adherence import main
+
+    return main(arguments)
+
+
+def compare(arguments):
+    """train, sample and evaluate methods on one data set: tables and figures of a paper"""
+    from minildm.report.compare import main
+
+    return main(arguments)
+
+
+def report(arguments):
+    """write one HTML file about one or several runs"""
+    from minildm.report.page import main
+
+    return main(arguments)
+
+
 def rare_tokens(arguments):
     """list rare words for DreamBooth's instance prompt"""
     from minildm.training.rare_tokens import main
@@ -103,6 +124,9 @@ COMMANDS = {
     "fid": fid,
     "clip-score": clip_score,
     "audit": audit,
+    "adherence": adherence,
+    "compare": compare,
+    "report": report,
     "info": info,
     "convert": convert,
     "merge": merge,

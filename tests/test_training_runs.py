@@ -108,6 +108,7 @@ def test_a_run_says_what_it_made_and_what_to_type_next(place, capsys):
         "before",
         "peak memory",
         "adapter.safetensors",
+        "report: ",
         "next: python sample.py",
     ):
         assert words in said, words
@@ -116,6 +117,9 @@ def test_a_run_says_what_it_made_and_what_to_type_next(place, capsys):
         ".lock",
         "config.json",
         "log.jsonl",
+        "sessions.jsonl",
+        "summary.json",
+        "report.html",
         "adapter.safetensors",
         "last/state.pt",
         "samples/step-000000.png",

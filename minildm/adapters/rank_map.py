@@ -24,17 +24,30 @@ def layer_kind(path):
     return word + tail.removesuffix(".0").removesuffix("_proj")
 
 
-def rank_map(ranks):
-    """{module path: rank} -> text: one line per block, one column per kind of layer, the mean rank in each cell."""
+def rank_table(ranks):
+    """{module path: rank} -> {network: {block: {kind of layer: mean rank}}}, in the order of the paths."""
     tables = {}
     for path, rank in ranks.items():
         row = tables.setdefault(path.split(".")[0], {}).setdefault(BLOCK_NAME.search(path)[1], {})
         row.setdefault(layer_kind(path), []).append(rank)
+    return {
+        network: {block: {kind: sum(cell) / len(cell) for kind, cell in row.items()} for block, row in rows.items()}
+        for network, rows in tables.items()
+    }
+
+
+def kinds_of(rows):
+    """The kinds of layer in {block: {kind: ...}}, the columns of a table."""
+    return list(dict.fromkeys(kind for block in sorted(rows) for kind in rows[block]))
+
+
+def rank_map(ranks):
+    """{module path: rank} -> text: one line per block, one column per kind of layer, the mean rank in each cell."""
     lines = []
-    for network, rows in tables.items():
-        kinds = list(dict.fromkeys(kind for block in sorted(rows) for kind in rows[block]))
+    for network, rows in rank_table(ranks).items():
+        kinds = kinds_of(rows)
         lines.append(f"{network:<16}" + "".join(f"{kind:>10}" for kind in kinds))
         for block, row in rows.items():
-            cells = (f"{sum(row[kind]) / len(row[kind]):.1f}" if kind in row else "." for kind in kinds)
+            cells = (f"{row[kind]:.1f}" if kind in row else "." for kind in kinds)
             lines.append(f"  {block:<14}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)

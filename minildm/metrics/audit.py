@@ -74,21 +74,35 @@ def audit(generated, train, holdout, extractor, batch_size=16, seed=0, progress=
     Args: transform: reading.Transform with which all images are read, as training does; default: 512 px, the centre.
     """
     transform = Transform(RECORD_SIZE) if transform is None else transform
-    if len(holdout) < FEWEST_HELD_OUT:
-        raise InputError(
-            f"{len(holdout)} held-out images are too few to show how near independent images come; give at least "
-            f"{FEWEST_HELD_OUT}"
-        )
+    _check_held_out(holdout)
     described = [
         _describe(images, transform, extractor, batch_size, name if progress else None)
         for name, images in (("generated", generated), ("training", train), ("held out", holdout))
     ]
-    (pixels_g, features_g), (pixels_t, features_t), (pixels_h, features_h) = described
-    tests = 2 * len(generated)  # Bonferroni: two comparisons of each image
+    return compare_described(*described, extractor.label, seed)
+
+
+def compare_described(generated, train, holdout, label, seed=0):
+    """The two Comparisons of images that are described already.
+
+    Args: generated, train, holdout: each (pixels (n, 4, 64, 64) from `detail`, features (n, d)), tensors. label: the
+        features' name.
+    """
+    (pixels_g, features_g), (pixels_t, features_t), (pixels_h, features_h) = generated, train, holdout
+    _check_held_out(pixels_h)
+    tests = 2 * len(pixels_g)  # Bonferroni: two comparisons of each image
     return [
         _compare("pixels", pixel_distances, pixels_g, pixels_t, pixels_h, tests, seed),
-        _compare(extractor.label, feature_distances, features_g, features_t, features_h, tests, seed),
+        _compare(label, feature_distances, features_g, features_t, features_h, tests, seed),
     ]
+
+
+def _check_held_out(images):
+    if len(images) < FEWEST_HELD_OUT:
+        raise InputError(
+            f"{len(images)} held-out images are too few to show how near independent images come; give at least "
+            f"{FEWEST_HELD_OUT}"
+        )
 
 
 def _describe(images, transform, extractor, batch_size, progress):
@@ -315,6 +329,22 @@ def as_entries(comparisons, generated, train, holdout):
     ]
 
 
+def as_views(comparisons, holdout):
+    """One dict per comparison, for audit.json. ``holdout``: names."""
+    return [
+        {
+            "view": c.name,
+            "share": c.share,
+            "expected": c.expected,
+            "p": c.p,
+            "threshold": c.threshold,
+            "near_copies": int(c.near_copy.sum()),
+            "leaked": [holdout[i] for i in c.leaked],
+        }
+        for c in comparisons
+    ]
+
+
 def main(argv):
     parser = Parser(prog="python -m minildm audit", description="Has the model memorised training images?")
     parser.add_argument("generated", help="folder or run of generated images")
@@ -365,19 +395,12 @@ def main(argv):
                 f"near-copy: {entry['generated']} of {entry['train']} ({entry['view']}: {entry['to_train']:.3g}, "
                 f"against {entry['to_holdout']:.3g} to the nearest held-out image)"
             )
-    summary = [
-        {
-            "view": c.name,
-            "share": c.share,
-            "expected": c.expected,
-            "p": c.p,
-            "threshold": c.threshold,
-            "near_copies": int(c.near_copy.sum()),
-            "leaked": [holdout[i] for i in c.leaked],
-        }
-        for c in comparisons
-    ]
-    result = {"views": summary, "pictures": entries, "train": arguments.train, "holdout": arguments.holdout}
+    result = {
+        "views": as_views(comparisons, holdout),
+        "pictures": entries,
+        "train": arguments.train,
+        "holdout": arguments.holdout,
+    }
     result |= {
         "features": extractor.facts,
         "seed": settings.seed,

@@ -144,6 +144,20 @@ def check_texts(data, settings, seed, captioned=True):
         classes_of([data.records[i] for i in training], settings.balance)
 
 
+def sampling_flags(settings, result, size):
+    """The flags of sample.py that use the result of a run.
+
+    Args: settings: of the run's config.json. result: its model folder or adapter file. size: of the images in pixels.
+    """
+    if result.is_dir():
+        words = ["--base", str(result)]
+    else:
+        given = [(f"--{name}", settings[name]) for name in ("base", "vae", "prediction") if settings[name]]
+        given += [("--adapter", str(adapter)) for adapter in (*settings["on_top_of"], result.parent)]
+        words = [word for pair in given for word in pair]
+    return [*words, "--height", str(size), "--width", str(size)]
+
+
 def _on_embedded_base(base):
     try:
         return is_embedded(base)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import default_collate
 
 from minildm import kernels
-from minildm.adapters import NETWORKS
+from minildm.adapters import NETWORKS, parameter_counts
 from minildm.config import SPATIAL_FACTOR
 from minildm.data.cache import CachedLatents, context_cache
 from minildm.data.loader import TrainingPairs, training_batches
@@ -180,6 +180,7 @@ def finetune(task, method_class, settings, run, machine):
     if probe is not None:
         with state.averaged():
             probe.measure(state.step)
+    run.save_summary(summary_facts(state, method))
     return state, method
 
 
@@ -219,6 +220,18 @@ def print_forecast(task, method, run):
             f"{run.folder} has {free / 1e9:.1f} GB free, and this run needs up to {needed / 1e9:.1f} GB; make room, or "
             "give an --out on another disk"
         )
+
+
+def summary_facts(state, method):
+    """What summary.json holds: the numbers of the end of a run that its log does not give."""
+    return {
+        "steps": state.step,
+        "skipped": state.skipped,
+        "seconds": state.seconds,  # of training, over all sessions
+        "best": state.best,  # (validation loss, step) of the saved result; None: it is that of the last step
+        "parameters": parameter_counts(method.model),  # {network: (trained, all, percent)} after the last step
+        "description": method.describe(),
+    }
 
 
 def summary(state, method, run):

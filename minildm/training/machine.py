@@ -2,11 +2,14 @@
 
 import contextlib
 import functools
+import platform
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from minildm import kernels
 from minildm.errors import InputError, is_out_of_memory
 from minildm.layers import ResnetBlock, SpatialTransformer
+from minildm.record import machine_of
 from minildm.settings import Settings, setting
 from minildm.text_encoder import EncoderLayer
 
@@ -168,6 +172,34 @@ def memory_advice(config):
     flags = [f"--micro-batch {max(at_a_time // 2, 1)} (same result)"] * (at_a_time > 1)
     flags += ["--checkpointing (same result, slower)"] * (not config.checkpointing)
     return "what helps: " + ", ".join([*flags, "in a new run --dtype bfloat16", "a smaller --size"])
+
+
+# --- what a run says of the machine ----------------------------------------------------------------------------------
+def session_facts(device, command):
+    """What sessions.jsonl says of a process that trains: when, by which command, where and with which versions."""
+    facts = machine_of(device)
+    facts["machine"] |= {"name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()}
+    if device.type == "cuda" and (watts := _power_limit(device)):
+        facts["machine"]["power_limit_watts"] = watts
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"started": started, "command": command, "python": platform.python_version(), **facts}
+
+
+def _cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _power_limit(device):
+    """The power limit of a GPU in watts, as NVIDIA's tool gives it; None without the tool."""
+    index = str(torch.cuda.current_device() if device.index is None else device.index)
+    query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", index]
+    try:
+        return float(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

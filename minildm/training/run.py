@@ -3,6 +3,8 @@
     config.json          the settings, and what was found: base, splits, a fingerprint of the data; a resumed run must
                          share both
     log.jsonl            one JSON object per step, validation and change of ranks
+    sessions.jsonl       one JSON object per process that trained: when, where, by which command
+    summary.json         what the end of the run says of it; absent before the end
     adapter.safetensors  the best on validation (full fine-tuning: model/, a checkpoint folder)
     last/state.pt        everything that an exact continuation needs
     samples/             sheets of sample images
@@ -109,19 +111,24 @@ class Run:
         """What `begin` recorded as ``name`` when a resumed run was begun; None in a new run."""
         return read_record(self.folder)["found"].get(name) if self.resume else None
 
+    def start_session(self, **facts):
+        """Append a line to sessions.jsonl: when and where this process trains, by which command."""
+        self._guarded(lambda line: _append(self.folder / "sessions.jsonl", line), json.dumps(facts) + "\n")
+
+    def save_summary(self, summary):
+        """Write summary.json, a dict of what the end of the run says of it."""
+        with written_beside(self.folder / "summary.json") as path:
+            path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
     @property
     def state(self):
         return self.folder / "last" / "state.pt"
 
     def log(self, **entry):
         """Append a line to log.jsonl."""
-        line = (json.dumps(entry) + "\n").encode()
-        self._guarded(self._append, line)
-        self.log_bytes += len(line)
-
-    def _append(self, line):
-        with open(self.folder / "log.jsonl", "ab") as file:
-            file.write(line)
+        line = json.dumps(entry) + "\n"
+        self._guarded(lambda line: _append(self.folder / "log.jsonl", line), line)
+        self.log_bytes += len(line)  # json writes ASCII only
 
     def entries(self):
         """The log so far, a list of dicts, without lines that cannot be read, of which a warning tells."""
@@ -218,6 +225,11 @@ class Run:
 
 def _as_json(facts):
     return json.loads(json.dumps(facts))  # tuples become lists
+
+
+def _append(path, line):
+    with open(path, "ab") as file:
+        file.write(line.encode())
 
 
 def data_fingerprint(records, prompts, contents):

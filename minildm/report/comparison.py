@@ -1,0 +1,380 @@
+"""The tables and figures of a comparison, from its cells' files alone.
+
+`METRICS` is the one list of what methods are compared by; each is read from a run's files, and the tables, the paired
+differences and the curves all use it.
+"""
+
+import statistics
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from minildm.adapters.inject import NETWORKS
+from minildm.report.figures import Curve, curves
+from minildm.report.read_run import Missing
+from minildm.report.statistics import holm, interpolate, paired_difference, verdict
+from minildm.report.tables import Table, Value, spread
+
+REFERENCE = "real: training images"  # the row that shows what real images reach
+ONE_SEED = Missing("one seed gives no interval and no test; give at least 2 --seeds, better 5")
+
+
+class Metric(NamedTuple):
+    name: str
+    better: str  # "lower" or "higher"
+    digits: int
+    read: object  # RunFiles -> number or Missing
+    scale: float = 1.0
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant and the runs of its complete cells by seed."""
+
+    variant: object  # cells.Variant
+    runs: dict  # {seed: RunFiles or Missing}
+
+    def values(self, metric):
+        """{seed: number or Missing}"""
+        return {seed: metric.read(run) if not isinstance(run, Missing) else run for seed, run in self.runs.items()}
+
+    def value(self, metric):
+        values = [v if isinstance(v, Missing) else metric.scale * v for v in self.values(metric).values()]
+        return spread(values, metric.digits, metric.unit, metric.name)
+
+
+# --- what is read from a run -----------------------------------------------------------------------------------------
+def validation(run):
+    best = run.best()
+    return best if isinstance(best, Missing) else best[0]
+
+
+def fidelity(label, dim, key="distance", part="fidelity"):
+    def read(run):
+        found = run.result(part)
+        if isinstance(found, Missing):
+            return found
+        for result in found:
+            if result["label"] == label:
+                if key == "kid":
+                    return result["kid"]["value"] if "kid" in result else Missing("KID needs 6 images on either side")
+                return result["dims"][str(dim)][key]
+        return Missing(f"not measured by {label}")
+
+    return read
+
+
+def adherence(field):
+    def read(run):
+        found = run.result("adherence")
+        if isinstance(found, Missing):
+            return found
+        fields = found["fields"]
+        return fields[field]["share"] if field in fields else Missing(f"no prompt asks for {field}")
+
+    return read
+
+
+def clip(run):
+    found = run.result("clip_score")
+    return found if isinstance(found, Missing) else found["score"]
+
+
+def audit(view, key):
+    def read(run):
+        found = run.result("audit")
+        return found if isinstance(found, Missing) else found["views"][view][key]
+
+    return read
+
+
+def auc(training):
+    def read(run):
+        found = run.result("utility")
+        return found if isinstance(found, Missing) else found["auc"][training]["auc"]
+
+    return read
+
+
+def parameters(run, network=None):
+    """Trained parameters of a network, or of both."""
+    if not run.summary:
+        return run.summary
+    counts = run.summary["parameters"]
+    names = NETWORKS if network is None else (network,)
+    return sum(counts[name][0] for name in names if name in counts)
+
+
+def metrics_of(rows):
+    """The Metrics that at least one run has a number for, and those that say why not."""
+    runs = [run for row in rows for run in row.runs.values() if not isinstance(run, Missing)]
+    labels = {}  # {label: dims}, as found
+    for run in runs:
+        found = run.result("fidelity")
+        for result in [] if isinstance(found, Missing) else found:
+            labels.setdefault(result["label"], [int(dim) for dim in result["dims"]])
+    found = [Metric("validation loss", "lower", 4, validation)]
+    if not labels:
+        found.append(Metric("FD", "lower", 2, fidelity("FD", 0)))
+    for label, dims in labels.items():
+        found += [Metric(f"{label}-{dim}", "lower", 2 if dim > 64 else 3, fidelity(label, dim)) for dim in dims]
+        if label == "FID":  # on other networks' features its size says nothing
+            found.append(Metric("KID x 1000", "lower", 3, fidelity(label, None, "kid"), 1e3))
+    found.append(Metric("CLIP score", "higher", 2, clip))
+    asked = {field for run in runs for field in (run.result("adherence") or {}).get("fields", {})}
+    for field in [name for name in ("view", "sex", "diagnosis", "loc") if name in asked] or ["prompt"]:
+        found.append(Metric(f"{field} as asked", "higher", 1, adherence(field), 100, "%"))
+    trainings = {training for run in runs for training in (run.result("utility") or {}).get("auc", {})}
+    found += [Metric(f"AUC, trained on {name}", "higher", 3, auc(name)) for name in sorted(trainings) if name != "real"]
+    return found
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+def quality_table(rows, metrics):
+    """Each variant by each metric: mean and deviation over the seeds; and what real images reach."""
+    body = [(row.variant.label, _seeds(row), *(row.value(metric) for metric in metrics)) for row in rows]
+    reference = []
+    for metric in metrics:
+        label, _, dim = metric.name.rpartition("-")
+        value = Missing("only distances are measured between real images")
+        if label.startswith("F") and dim.isdigit():
+            read = fidelity(label, int(dim), part="reference")
+            by_seed = {}  # the same for all variants of a seed
+            for row in rows:
+                by_seed |= {seed: read(run) for seed, run in row.runs.items() if not isinstance(run, Missing)}
+            value = spread(list(by_seed.values()), metric.digits, of=metric.name)
+        reference.append(value)
+    body.append((REFERENCE, "-", *reference))
+    sizes = [run.results.get("metrics.json", {}) for row in rows for run in row.runs.values() if run]
+    sizes = sorted({(s["request"]["images"], s["held_out"]) for s in sizes if "request" in s})
+    notes = [
+        "Mean ± standard deviation over seeds. A seed decides the split, too: part of the deviation is that of the "
+        "held-out images.",
+        *(f"Distances: {n} generated images against {m} held-out real images (validation and test)." for n, m in sizes),
+        "FID is only what the published Inception weights give; FD-random (untrained network) and FD-vae are other "
+        "numbers, comparable within this table alone.",
+    ]
+    return Table("Quality", ("method", "seeds", *(m.name for m in metrics)), tuple(body), tuple(notes))
+
+
+def parameters_table(rows):
+    body = []
+    for row in rows:
+        cells = []
+        for network in NETWORKS:
+            counts, percents = [], []
+            for run in row.runs.values():
+                summary = run.summary if run else run
+                if not summary:
+                    counts, percents = [summary], [summary]
+                    break
+                trained, _, percent = summary["parameters"].get(network, (0, 0, 0.0))
+                counts.append(trained)
+                percents.append(percent)
+            cells += [spread(counts, 0), spread(percents, 4, "%")]
+        total = [run if isinstance(run, Missing) else parameters(run) for run in row.runs.values()]
+        body.append((row.variant.label, *cells, spread(total, 0), *_rank_cells(row)))
+    columns = ("method", "U-Net", "U-Net, %", "text encoder", "text encoder, %", "both", "mean rank", "largest rank")
+    note = (
+        "Trained parameters after the last step. Percent = 100 x trained / all, all = base + adapter (PEFT's "
+        "convention), for each network by itself."
+    )
+    return Table("Trainable parameters", columns, tuple(body), (note,))
+
+
+def _rank_cells(row):
+    means, largest = [], []
+    for run in row.runs.values():
+        ranks = run.ranks() if run else run
+        if isinstance(ranks, Missing):
+            return ranks, ranks
+        means.append(statistics.fmean(ranks[-1][1].values()))
+        largest.append(max(ranks[-1][1].values()))
+    return spread(means, 2), spread(largest, 1)
+
+
+def cost_table(rows):
+    """Time and memory; for SeLoRA the paper's estimate 1 + 1/t beside the measured ratio to LoRA."""
+    time, memory = {}, {}
+    for row in rows:
+        time[row.variant] = spread([_per_step(run) for run in row.runs.values()], 3, "s")
+        memory[row.variant] = spread([_memory(run) for run in row.runs.values()], 2, "GB")
+    loras = [time[row.variant] for row in rows if row.variant.flags[1] == "lora" and time[row.variant]]
+    body = []
+    for row in rows:
+        intervals = {run.settings.get("expand_interval") for run in row.runs.values() if run} - {None}
+        estimate = f"{1 + 1 / min(intervals):.3f}" if intervals else Missing("the estimate is SeLoRA's")
+        ratio = Missing("no LoRA run was measured")
+        if loras and time[row.variant]:
+            ratio = Value(time[row.variant].mean / statistics.fmean(v.mean for v in loras), digits=3)
+        hours = spread([_hours(run) for run in row.runs.values()], 3, "h")
+        body.append((row.variant.label, time[row.variant], hours, memory[row.variant], estimate, ratio))
+    columns = ("method", "per step", "training", "peak memory", "estimate 1 + 1/t", "measured / LoRA")
+    notes = (
+        "Times include validation. They vary with whatever else the machine does, so differences of a few percent mean "
+        "nothing. 1 + 1/t is the SeLoRA paper's estimate: one more pass every t steps.",
+    )
+    return Table("Cost", columns, tuple(body), notes)
+
+
+def _per_step(run):
+    if not run or not run.summary:
+        return run.summary if run else run
+    return run.summary["seconds"] / run.summary["steps"]
+
+
+def _hours(run):
+    return run.summary["seconds"] / 3600 if run and run.summary else (run.summary if run else run)
+
+
+def _memory(run):
+    if not run:
+        return run
+    values = run.series("memory_mb")[1]
+    return max(values) / 1000 if values else Missing("the log has no entry memory_mb")
+
+
+def privacy_table(rows):
+    body = []
+    for row in rows:
+        cells = []
+        for view in (0, 1):
+            cells.append(row.value(Metric("near-copies", "lower", 1, audit(view, "near_copies"))))
+            cells.append(row.value(Metric("share", "lower", 1, audit(view, "share"), 100, "%")))
+            cells.append(row.value(Metric("chance", "lower", 1, audit(view, "expected"), 100, "%")))
+            p = list(row.values(Metric("p", "lower", 4, audit(view, "p"))).values())
+            gaps = [value for value in p if isinstance(value, Missing)]
+            cells.append(gaps[0] if gaps else Value(min(p), digits=4))
+        body.append((row.variant.label, *cells))
+    parts = ("near-copies", "nearer to training", "by chance", "smallest p")
+    columns = ("method", *(f"{part} ({by})" for by in ("pixels", "features") for part in parts))
+    note = "An audit without near-copies does not prove privacy; docs/metrics.md says what it does not detect."
+    return Table("Privacy: memorisation audit", columns, tuple(body), (note,))
+
+
+def differences_table(rows, metrics):
+    """Each variant against the first, paired by seed."""
+    first, body = rows[0], []
+    for metric in metrics:
+        tested = []
+        for row in rows[1:]:
+            label = f"{row.variant.label} − {first.variant.label}"
+            tested.append((label, _paired(row.values(metric), first.values(metric))))
+        body += _verdicts(metric, tested)
+    return _tested_table(f"Paired differences from {first.variant.label}", body)
+
+
+def equal_parameters_table(rows, metrics):
+    """Each other adapter against LoRA with as many parameters: LoRA's values at its ranks, interpolated."""
+    sweep = [row for row in rows if row.variant.rank is not None]
+    others = [row for row in rows if row.variant.flags[1] not in ("lora", "full")]
+    if len(sweep) < 2 or not others:
+        return Missing("it takes LoRA at two or more --ranks and another adapter")
+    body = []
+    for metric in metrics:
+        tested = []
+        for row in others:
+            at_equal = {seed: _lora_at(run, seed, sweep, metric) for seed, run in row.runs.items()}
+            tested.append((f"{row.variant.label} − lora, equal parameters", _paired(row.values(metric), at_equal)))
+        body += _verdicts(metric, tested)
+    notes = []
+    for row in others:
+        counts = [parameters(run) for run in row.runs.values() if run and run.summary]
+        ranks = [(r.variant.rank, parameters(run)) for r in sweep for run in r.runs.values() if run and run.summary]
+        if counts and ranks:
+            mean = statistics.fmean(counts)
+            rank, n = min(ranks, key=lambda pair: abs(pair[1] - mean))
+            notes.append(f"{row.variant.label}: {mean:,.0f} parameters; nearest LoRA: rank {rank} with {n:,}.")
+    notes.append("LoRA at equal parameters: a straight line in log(parameters) between its ranks, for each seed.")
+    return _tested_table("Equal parameters: against LoRA with as many", body, tuple(notes))
+
+
+def _lora_at(run, seed, sweep, metric):
+    if isinstance(run, Missing) or not run.summary:
+        return run if isinstance(run, Missing) else run.summary
+    x, y = [], []
+    for row in sweep:
+        other, value = row.runs[seed], row.values(metric)[seed]
+        if isinstance(value, Missing):
+            return value
+        x.append(parameters(other))
+        y.append(value)
+    return interpolate(x, y, parameters(run))
+
+
+def _paired(a, b):
+    """The Difference of {seed: number or Missing} and another; Missing with the first reason."""
+    gaps = [values[seed] for seed in a for values in (a, b) if isinstance(values[seed], Missing)]
+    return gaps[0] if gaps else paired_difference(list(a.values()), [b[seed] for seed in a])
+
+
+def _verdicts(metric, tested):
+    """Rows of a table of differences; p adjusted for the number of comparisons by this metric."""
+    known = [difference for _, difference in tested if not isinstance(difference, Missing) and difference.n > 1]
+    adjusted = iter(holm([difference.p for difference in known]))
+    for label, d in tested:
+        if isinstance(d, Missing):
+            yield (label, metric.name, d, d, d, "not tested")
+            continue
+        mean = Value(metric.scale * d.mean, digits=metric.digits, unit=metric.unit)
+        if d.n == 1:
+            yield (label, metric.name, mean, ONE_SEED, ONE_SEED, "not tested with 1 seed")
+            continue
+        p, low, high = next(adjusted), metric.scale * d.low, metric.scale * d.high
+        interval = f"{low:,.{metric.digits}f} to {high:,.{metric.digits}f}"
+        yield (label, metric.name, mean, interval, Value(p, digits=4), verdict(d, p, metric.better))
+
+
+def _tested_table(title, body, notes=()):
+    notes = (
+        *notes,
+        "95 % intervals of the mean difference over seeds (Student's t, paired); p adjusted by Holm for the "
+        "comparisons by one metric.",
+    )
+    return Table(title, ("difference", "metric", "mean", "95 % interval", "p", "verdict"), tuple(body), notes)
+
+
+def utility_table(rows):
+    """AUC of a classifier on real images, by what it was trained on."""
+    body = []
+    for row in rows:
+        for training in ("real", "synthetic", "real + synthetic"):
+            metric = Metric("AUC", "higher", 3, auc(training))
+            intervals = []
+            for seed, run in row.runs.items():
+                found = run.result("utility") if run else run
+                if not isinstance(found, Missing):
+                    entry = found["auc"][training]
+                    intervals.append(f"{entry['low']:.3f} to {entry['high']:.3f} (seed {seed})")
+            found = "; ".join(intervals) or Missing("not measured")
+            body.append((row.variant.label, training, row.value(metric), found))
+    note = "Bootstrap intervals over the held-out real images of each seed. docs/compare.md describes the classifier."
+    return Table("Usefulness", ("method", "trained on", "AUC on real images", "95 % interval"), tuple(body), (note,))
+
+
+def _seeds(row):
+    return str(sum(not isinstance(run, Missing) for run in row.runs.values()))
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+def against_parameters(rows, metric, id):
+    """A metric against the number of trained parameters: LoRA's ranks as a line, other methods as points."""
+    points = []
+    for row in rows:
+        counts = [parameters(run) if run else run for run in row.runs.values()]
+        value = row.value(metric)
+        if isinstance(value, Missing) or any(isinstance(count, Missing) for count in counts):
+            continue
+        points.append((row.variant, statistics.fmean(counts), value.mean, value.deviation or 0.0))
+    if not points:
+        return Missing(f"no method has both its {metric.name} and its parameters")
+    sweep = sorted(point[1:] for point in points if point[0].rank is not None)
+    drawn = []
+    if sweep:
+        counts, means, deviations = map(list, zip(*sweep))
+        drawn.append(Curve("lora, by rank", counts, means, 0, True, deviations))
+    for variant, count, mean, deviation in points:
+        if variant.rank is None:
+            drawn.append(Curve(variant.label, [count], [mean], len(drawn), True, [deviation]))
+    title = f"{metric.name} against trained parameters"
+    return curves(id, title, "trained parameters", metric.name, drawn, log_x=True)

@@ -1,0 +1,186 @@
+"""All that a report knows about a run, from the files of its folder alone.
+
+What a file would have told but does not is `Missing`, with the reason: a report shows it as missing, never as zero or
+blank. Nothing here reads an image or a caption.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from minildm.data.records import BUILT_IN
+from minildm.errors import InputError
+
+# Results of the metrics' commands, wherever in the run's folder they are.
+RESULTS = ("metrics.json", "fid.json", "clip_score.json", "audit.json", "adherence.json")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a run's folder does not hold, and why."""
+
+    reason: str
+
+    def __bool__(self):
+        return False
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the folder of a run holds."""
+
+    folder: Path
+    name: str  # by which a report calls the run
+    version: str  # of minildm
+    settings: dict
+    found: dict  # base, data, splits
+    entries: tuple  # of log.jsonl, dicts
+    sessions: tuple  # of sessions.jsonl, dicts
+    summary: dict | Missing  # summary.json
+    adapter: dict | Missing  # what adapter.safetensors says of itself: scale, ranks, ...
+    results: dict  # {path below the folder: content} of the files in RESULTS
+    notes: tuple  # what was odd about the files
+
+    @property
+    def shows_no_patient(self):
+        """Whether the run's images can show no patient: its data is procedural, and so is all that it builds on."""
+        return self.settings.get("data") in BUILT_IN and not self.settings.get("on_top_of")
+
+    def series(self, key):
+        """The values of the log's entry ``key``: (steps, values), two lists of equal length."""
+        pairs = [(entry["step"], entry[key]) for entry in self.entries if entry.get(key) is not None]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def split_sizes(self):
+        """{split: number of images}."""
+        return {name: len(names) for name, names in self.found.get("splits", {}).items()}
+
+    def ranks(self):
+        """[(step, {module path: rank})]: over the run where they change, else of the adapter; Missing without one."""
+        steps, ranks = self.series("ranks")
+        if steps:
+            changes = list(zip(steps, ranks))
+            return [*changes, (self.last_step, ranks[-1])] if self.last_step > steps[-1] else changes
+        if not self.adapter:
+            return self.adapter
+        return [(0, self.adapter["ranks"]), (self.last_step, self.adapter["ranks"])]
+
+    @property
+    def last_step(self):
+        return max((entry["step"] for entry in self.entries), default=0)
+
+    def best(self):
+        """(validation loss, step), the lowest that is finite; Missing without a validation."""
+        steps, losses = self.series("validation")
+        finite = [(loss, step) for loss, step in zip(losses, steps) if math.isfinite(loss)]
+        return min(finite) if finite else Missing("no validation in the log")
+
+    def result(self, part):
+        """A part of metrics.json, what a comparison measured; Missing with the reason."""
+        if "metrics.json" not in self.results:
+            return Missing("not evaluated yet")
+        found = self.results["metrics.json"].get(part, {"missing": "not measured"})
+        return Missing(found["missing"]) if isinstance(found, dict) and "missing" in found else found
+
+    def images(self, pattern):
+        """Sorted paths of images below the folder."""
+        return sorted(self.folder.glob(pattern))
+
+
+def read_run(folder, name=None):
+    """The RunFiles of a folder.
+
+    Args: name: by which a report calls the run; None = the folder's.
+    Raises: FileNotFoundError for a folder that holds no run; InputError for files that cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no run (no config.json); give the folder of a run of train.py")
+    record = _json_object(folder / "config.json")
+    if not isinstance(record.get("settings"), dict):
+        raise InputError(f"{folder}/config.json has no settings; it was written by minildm 0.1, or is no run's")
+    entries, notes = _json_lines(folder / "log.jsonl")
+    entries = [entry for entry in entries if isinstance(entry.get("step"), int)]
+    sessions, more = _json_lines(folder / "sessions.jsonl")
+    results = {}
+    for path in sorted(path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(f"{pattern}.json")):
+        if path.name in RESULTS:
+            results[path.relative_to(folder).as_posix()] = _json_object(path)
+    unfinished = "the run has not reached its end (no summary.json); continue it with: python train.py --resume " + str(
+        folder
+    )
+    found = record.get("found")
+    return RunFiles(
+        folder=folder,
+        name="".join(c if c.isprintable() else "?" for c in (folder.absolute().name if name is None else name)),
+        version=str(record.get("minildm", "unknown")),
+        settings=record["settings"],
+        found=found if isinstance(found, dict) else {},
+        entries=tuple(entries),
+        sessions=tuple(sessions),
+        summary=_json_object(folder / "summary.json") if (folder / "summary.json").is_file() else Missing(unfinished),
+        adapter=_adapter(folder),
+        results=results,
+        notes=tuple(notes + more),
+    )
+
+
+def read_runs(folders):
+    """The RunFiles of several folders, under names that differ: as much of each path as that takes."""
+    folders = [Path(folder).absolute() for folder in folders]
+    if len(set(folders)) < len(folders):
+        raise InputError("a run is named twice; give each folder once")
+    depth = next(d for d in range(1, 1000) if len({folder.parts[-d:] for folder in folders}) == len(folders))
+    return [read_run(folder, "/".join(folder.parts[-depth:])) for folder in folders]
+
+
+def _json_object(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); remove or restore it") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: expected a JSON object, got {type(content).__name__}; restore it")
+    return content
+
+
+def _json_lines(path):
+    """(the JSON objects of a file's lines, notes on lines that are none). A killed process may leave half a line."""
+    if not path.is_file():
+        return [], []
+    good, bad = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict):
+            good.append(entry)
+        else:
+            bad += 1
+    return good, [f"{bad} of {bad + len(good)} lines of {path.name} cannot be read and are left out"] if bad else []
+
+
+def _adapter(folder):
+    path = folder / "adapter.safetensors"
+    if not path.is_file():
+        full = (folder / "model").is_dir()
+        return Missing("full fine-tuning: no adapter" if full else "no adapter.safetensors in the run's folder")
+    try:
+        with safe_open(path, "np") as file:
+            about = json.loads((file.metadata() or {}).get("minildm", "null"))
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); restore it") from None
+    if not isinstance(about, dict) or not isinstance(about.get("ranks"), dict):
+        return Missing(f"{path.name} does not state its ranks: another tool's format")
+    return about
+
+
+def step_of(path):
+    """The step of a sheet of sample images, "step-000500.png"; None for another file."""
+    match = re.fullmatch(r"step-(\d+)\.png", path.name)
+    return int(match[1]) if match else None
