@@ -124,7 +124,7 @@ def main(arguments):
         "4",
         *sampling_flags(plan.settings, run.result, transform.size),
         "--out",
-        str(run.folder / GENERATED),
+        f"{run.folder / GENERATED}",
     ]
     print(f"next: {shlex.join(['python', 'sample.py', training.prompts[0], *flags])}")
     if command := audit_command(run, {name: len(part.records) for name, part in splits.items()}):
