@@ -119,14 +119,8 @@ def main(arguments):
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
     run.save_file("report.html", lambda path: print(f"report: {write_report([run.folder], path)}"))
-    flags = [
-        "-n",
-        "4",
-        *sampling_flags(plan.settings, run.result, transform.size),
-        "--out",
-        f"{run.folder / GENERATED}",
-    ]
-    print(f"next: {shlex.join(['python', 'sample.py', training.prompts[0], *flags])}")
+    words = ["python", "sample.py", training.prompts[0], *sampling_flags(plan.settings, run.result, transform.size)]
+    print(f"next: {shlex.join([*words, '-n', '4', '--out', str(run.folder / GENERATED)])}")
     if command := audit_command(run, {name: len(part.records) for name, part in splits.items()}):
         print(f"then: {command}  (does it copy training images?)")
     return 0
