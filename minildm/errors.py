@@ -5,6 +5,8 @@ import io
 import sys
 import warnings
 
+WHEN_FAILED = []  # functions to call before a command that has failed exits
+
 
 class InputError(ValueError):
     """A user's input (a file, a flag, a prompt) cannot be used; the message says what to change."""
@@ -38,6 +40,8 @@ def exit_cleanly(main, *arguments):
 
 
 def _fail(code, message):
+    for undo in WHEN_FAILED:
+        undo()
     print(_one_line(message), file=sys.stderr)
     return code
 

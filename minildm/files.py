@@ -8,11 +8,12 @@ import shutil
 import stat
 from pathlib import Path
 
-from minildm.errors import InputError
+from minildm.errors import WHEN_FAILED, InputError
 
 MAX_FILE_BYTES = 1 << 30  # larger files are not read whole; the largest radiographs have 100 MB
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
+MADE = []  # folders that `writable_folder` has made in this process
 
 
 @contextlib.contextmanager
@@ -22,6 +23,7 @@ def written_beside(path):
     The temporary name has the same suffix, which decides the format for some writers (Pillow, NumPy).
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # another command that used it, too, may have failed and removed it
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield beside
@@ -40,6 +42,7 @@ def writable_folder(path, flag="--out"):
     """
     path = Path(path)
     try:
+        _undo_if_unused(path)
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".minildm-write-test-{os.getpid()}"
         probe.touch()
@@ -51,6 +54,21 @@ def writable_folder(path, flag="--out"):
     except OSError as error:
         raise PermissionError(f"cannot write into {path} ({error.strerror}); give another {flag}") from None
     return path
+
+
+def _undo_if_unused(path):
+    """Let a command that fails remove the folders that are about to be made for ``path``, unless they hold a file."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    if not missing or any(made == folder for made in MADE for folder in path.parents):
+        return  # what lies in a folder made before goes with that one
+    MADE.append(missing[-1])
+    outermost = missing[-1].absolute()
+
+    def undo():
+        if not any(files for _, _, files in os.walk(outermost)):
+            shutil.rmtree(outermost, ignore_errors=True)
+
+    WHEN_FAILED.append(undo)
 
 
 def shown(path):
