@@ -80,7 +80,8 @@ def main(arguments):
     adapters = sampling.choose_adapters(args.adapter, args.base)
     model = load(args.base, adapters, args.device, args.dtype, args.prediction, args.vae)
     settings = complete_settings(settings, model.config, init_image is not None)
-    sampling.check_size(settings, model.config, args.batch_size, model.dtype.itemsize, free_memory(model.device, 0))
+    at_a_time = min(args.batch_size, len(prompts) * args.n)
+    sampling.check_size(settings, model.config, at_a_time, model.dtype.itemsize, free_memory(model.device, 0))
     if args.compile:
         model.unet.compile()
     print(

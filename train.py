@@ -27,7 +27,8 @@ from minildm.loading import usable_device
 from minildm.metrics.audit import FEWEST_HELD_OUT
 from minildm.training.command_line import FREE, check_texts, parse
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
-from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
+from minildm.training.dry_run import values_used
+from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary, usual_dtype
 from minildm.training.run import Run
 
 GENERATED = "generated"  # the folder in a run's for the images that its last lines propose to make
@@ -37,7 +38,7 @@ def main(arguments):
     plan = parse(arguments)
     goal, dreambooth, config, machine = plan.goal, plan.dreambooth, plan.config, plan.machine
     if plan.dry_run:
-        print(json.dumps(plan.settings, indent=1))
+        print(json.dumps(values_used(plan), indent=1))
         return 0
     if plan.preset:
         print(f"settings: --preset {plan.preset}, where no flag says otherwise (--dry-run shows all)")
@@ -46,7 +47,7 @@ def main(arguments):
     # The base, in its precision
     start = time.perf_counter()
     device = usable_device(machine.device)
-    dtype = getattr(torch, goal.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, goal.dtype or usual_dtype(device))
     weights = torch.float32 if plan.method.float32_weights else dtype
     if weights != dtype and dtype == torch.float16:
         raise InputError(f"--adapter {goal.adapter} does not train in float16; give --dtype bfloat16 or float32")

@@ -13,7 +13,7 @@ from minildm.errors import WHEN_FAILED, InputError
 MAX_FILE_BYTES = 1 << 30  # larger files are not read whole; the largest radiographs have 100 MB
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
-MADE = []  # folders that `writable_folder` has made in this process
+MADE = set()  # folders that `writable_folder` has made in this process
 
 
 @contextlib.contextmanager
@@ -58,11 +58,12 @@ def writable_folder(path, flag="--out"):
 
 def _undo_if_unused(path):
     """Let a command that fails remove the folders that are about to be made for ``path``, unless they hold a file."""
+    path = path.absolute()
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    if not missing or any(made == folder for made in MADE for folder in path.parents):
+    if not missing or MADE & {*missing[-1].parents}:
         return  # what lies in a folder made before goes with that one
-    MADE.append(missing[-1])
-    outermost = missing[-1].absolute()
+    outermost = missing[-1]
+    MADE.add(outermost)
 
     def undo():
         if not any(files for _, _, files in os.walk(outermost)):

@@ -502,6 +502,24 @@ def test_bad_flags_give_one_line_and_no_run(place, tmp_path, changes, words):
     Run(tmp_path / "run", {})  # the folder stays free for the right flags
 
 
+def test_dry_run_prints_the_values_that_a_run_uses(place, tmp_path, capsys):
+    flags = as_flags({name: value for name, value in flag_values(place).items() if name not in ("steps", "device")})
+    out = ["--out", str(tmp_path / "run")]
+    assert train.main([*flags, *out, "--epochs", "2", "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert train.main([*flags, *out, "--epochs", "2"]) == 0
+    said, record = capsys.readouterr().out, read_record(tmp_path / "run")
+    assert f"{planned['steps']} steps of {planned['batch_size']}" in said
+    assert weights(tmp_path / "run")["step"] == planned["steps"] == 7
+    assert (planned["dtype"], planned["size"]) == (record["found"]["dtype"], record["found"]["pixels"])
+    assert planned["epochs"] == 2 and planned["alpha"] == 1 and planned["prompt_template"] == "{text}"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert planned["device"] == device and planned["prediction"] == "epsilon" and planned["micro_batch"] == 4
+    off = {"vae", "limit", "min_age", "balance", "exclude", "max_rank", "max_parameters"}  # what is null is off
+    off |= {"instance_prompt", "class_prompt", "class_images", "prior_weight"}
+    assert {name for name, value in planned.items() if value is None} == off
+
+
 def test_dry_run_prints_the_settings_and_writes_nothing(place, tmp_path, capsys):
     train.main([*flags(place), "--out", str(tmp_path / "run"), "--dry-run"])
     assert json.loads(capsys.readouterr().out)["expand_interval"] == 4

@@ -151,7 +151,7 @@ def _parser(**options):
     add("--preset", choices=tuple(PRESETS), help=presets)
     add("--out", type=Path, default=Path("runs/latest"), metavar="RUN", help="folder of the run")
     add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
-    add("--dry-run", action="store_true", help="print the settings and stop")
+    add("--dry-run", action="store_true", help="print the settings with the values a run would use, and stop")
     return parser
 
 
