@@ -55,7 +55,7 @@ def main(arguments):
     data = open_data_set(goal.data, plan.data, config.seed, captioned)
     for note in data.notes:
         print(f"note: {note}")
-    check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
+    texts = check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
     model = load(goal.base, goal.on_top_of, device, weights, goal.prediction, goal.vae)
     plan.method.check_fit(model, plan.method_settings)
     transform = plan.data.transform(model.config.image_size)
@@ -68,6 +68,7 @@ def main(arguments):
         "on_top_of": [{key: value for key, value in one.items() if key != "path"} for one in model.merged],
         "dtype": _name(dtype),
         "pixels": transform.size,
+        "texts": texts,
     }
     run.expect(**known)
 

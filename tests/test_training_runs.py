@@ -234,7 +234,7 @@ def test_resuming_on_other_data_or_another_base_names_the_difference(place, whol
     (place / "data2" / "metadata.csv").write_text(text.replace("number 3", "number three"))
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(run)])
-    assert_says(error, "data = '20 images")
+    assert_says(error, "texts = '20 images")
     settings["settings"] |= {"data": f"folder:{place / 'data'}", "base": str(place / "other_base")}
     (run / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError) as error:
@@ -256,15 +256,19 @@ def test_a_run_goes_on_with_the_same_files_in_other_places(place, whole, tmp_pat
     (tmp_path / "data" / "metadata.csv").write_text(text.replace("number 3", "number three"))
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(whole), "--data", moved["data"]])
-    assert_says(error, "data = '20 images")
+    assert_says(error, "texts = '20 images")
     assert read_record(whole)["settings"]["data"] == f"folder:{place / 'data'}"  # nothing is adopted from a refusal
 
 
-def test_another_base_is_refused_before_images_are_read(place, whole, monkeypatch):
+def test_another_base_or_data_set_is_refused_before_images_are_read(place, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "latent_cache", lambda *_, **__: pytest.fail("images are read"))
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(whole), "--base", str(place / "other_base")])
     assert_says(error, "base = ")
+    folder(tmp_path / "data", 21)
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(whole), "--data", f"folder:{tmp_path / 'data'}"])
+    assert_says(error, "texts = '20 images", "not '21 images")
 
 
 def test_a_run_with_more_steps_is_that_of_a_run_begun_with_them(place, whole, tmp_path, capsys):
