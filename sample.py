@@ -13,7 +13,7 @@ from minildm import like, record, sampling
 from minildm.config import SamplingSettings
 from minildm.errors import exit_cleanly
 from minildm.files import writable_folder
-from minildm.images import FROM_IMAGE, SYNTHETIC, contact_sheet, save_png
+from minildm.images import FROM_IMAGE, SYNTHETIC, save_png, sheet_by_prompt
 from minildm.progress import Progress
 from minildm.settings import Parser, Several, add_flags, at_least, from_flags
 from minildm.startup import prepare_process
@@ -52,6 +52,10 @@ def parse(arguments):
     add("--batch-size", type=at_least(1), default=4, help="images at a time")
     add("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
     parser.set_defaults(recorded=None, products=None)
+    args, more = parser.parse_known_args(arguments)
+    if args.prompt is not None and more and not any(word.startswith("-") for word in more):
+        prompt = " ".join([args.prompt, *more])
+        parser.error(f'several prompts, or one without quotes? Give one, in quotes: "{prompt}"')
     args = parser.parse_args(arguments)
     if args.like is not None:
         parser.set_defaults(**like.flags_like(args))
@@ -70,6 +74,7 @@ def main(arguments):
     from minildm import kernels
     from minildm.latent_diffusion import complete_settings
     from minildm.loading import load
+    from minildm.training.machine import free_memory
 
     start = time.perf_counter()
     adapters = sampling.choose_adapters(args.adapter, args.base)
@@ -77,6 +82,8 @@ def main(arguments):
     settings = complete_settings(settings, model.config, init_image is not None)
     if not (args.plain or args.compile) and sampling.float32_wanted(model, args.products):
         model.compute_in_float32()
+    at_a_time = min(args.batch_size, len(prompts) * args.n)
+    sampling.check_size(settings, model.config, at_a_time, model.dtype.itemsize, free_memory(model.device, 0))
     if args.compile:
         model.compile_networks()
     print(
@@ -112,7 +119,8 @@ def main(arguments):
     if len(planned) > 1:
         folder = writable_folder(args.out / "sheets")  # not --out itself, where metrics read every image
         path = folder / saved[0].path.name
-        save_png(contact_sheet(sheet), path, f"contact sheet of {len(sheet)} images", description)
+        contact_sheet = sheet_by_prompt([png.prompt for png in planned[: len(sheet)]], sheet)
+        save_png(contact_sheet, path, f"contact sheet of {len(sheet)} images", description)
         print(f"{len(planned)} images in {args.out}, {time.perf_counter() - start:.1f} s; contact sheet: {path}")
     print(f"next: another seed, python sample.py ... --seed {settings.seed + len(prompts) * args.n}")
     return 0

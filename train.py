@@ -28,7 +28,8 @@ from minildm.metrics.audit import FEWEST_HELD_OUT
 from minildm.report.page import write_report
 from minildm.training.command_line import FREE, check_texts, parse, sampling_flags
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
-from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary
+from minildm.training.dry_run import values_used
+from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary, usual_dtype
 from minildm.training.machine import session_facts
 from minildm.training.run import Run
 
@@ -39,7 +40,7 @@ def main(arguments):
     plan = parse(arguments)
     goal, dreambooth, config, machine = plan.goal, plan.dreambooth, plan.config, plan.machine
     if plan.dry_run:
-        print(json.dumps(plan.settings, indent=1))
+        print(json.dumps(values_used(plan), indent=1))
         return 0
     if plan.preset:
         print(f"settings: --preset {plan.preset}, where no flag says otherwise (--dry-run shows all)")
@@ -48,7 +49,7 @@ def main(arguments):
     # The base, in its precision
     start = time.perf_counter()
     device = usable_device(machine.device)
-    dtype = getattr(torch, goal.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, goal.dtype or usual_dtype(device))
     weights = torch.float32 if plan.method.float32_weights else dtype
     if weights != dtype and dtype == torch.float16:
         raise InputError(f"--adapter {goal.adapter} does not train in float16; give --dtype bfloat16 or float32")
@@ -56,7 +57,7 @@ def main(arguments):
     data = open_data_set(goal.data, plan.data, config.seed, captioned)
     for note in data.notes:
         print(f"note: {note}")
-    check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
+    texts = check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
     model = load(goal.base, goal.on_top_of, device, weights, goal.prediction, goal.vae)
     plan.method.check_fit(model, plan.method_settings)
     transform = plan.data.transform(model.config.image_size)
@@ -69,6 +70,7 @@ def main(arguments):
         "on_top_of": [{key: value for key, value in one.items() if key != "path"} for one in model.merged],
         "dtype": _name(dtype),
         "pixels": transform.size,
+        "texts": texts,
     }
     run.expect(**known)
 

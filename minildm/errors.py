@@ -21,6 +21,7 @@ ADVICE = {
     errno.EIO: "the disk or network fails; what was there before is intact",
 }
 WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+WHEN_FAILED = []  # functions to call before a command that has failed exits
 
 
 class InputError(ValueError):
@@ -90,6 +91,8 @@ def _discard_output():
 
 
 def _fail(code, message):
+    for undo in WHEN_FAILED:
+        undo()
     print(one_line(message), file=sys.stderr)
     return code
 

@@ -14,13 +14,13 @@ import time
 import warnings
 from pathlib import Path
 
-from minildm.errors import InputError
+from minildm.errors import WHEN_FAILED, InputError
 
-MAX_JSON_BYTES = 16 << 20  # a document takes up to fifty times its size in memory
 MAX_FILE_BYTES = 1 << 30  # larger files are not read whole; the largest radiographs have 100 MB
 MAX_JSON_BYTES = 16 << 20  # a document takes up to fifty times its size in memory
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
+MADE = set()  # folders that `writable_folder` has made in this process
 
 
 def _machine():
@@ -85,6 +85,7 @@ def written_beside(path, replace=True):
     Raises: OSError with the name of ``path`` if the disk is full or fails.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # another command that used it, too, may have failed and removed it
     beside = temporary_path(path)
     try:
         try:
@@ -164,6 +165,7 @@ def writable_folder(path, flag="--out"):
     """
     path = Path(path)
     try:
+        _undo_if_unused(path)
         path.mkdir(parents=True, exist_ok=True)
         probe = temporary_path(path / "write-test")
         probe.touch()
@@ -205,6 +207,22 @@ def parse_json(text, name, kind=dict):
         wanted = {dict: "object", list: "array"}[kind]
         raise InputError(f"{name} holds a {type(document).__name__}, expected a JSON {wanted}; get it again")
     return document
+
+
+def _undo_if_unused(path):
+    """Let a command that fails remove the folders that are about to be made for ``path``, unless they hold a file."""
+    path = path.absolute()
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    if not missing or MADE & {*missing[-1].parents}:
+        return  # what lies in a folder made before goes with that one
+    outermost = missing[-1]
+    MADE.add(outermost)
+
+    def undo():
+        if not any(files for _, _, files in os.walk(outermost)):
+            shutil.rmtree(outermost, ignore_errors=True)
+
+    WHEN_FAILED.append(undo)
 
 
 def shown(path):

@@ -19,6 +19,9 @@ from minildm.images import parameters_text, read_parameters, save_png
 
 NUMBERED = re.compile(r"([0-9]{1,18})-.*\.png$")  # an image's file name
 
+DECODER_COPIES = 5  # of the decoder's widest tensor, at its peak: measured at 1024 px, 5.1
+FAR = 4  # times the training size
+
 
 class PlannedImage(NamedTuple):
     prompt: str
@@ -88,6 +91,29 @@ def check_request(prompts, negative, n, seed):
     n_images = n * len(prompts)
     if seed > 2**63 - n_images:
         raise InputError(f"--seed must be at most 2^63 - {n_images} for {n_images} images, got {seed}")
+
+
+def check_size(settings, config, n, itemsize, free):
+    """Raise InputError for images whose decoding will not fit into memory; warn of sizes that the model cannot handle.
+
+    Args:
+        settings: SamplingSettings with height and width. config: ModelConfig. n: images at a time.
+        itemsize: bytes of a number of the VAE. free: bytes of memory, or None where the system does not say.
+    """
+    height, width, usual = settings.height, settings.width, config.image_size
+    needed = DECODER_COPIES * config.vae.widths[1] * itemsize * n * height * width
+    size = f"{width} x {height} px"
+    if free is not None and needed > free:
+        raise InputError(
+            f"{size} at {n} images at a time need about {needed / 1e9:.1f} GB of memory to decode, and "
+            f"{free / 1e9:.1f} GB are free; lower --width, --height or --batch-size"
+        )
+    if max(height, width) > FAR * usual:
+        warnings.warn(
+            f"{size} is far from the {usual} px that the model was trained at: objects repeat, and the time grows with "
+            "the square of the area",
+            stacklevel=2,
+        )
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from minildm.errors import InputError
-from minildm.images import contact_sheet, parameters_text, read_parameters, save_png, split_parameters
+from minildm.images import contact_sheet, parameters_text, read_parameters, save_png, sheet_by_prompt, split_parameters
 
 
 def test_parameters_are_prompt_negative_prompt_and_pairs():
@@ -107,3 +107,55 @@ def test_a_contact_sheet_is_a_nearly_square_grid(n, size):
     per_row = (size[0] + 4) // 14
     for i, colour in enumerate(colours):
         assert sheet.getpixel((i % per_row * 14 + 5, i // per_row * 10 + 3)) == colour
+
+
+# --- sheets of several prompts ---------------------------------------------------------------------------------------
+def coloured(n, size=(64, 32)):
+    return [Image.new("RGB", size, (10 * i + 5, 200, 255 - 10 * i)) for i in range(n)]
+
+
+def test_each_prompt_of_several_images_has_its_own_row_under_its_text():
+    images, prompts = coloured(24), [prompt for prompt in "abcd" for _ in range(6)]
+    sheet = sheet_by_prompt(prompts, images)
+    assert sheet.width == 6 * 68 - 4
+    head = (sheet.height + 4) // 4 - 36
+    for i, image in enumerate(images):
+        left, top = i % 6 * 68, i // 6 * (head + 36) + head
+        assert sheet.crop((left, top, left + 64, top + 32)).getcolors() == [(64 * 32, image.getpixel((0, 0)))]
+    for row in range(4):
+        text = sheet.crop((0, row * (head + 36), sheet.width, row * (head + 36) + head))
+        assert min(text.convert("L").getextrema()) < 100  # something is written there
+
+
+@pytest.mark.parametrize("n_prompts, columns", [(2, 2), (4, 2), (5, 3), (9, 3)])
+def test_prompts_with_one_image_each_form_a_grid_with_a_text_above_each(n_prompts, columns):
+    images = coloured(n_prompts)
+    sheet = sheet_by_prompt([f"prompt {i}" for i in range(n_prompts)], images)
+    assert sheet.width == columns * 68 - 4
+    rows = -(-n_prompts // columns)
+    head = (sheet.height + 4) // rows - 36
+    for i, image in enumerate(images):
+        left, top = i % columns * 68, i // columns * (head + 36) + head
+        assert sheet.getpixel((left + 1, top + 1)) == image.getpixel((0, 0))
+
+
+def test_a_sheet_of_one_prompt_is_a_plain_grid():
+    images = coloured(5)
+    assert sheet_by_prompt(["a"] * 5, images).tobytes() == contact_sheet(images).tobytes()
+
+
+def test_rows_of_a_sheet_differ_in_length_and_are_at_most_ten_images_long():
+    sheet = sheet_by_prompt(["a"] * 23 + ["b"] * 2, coloured(25))
+    assert sheet.width == 10 * 68 - 4
+    assert sheet.height > 4 * 36
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["w" * 300, "word " * 100, "", " ", "\n", "\u043f\u043d\u0435\u0432\u043c\u043e\u043d\u0438\u044f \U0001fac1"],
+)
+def test_any_prompt_can_be_a_label_and_stays_within_its_image(prompt):
+    sheet = sheet_by_prompt([prompt, "b"], coloured(2))
+    assert sheet.width == 2 * 68 - 4
+    gap = sheet.crop((64, 0, 68, sheet.height))
+    assert gap.getcolors() == [(4 * sheet.height, (255, 255, 255))]

@@ -240,7 +240,7 @@ def test_resuming_on_other_data_or_another_base_names_the_difference(place, whol
     (place / "data2" / "metadata.csv").write_text(text.replace("number 3", "number three"))
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(run)])
-    assert_says(error, "data = '20 images")
+    assert_says(error, "texts = '20 images")
     settings["settings"] |= {"data": f"folder:{place / 'data'}", "base": str(place / "other_base")}
     (run / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError) as error:
@@ -262,15 +262,19 @@ def test_a_run_goes_on_with_the_same_files_in_other_places(place, whole, tmp_pat
     (tmp_path / "data" / "metadata.csv").write_text(text.replace("number 3", "number three"))
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(whole), "--data", moved["data"]])
-    assert_says(error, "data = '20 images")
+    assert_says(error, "texts = '20 images")
     assert read_record(whole)["settings"]["data"] == f"folder:{place / 'data'}"  # nothing is adopted from a refusal
 
 
-def test_another_base_is_refused_before_images_are_read(place, whole, monkeypatch):
+def test_another_base_or_data_set_is_refused_before_images_are_read(place, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "latent_cache", lambda *_, **__: pytest.fail("images are read"))
     with pytest.raises(InputError) as error:
         train.main(["--resume", str(whole), "--base", str(place / "other_base")])
     assert_says(error, "base = ")
+    folder(tmp_path / "data", 21)
+    with pytest.raises(InputError) as error:
+        train.main(["--resume", str(whole), "--data", f"folder:{tmp_path / 'data'}"])
+    assert_says(error, "texts = '20 images", "not '21 images")
 
 
 def test_a_run_with_more_steps_is_that_of_a_run_begun_with_them(place, whole, tmp_path, capsys):
@@ -506,6 +510,24 @@ def test_bad_flags_give_one_line_and_no_run(place, tmp_path, changes, words):
     assert_says(error, *words)
     assert not (tmp_path / "run" / "log.jsonl").exists()
     Run(tmp_path / "run", {})  # the folder stays free for the right flags
+
+
+def test_dry_run_prints_the_values_that_a_run_uses(place, tmp_path, capsys):
+    flags = as_flags({name: value for name, value in flag_values(place).items() if name not in ("steps", "device")})
+    out = ["--out", str(tmp_path / "run")]
+    assert train.main([*flags, *out, "--epochs", "2", "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert train.main([*flags, *out, "--epochs", "2"]) == 0
+    said, record = capsys.readouterr().out, read_record(tmp_path / "run")
+    assert f"{planned['steps']} steps of {planned['batch_size']}" in said
+    assert weights(tmp_path / "run")["step"] == planned["steps"] == 7
+    assert (planned["dtype"], planned["size"]) == (record["found"]["dtype"], record["found"]["pixels"])
+    assert planned["epochs"] == 2 and planned["alpha"] == 1 and planned["prompt_template"] == "{text}"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert planned["device"] == device and planned["prediction"] == "epsilon" and planned["micro_batch"] == 4
+    off = {"vae", "limit", "min_age", "balance", "exclude", "max_rank", "max_parameters"}  # what is null is off
+    off |= {"instance_prompt", "class_prompt", "class_images", "prior_weight"}
+    assert {name for name, value in planned.items() if value is None} == off
 
 
 def test_dry_run_prints_the_settings_and_writes_nothing(place, tmp_path, capsys):

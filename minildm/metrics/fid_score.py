@@ -12,7 +12,7 @@ from minildm.metrics.features import FeatureSet, collect, require_several
 from minildm.metrics.frechet import SavedStatistics
 from minildm.metrics.inception import DIMS
 from minildm.metrics.manifold import precision_recall_density_coverage
-from minildm.metrics.mmd import cmmd, kid
+from minildm.metrics.mmd import cmmd, kid, suits_kid
 from minildm.metrics.run_split import is_run_split, open_run_split
 from minildm.metrics.small_sample import small_sample
 from minildm.metrics.sources import RECORD_SIZE, list_images, read_as_training, write_json
@@ -94,7 +94,10 @@ def measure(real, fake, extractor, replicates=100, seed=0, progress=False):
         a, b = real.rows[deepest], fake.rows[deepest]
         if min(len(a), len(b)) > 5:
             result["prdc"] = precision_recall_density_coverage(a, b)
-            result["kid"] = vars(kid(a, b))
+            if suits_kid(a) and suits_kid(b):
+                result["kid"] = vars(kid(a, b))
+            else:
+                result["warnings"].append("no KID: these features are far larger than its kernel is made for")
             if extractor.label == "FD-clip":
                 result["cmmd"] = vars(cmmd(a, b))
     return result
@@ -123,6 +126,7 @@ def table(result):
     if "kid" in result:
         value, low, high = (1e3 * result["kid"][name] for name in ("value", "low", "high"))
         lines.append(f"KID x 1000 {where}: {value:.4f}, 95 % interval {low:.4f} - {high:.4f}")
+    if "prdc" in result:
         lines.append(", ".join(f"{name} {value:.3f}" for name, value in result["prdc"].items()) + f" {where}, k = 5")
     if "cmmd" in result:
         lines.append("CMMD: {value:.4f}, 95 % interval {low:.4f} - {high:.4f}".format(**result["cmmd"]))
@@ -151,9 +155,12 @@ def main(argv):
     add_flags(parser, FeatureSettings, "features")
     arguments = parser.parse_args(argv)
     settings = feature_settings(parser, argv)
-    if arguments.save_stats is not None and (len(arguments.dims) > 1 or arguments.save_stats.suffix != ".npz"):
-        raise InputError("--save-stats writes one FILE.npz of one depth; give a single number to --dims")
     if arguments.save_stats is not None:
+        if arguments.save_stats.suffix != ".npz":
+            raise InputError(f"--save-stats {arguments.save_stats} is not the name of a file; give FILE.npz")
+        if len(arguments.dims) > 1:
+            raise InputError(f"--save-stats writes one depth, and --dims gives {len(arguments.dims)}; give one number "
+                             "to --dims")  # fmt: skip
         if Path(arguments.real).suffix == ".npz":
             raise InputError(f"{arguments.real} holds statistics already; --save-stats needs images as REAL")
         writable_file(arguments.save_stats, "--save-stats")

@@ -15,6 +15,8 @@ import numpy as np
 
 from minildm.errors import InputError
 
+LARGEST_MEAN_SQUARE = 10.0  # of features for KID; Inception's have about 0.4
+
 
 @dataclass(frozen=True)
 class Discrepancy:
@@ -26,6 +28,12 @@ class Discrepancy:
 def kid(a, b):
     """Kernel Inception Distance between features a (n, d) and b (m, d): Discrepancy, which may be negative near 0."""
     return _mmd(a, b, lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3, biased=False)
+
+
+def suits_kid(features):
+    """Whether KID's kernel makes sense for features (n, d). Its 1 is meant for x.y / d of about 1, as Inception's
+    are; of features a hundred times larger only the cube of a few images counts."""
+    return float(np.square(features, dtype=np.float64).mean()) <= LARGEST_MEAN_SQUARE
 
 
 def cmmd(a, b, sigma=10.0, scale=1000.0):

@@ -20,7 +20,7 @@ from minildm.settings import Parser, Settings, add_flags, flag, from_flags, sett
 from minildm.training.config import PRESETS, TrainingConfig
 from minildm.training.dreambooth import DreamBoothSettings
 from minildm.training.machine import Machine
-from minildm.training.run import read_record
+from minildm.training.run import data_fingerprint, read_record
 
 # Settings that a resumed run may change: the machine's; where files lie, since their contents are compared; the end.
 PATHS = ("data", "base", "vae", "on_top_of", "exclude")
@@ -135,13 +135,15 @@ def check_texts(data, settings, seed, captioned=True):
     balance: what needs no image is checked before hours of reading them.
 
     Args: settings: DataSettings. captioned: False for DreamBooth, whose images have one prompt and need no split.
+    Returns: a fingerprint of the records' names and prompts.
     """
-    training = range(len(data.records))
+    training, prompts = range(len(data.records)), [""] * len(data.records)
     if captioned:
-        prompts_for(data, settings.prompt_template)
+        prompts = prompts_for(data, settings.prompt_template)
         training = split_by_patient(data.records, settings.split, seed)["train"]
     if settings.balance is not None:
         classes_of([data.records[i] for i in training], settings.balance)
+    return data_fingerprint(data.records, prompts, [b""] * len(prompts))
 
 
 def sampling_flags(settings, result, size):
@@ -173,7 +175,7 @@ def _parser(**options):
     add("--preset", choices=tuple(PRESETS), help=presets)
     add("--out", type=Path, default=Path("runs/latest"), metavar="RUN", help="folder of the run")
     add("--resume", type=Path, metavar="RUN", help="continue this run, exactly")
-    add("--dry-run", action="store_true", help="print the settings and stop")
+    add("--dry-run", action="store_true", help="print the settings with the values a run would use, and stop")
     return parser
 
 

@@ -141,6 +141,11 @@ class Finetuning(Task):
         )
 
 
+def usual_dtype(device):
+    """The name of the default precision of the frozen base."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
 def contexts_folder(settings, folder):
     """Where to cache contexts: ``folder``, or None if a method with these settings trains the text encoder."""
     return None if "text_encoder" in getattr(settings, "targets", NETWORKS) else folder
