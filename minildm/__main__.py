@@ -49,9 +49,7 @@ def audit(arguments):
 
 def adherence(arguments):
     """count how often images show what their prompts ask for"""
-    os.environ.setdefault(
-        "OPENBLAS_NUM_THREADS", "1"
-    )  # the ruler's products are small; threads slow torch's
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the ruler's products are small; threads slow torch's
     from minildm.metrics.adherence import main
 
     return main(arguments)
