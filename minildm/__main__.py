@@ -49,6 +49,7 @@ def audit(arguments):
 
 def adherence(arguments):
     """count how often images show what their prompts ask for"""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the ruler's products are small; threads slow torch's
     from minildm.metrics.adherence import main
 
     return main(arguments)
@@ -56,6 +57,7 @@ def adherence(arguments):
 
 def compare(arguments):
     """train, sample and evaluate methods on one data set: tables and figures of a paper"""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as for adherence
     from minildm.report.compare import main
 
     return main(arguments)

@@ -3,6 +3,7 @@
 import html.parser
 import itertools
 import json
+import random
 import re
 import shutil
 
@@ -149,7 +150,7 @@ def test_every_number_comes_from_the_files(runs, tmp_path):
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        ("summary.json", "has not reached its end"),
+        ("summary.json", "the run has not ended"),
         ("sessions.jsonl", "no sessions.jsonl"),
         ("log.jsonl", "the log has no entry loss"),
     ],
@@ -291,3 +292,45 @@ def test_the_command(runs, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         main([str(tmp_path), "--out", str(tmp_path / "new" / "page.html")])
     assert not (tmp_path / "new").exists()
+
+
+def test_files_with_odd_values_give_a_report_or_an_error_in_one_line(runs, tmp_path):
+    """Any value in any of a run's JSON files may be of any type: written by another version, or edited."""
+    rng, folder = random.Random(0), runs / "selora"
+    fid = {"label": "FD", "n_real": 5, "n_fake": 4, "seed": 3, "features": {"weights": "w"}, "prdc": {"recall": 0.5}}
+    fid |= {"dims": {"64": {"distance": 1.5, "low": 1.0, "high": 2.0}}, "kid": {"value": 1.0, "low": 0.0, "high": 2.0}}
+    audit = {"views": [{"view": "pixels", "share": 0.5, "expected": 0.5, "p": 1.0, "near_copies": 0}], "pictures": []}
+    adherence = {"fields": {"view": {"share": 0.5, "chance": 0.5, "n": 4, "low": 0.1, "high": 0.9}}, "ruler": "r"}
+    for name, content in (("fid.json", fid), ("audit.json", audit), ("adherence.json", adherence)):
+        (folder / name).write_text(json.dumps(content))
+    (folder / "metrics.json").write_text(json.dumps({"fidelity": [fid], "audit": audit, "adherence": adherence}))
+    files = ["config.json", "summary.json", "sessions.jsonl", "log.jsonl", "fid.json", "audit.json", "adherence.json"]
+    before = {name: (folder / name).read_text() for name in [*files, "metrics.json"]}
+    reports = 0
+    for _ in range(120):
+        name = rng.choice(list(before))
+        lines = before[name].splitlines() if name.endswith("l") else [before[name]]
+        which = rng.randrange(len(lines))
+        lines[which] = json.dumps(mutated(json.loads(lines[which]), rng))
+        (folder / name).write_text("\n".join(lines))
+        try:
+            page_of([folder], tmp_path)
+            reports += 1
+        except InputError as error:
+            assert_says(error, name)
+        (folder / name).write_text(before[name])
+    assert reports > 80
+
+
+def mutated(content, rng):
+    """JSON content with one value, at any depth, replaced by one of another type, or removed."""
+    content, at, key = json.loads(json.dumps([content])), None, None
+    value = content
+    while isinstance(value, (dict, list)) and value and (at is None or rng.random() < 0.8):
+        at, key = value, rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value = at[key]
+    if rng.random() < 0.2:
+        del at[key]
+    else:
+        at[key] = rng.choice([None, "x", [], {}, -1, 1e300, True, {"x": []}, ["x"], float("nan")])
+    return content[0] if content else None

@@ -23,7 +23,7 @@ from test_report import check_page, set_settings
 
 from minildm.errors import InputError
 from minildm.images import save_png
-from minildm.report import comparison, figures
+from minildm.report import comparison, figures, measures
 from minildm.report.cells import cells_of, share, variants
 from minildm.report.compare import CompareSettings, main, parse, remember, write_comparison
 from minildm.report.read_run import Missing, read_run
@@ -190,7 +190,7 @@ def rows_of(text, title):
 
 def test_paired_differences_match_scipy(out):
     compare(out)
-    read = comparison.fidelity("FD-random", 64)
+    read = measures.fidelity("FD-random", 64)
     p_values = {}
     for variant in ("lora-rank1", "lora-rank4", "adalora"):
         pair = numbers(out, variant, read), numbers(out, "selora", read)
@@ -213,7 +213,7 @@ def test_paired_differences_match_scipy(out):
 
 def test_equal_parameters_interpolates_lora_between_its_ranks(out):
     compare(out)
-    read = comparison.validation
+    read = measures.validation
     at = np.log(2000 / 1000) / np.log(4000 / 1000)
     low, high, own = (np.array(numbers(out, name, read)) for name in ("lora-rank1", "lora-rank4", "selora"))
     expected = np.mean(own - ((1 - at) * low + at * high))

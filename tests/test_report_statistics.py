@@ -150,7 +150,8 @@ def test_all_forms_of_a_table_show_the_same():
 
 
 def test_spread_keeps_reasons_and_refuses_numbers_that_are_not_finite():
-    assert spread([1.0, 3.0], 1) == Value(2.0, pytest.approx(2**0.5), 2, 1)
+    found = spread([1.0, 3.0], 1)
+    assert (found.mean, found.n, found.digits) == (2.0, 2, 1) and found.deviation == pytest.approx(2**0.5)
     assert spread([1.0]).deviation is None
     assert spread([1.0, Missing("gone")]).reason.replace("1 of 2", "2 of 2") == "gone (2 of 2 runs)"
     assert spread([float("nan"), 1.0]) == Missing("not finite") and spread([], of="loss") == Missing("no loss")

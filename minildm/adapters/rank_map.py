@@ -24,6 +24,11 @@ def layer_kind(path):
     return word + tail.removesuffix(".0").removesuffix("_proj")
 
 
+def is_layer(path):
+    """Whether a module path is one that the tables have a place for."""
+    return bool(BLOCK_NAME.search(path)) and any(mark in path for mark, _ in LAYER_KINDS)
+
+
 def rank_table(ranks):
     """{module path: rank} -> {network: {block: {kind of layer: mean rank}}}, in the order of the paths."""
     tables = {}

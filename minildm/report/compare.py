@@ -24,6 +24,7 @@ from minildm.report import comparison, figures
 from minildm.report.cells import CellFailed, cells_of, generated_paths, sample_cell, share, train_cell, variants
 from minildm.report.evaluate import Evaluator, RunData
 from minildm.report.forecast import forecast
+from minildm.report.measures import Row, metrics_of
 from minildm.report.page import (
     IMAGE_PIXELS,
     WITHHELD,
@@ -179,13 +180,11 @@ def make_cells(cells, flags, settings, device_name, device):
 # --- results ---------------------------------------------------------------------------------------------------------
 def write_comparison(out, variants, cells, settings, command, with_images, failed):
     """Write compare.md, .tex, .csv and .html from the cells' files."""
-    rows = [
-        comparison.Row(v, {cell.seed: _run_of(cell, failed) for cell in cells if cell.variant == v}) for v in variants
-    ]
+    rows = [Row(v, {cell.seed: _run_of(cell, failed) for cell in cells if cell.variant == v}) for v in variants]
     runs = [run for row in rows for run in row.runs.values() if run]
     if not runs:
         return
-    metrics = comparison.metrics_of(rows)
+    metrics = metrics_of(rows)
     tables = [
         comparison.quality_table(rows, metrics),
         comparison.parameters_table(rows),

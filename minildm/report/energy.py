@@ -6,7 +6,7 @@ of the machine and its cooling. Check: 40 hours of a V100 at 300 W, at 0.3 kg of
 
 from dataclasses import dataclass
 
-from minildm.report.read_run import Missing
+from minildm.report.read_run import Missing, is_number
 from minildm.settings import Settings, setting
 
 
@@ -29,8 +29,9 @@ def energy_line(run, settings):
         return Missing(run.summary.reason)
     watts = settings.power
     if watts is None:
-        limits = [session.get("machine", {}).get("power_limit_watts") for session in run.sessions]
-        watts = limits[-1] if limits and None not in limits else None
+        machines = [session.get("machine") for session in run.sessions]
+        limits = [machine.get("power_limit_watts") if isinstance(machine, dict) else None for machine in machines]
+        watts = limits[-1] if limits and all(map(is_number, limits)) else None
     if watts is None:
         return Missing("the power of the device is not known; give --power WATTS")
     kwh = energy(run.summary["seconds"], watts)

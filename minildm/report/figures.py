@@ -184,7 +184,7 @@ def fisher_ratios(runs):
     """The mean Fisher ratio of each block's layers at each test, of each run that has any: a list of Figures."""
     figures = []
     for number, run in enumerate(runs):
-        steps, ratios = run.series("fisher_ratios")
+        steps, ratios = run.layers("fisher_ratios")
         blocks = {}
         for step, layers in zip(steps, ratios):
             at_step = {}
@@ -208,10 +208,10 @@ def loss_by_rank(runs):
     """DyLoRA's validation loss at each rank, after the last step."""
     drawn = []
     for i, run in enumerate(runs):
-        _, found = run.series("validation_by_rank")
-        if found:
-            ranks = sorted(found[-1], key=int)
-            drawn.append(Curve(run.name, [int(rank) for rank in ranks], [found[-1][rank] for rank in ranks], i, True))
+        found = [entry["validation_by_rank"] for entry in run.entries if "validation_by_rank" in entry]
+        points = [(int(rank), loss) for rank, loss in found[-1].items()] if found else []
+        if points:
+            drawn.append(Curve(run.name, *map(list, zip(*sorted(points))), i, True))
     if not drawn:
         return Missing("no run measured it: only DyLoRA does, at the end")
     return curves("by-rank", "Validation loss by rank", "rank", "validation loss", drawn)

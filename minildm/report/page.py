@@ -5,6 +5,7 @@ Images and captions of data that can show patients enter only with --with-images
 """
 
 import base64
+import functools
 import io
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minildm.files import shown, writable_file, written_beside
 from minildm.images import read_text, split_parameters
 from minildm.report import figures
 from minildm.report.energy import EnergySettings, energy_line
-from minildm.report.read_run import Missing, read_runs, step_of
+from minildm.report.read_run import Missing, is_number, read_runs, step_of
 from minildm.report.results import metrics_table
 from minildm.report.tables import Table
 from minildm.settings import Parser, add_flags, from_flags
@@ -33,6 +34,11 @@ WITHHELD = Missing(
 
 def render(template, **content):
     """The page of a template in this folder."""
+    return _environment().get_template(template).render(**content)
+
+
+@functools.cache
+def _environment():
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -41,7 +47,7 @@ def render(template, **content):
     environment.globals.update(Missing=Missing, version=__version__, css=Markup((TEMPLATES / "page.css").read_text()))
     environment.tests["missing"] = lambda thing: isinstance(thing, Missing)
     environment.filters["svg"] = Markup  # made by figures.py, whose texts matplotlib has escaped
-    return environment.get_template(template).render(**content)
+    return environment
 
 
 def _printable(thing):
@@ -128,7 +134,8 @@ def sessions_table(runs):
     rows = []
     for run in runs:
         for session in run.sessions:
-            machine, versions = session.get("machine", {}), session.get("versions", {})
+            machine, versions = (session.get(key) for key in ("machine", "versions"))
+            machine, versions = (part if isinstance(part, dict) else {} for part in (machine, versions))
             where = f"{machine.get('name')} ({machine.get('device')}, {machine.get('threads')} threads)"
             software = ", ".join(f"{name} {version}" for name, version in versions.items())
             rows.append((run.name, _text(session.get("started")), where, f"{software}, Python {session.get('python')}"))
@@ -139,7 +146,7 @@ def sessions_table(runs):
 
 def command(run):
     """The command line that makes the run again."""
-    commands = [session["command"] for session in run.sessions if session.get("command")]
+    commands = [session["command"] for session in run.sessions if isinstance(session.get("command"), str)]
     return commands[0] if commands else Missing("the run does not record its command (no sessions.jsonl)")
 
 
@@ -229,7 +236,8 @@ def audits(run, with_images):
 
 def forgetting(run, with_images):
     """The forgetting probe: (its numbers in words, its images)."""
-    entries = [entry for entry in run.entries if "drift" in entry]
+    names = ("drift", "unrelated", "prompts")
+    entries = [entry for entry in run.entries if all(is_number(entry.get(name)) for name in names)]
     if not entries:
         return Missing("not measured (--forgetting-probe)")
     entry = entries[-1]

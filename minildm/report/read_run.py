@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from minildm.adapters.rank_map import is_layer
 from minildm.data.records import BUILT_IN
 from minildm.errors import InputError
 
@@ -51,17 +52,26 @@ class RunFiles:
         return self.settings.get("data") in BUILT_IN and not self.settings.get("on_top_of")
 
     def series(self, key):
-        """The values of the log's entry ``key``: (steps, values), two lists of equal length."""
-        pairs = [(entry["step"], entry[key]) for entry in self.entries if entry.get(key) is not None]
+        """The numbers of the log's entry ``key``: (steps, values), two lists of equal length."""
+        return self._series(key, is_number)
+
+    def layers(self, key):
+        """The same for an entry that has a number, or null, for each layer: values are {module path: number}."""
+        return self._series(key, is_of_layers)
+
+    def _series(self, key, fits):
+        pairs = [(entry["step"], entry[key]) for entry in self.entries if fits(entry.get(key))]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def split_sizes(self):
         """{split: number of images}."""
-        return {name: len(names) for name, names in self.found.get("splits", {}).items()}
+        splits = self.found.get("splits")
+        splits = splits if isinstance(splits, dict) else {}
+        return {name: len(names) for name, names in splits.items() if isinstance(names, list)}
 
     def ranks(self):
         """[(step, {module path: rank})]: over the run where they change, else of the adapter; Missing without one."""
-        steps, ranks = self.series("ranks")
+        steps, ranks = self.layers("ranks")
         if steps:
             changes = list(zip(steps, ranks))
             return [*changes, (self.last_step, ranks[-1])] if self.last_step > steps[-1] else changes
@@ -84,7 +94,7 @@ class RunFiles:
         if "metrics.json" not in self.results:
             return Missing("not evaluated yet")
         found = self.results["metrics.json"].get(part, {"missing": "not measured"})
-        return Missing(found["missing"]) if isinstance(found, dict) and "missing" in found else found
+        return Missing(str(found["missing"])) if isinstance(found, dict) and "missing" in found else found
 
     def images(self, pattern):
         """Sorted paths of images below the folder."""
@@ -104,15 +114,12 @@ def read_run(folder, name=None):
     if not isinstance(record.get("settings"), dict):
         raise InputError(f"{folder}/config.json has no settings; it was written by minildm 0.1, or is no run's")
     entries, notes = _json_lines(folder / "log.jsonl")
-    entries = [entry for entry in entries if isinstance(entry.get("step"), int)]
+    entries = [entry for entry in entries if is_number(entry.get("step")) and entry["step"] >= 0]
     sessions, more = _json_lines(folder / "sessions.jsonl")
     results = {}
     for path in sorted(path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(f"{pattern}.json")):
         if path.name in RESULTS:
             results[path.relative_to(folder).as_posix()] = _json_object(path)
-    unfinished = "the run has not reached its end (no summary.json); continue it with: python train.py --resume " + str(
-        folder
-    )
     found = record.get("found")
     return RunFiles(
         folder=folder,
@@ -122,7 +129,7 @@ def read_run(folder, name=None):
         found=found if isinstance(found, dict) else {},
         entries=tuple(entries),
         sessions=tuple(sessions),
-        summary=_json_object(folder / "summary.json") if (folder / "summary.json").is_file() else Missing(unfinished),
+        summary=_summary(folder),
         adapter=_adapter(folder),
         results=results,
         notes=tuple(notes + more),
@@ -165,6 +172,19 @@ def _json_lines(path):
     return good, [f"{bad} of {bad + len(good)} lines of {path.name} cannot be read and are left out"] if bad else []
 
 
+def _summary(folder):
+    path = folder / "summary.json"
+    if not path.is_file():
+        return Missing(f"the run has not ended (no summary.json); to continue: python train.py --resume {folder}")
+    summary = _json_object(path)
+    counts = summary.get("parameters")
+    rows = list(counts.values()) if isinstance(counts, dict) else [None]
+    whole = all(isinstance(row, list) and len(row) == 3 and all(map(is_number, row)) for row in rows)
+    if not whole or not is_number(summary.get("seconds")):
+        return Missing("summary.json has another form than this version writes")
+    return summary if is_number(summary.get("steps")) and summary["steps"] > 0 else Missing("the run took no step")
+
+
 def _adapter(folder):
     path = folder / "adapter.safetensors"
     if not path.is_file():
@@ -175,9 +195,22 @@ def _adapter(folder):
             about = json.loads((file.metadata() or {}).get("minildm", "null"))
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); restore it") from None
-    if not isinstance(about, dict) or not isinstance(about.get("ranks"), dict):
+    if not isinstance(about, dict) or not is_of_layers(about.get("ranks")) or not is_number(about.get("scale")):
         return Missing(f"{path.name} does not state its ranks: another tool's format")
     return about
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_of_layers(value):
+    """Whether a value is {module path: number or None}, of layers that a rank map knows."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(is_layer(path) and (number is None or is_number(number)) for path, number in value.items())
+    )
 
 
 def step_of(path):

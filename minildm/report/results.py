@@ -9,7 +9,14 @@ NO_INTERVAL = Missing("no interval was computed for it")
 
 def metrics_table(runs):
     """All results of the runs; Missing where no command has measured anything."""
-    rows = [(run.name, *row) for run in runs for path, content in run.results.items() for row in _rows(path, content)]
+    rows = []
+    for run in runs:
+        for path, content in run.results.items():
+            try:
+                rows += [(run.name, *row) for row in _rows(path, content)]
+            except (KeyError, TypeError, ValueError, AttributeError):
+                odd = Missing(f"{path} has another form than this version writes")
+                rows.append((run.name, "result", odd, odd, odd, path))
     if not rows:
         return Missing(
             "no metric was measured; sample images, then: python -m minildm fid REAL FOLDER, audit, clip-score, "

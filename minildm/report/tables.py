@@ -9,7 +9,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from minildm.report.read_run import Missing
+from minildm.report.read_run import Missing, is_number
 
 CSV_HEADER = ("table", "row", "column", "value", "deviation", "n", "text")
 
@@ -23,6 +23,11 @@ class Value:
     n: int = 1
     digits: int = 3  # after the point
     unit: str = ""  # "%", "s", ...
+
+    def __post_init__(self):
+        for number in (self.mean, 0.0 if self.deviation is None else self.deviation):
+            if not is_number(number):
+                raise TypeError(f"a Value must be a number, got {number!r}")
 
     def __str__(self):
         mean = f"{self.mean:,.{self.digits}f}"
