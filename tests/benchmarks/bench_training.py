@@ -58,10 +58,13 @@ def mean_loss(model, unet, text_encoder, data):
 
 def our_step(model, data, kind="lora", rank=4):
     """A function that does one step; with ``test`` on, SeLoRA's test inside it."""
+    from minildm import kernels
     from minildm.adapters import add_adapter, fisher_probe
     from minildm.optimizer import AdamW, clip_gradients
 
     add_adapter(model, kind, rank=rank)
+    if kernels.float32_is_faster(model.dtype, model.device):  # on some CPUs, in bfloat16
+        kernels.compute_in_float32(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters)
 
