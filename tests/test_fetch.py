@@ -210,7 +210,8 @@ def test_ctrl_c_keeps_what_has_come_and_a_second_call_continues(hub, tmp_path):
     """The real command, with HF_ENDPOINT; the server sends half the file and then nothing."""
     half = hub.stall = len(content()) // 2
     environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")}
-    code = f"from minildm import download, published; published.SHA256[{SD15!r}] = {SHA256[SD15]!r}\n"
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore SIGINT
+    code += f"from minildm import download, published; published.SHA256[{SD15!r}] = {SHA256[SD15]!r}\n"
     code += "download.TIMEOUT = 600\n"  # on a busy machine the second process may take longer than the usual 30 s
     code += "from minildm.__main__ import exit_cleanly, main; exit_cleanly(main, ['fetch', 'sd15', '--out', 'weights'])"
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
