@@ -103,8 +103,8 @@ class Run:
                 path = self.settings_before.get(name) if then is not self.settings_before else None
                 where = f" ({path} at that time)" if path else ""
                 raise InputError(
-                    f"{self.folder} was begun with {name} = {then.get(name)!r}{where}, not {now.get(name)!r}; leave it as "
-                    "it was, or begin a new run with another --out"
+                    f"{self.folder} was begun with {name} = {then.get(name)!r}{where}, not {now.get(name)!r}; leave "
+                    "it as it was, or begin a new run with another --out"
                 )
 
     @property
