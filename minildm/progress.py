@@ -72,7 +72,9 @@ class Progress:
         return ", ".join(parts + [self.note] * bool(self.note))
 
     def _amount(self):
-        scale, unit = (1e6, "MB") if self.unit == "B" else (1, f"{self.unit}s")
+        scale, unit = (
+            (1e6, "MB") if self.unit == "B" else (1, f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}")
+        )
         done = f"{self.done / scale:,.0f}"
         if not self.total:
             return f"{done} {unit}"

@@ -63,6 +63,7 @@ def test_amounts_of_bytes_and_of_unknown_totals_are_readable(clock):
     bar.reset()
     assert bar.line() == "file: 0 of 5,000 MB (0 %), 00:00 so far"
     assert Progress("reading", "image").line() == "reading: 0 images, 00:00 so far"
+    assert Progress("validating", "batch", 6).line() == "validating: 0 of 6 batches (0 %), 00:00 so far"
 
 
 def test_all_progress_is_shown_in_one_way():

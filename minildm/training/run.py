@@ -102,9 +102,11 @@ class Run:
     def _compare(self, then, now, free=()):
         for name in sorted({*then, *now} - {*free}):
             if then.get(name) != now.get(name):
+                path = self.settings_before.get(name) if then is not self.settings_before else None
+                where = f" ({path} at that time)" if path else ""
                 raise InputError(
-                    f"{self.folder} was begun with {name} = {then.get(name)!r}, not {now.get(name)!r}; leave it as it "
-                    "was, or begin a new run with another --out"
+                    f"{self.folder} was begun with {name} = {then.get(name)!r}{where}, not {now.get(name)!r}; leave "
+                    "it as it was, or begin a new run with another --out"
                 )
 
     def found(self, name):
@@ -250,7 +252,7 @@ def read_record(folder):
         if (Path(folder) / "autoencoder" / "config.json").is_file():
             raise InputError(f"{folder} is a run of pretraining, with a config.json for each stage; python -m minildm "
                              f"pretrain --resume {folder} continues it")  # fmt: skip
-        raise FileNotFoundError(f"{folder} holds no run (no config.json)")
+        raise FileNotFoundError(f"{folder} holds no run to resume (no config.json)")
     record = read_json(path)
     if "settings" not in record:
         raise InputError(
