@@ -83,3 +83,8 @@ class Progress:
     def close(self):
         if self.bar is not None:
             self.bar.close()
+
+
+def say(line):
+    """Print a line on stdout, above a bar that may be shown."""
+    tqdm.write(line)

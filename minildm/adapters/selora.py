@@ -28,12 +28,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from minildm.adapters.fisher import probe_layers
 from minildm.adapters.inject import target_paths
 from minildm.adapters.lora import LoRA, LoRALinear, LoRASettings
 from minildm.errors import InputError
+from minildm.progress import say
 from minildm.seeds import seeded
 from minildm.settings import setting
 
@@ -187,7 +187,7 @@ class SeLoRA(LoRA):
         new_blocks = [self.grow(self.layers[path], self.probe.expansion(path), optimizer) for path in chosen]
         if self.compiled and any(new_blocks):
             self.level_blocks()
-            tqdm.write(f"note: a layer has outgrown {ROWS_PER_BLOCK} (16, ...) ranks; its network is compiled again")
+            say(f"note: a layer has outgrown {ROWS_PER_BLOCK} (16, ...) ranks; its network is compiled again")
         return {
             "fisher_ratios": {path: new / old if old > 0 else None for path, (old, new) in scores.items()},
             "ranks": {path: layer.rank for path, layer in self.layers.items()},

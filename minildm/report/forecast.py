@@ -5,9 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minildm.errors import InputError
+from minildm.progress import Progress
 from minildm.report.cells import Cell, CellFailed, sample_cell, train_cell
 from minildm.report.evaluate import RunData
 from minildm.report.read_run import read_run
@@ -23,7 +22,7 @@ def forecast(variants, train_flags, sampling, device, steps, samples, n_seeds, l
     lines, seconds, size = [], 0.0, 0
     short = [*train_flags, "--steps", str(STEPS), "--warmup", "1", "--limit", str(min(limit or LIMIT, LIMIT))]
     short += ["--validation-pairs", "1", "--sample-interval", "0"]
-    for variant in tqdm(variants, desc="measuring", unit="method", disable=None):
+    for variant in Progress("measuring", "method", iterable=variants):
         with tempfile.TemporaryDirectory() as folder:
             cell = Cell(variant, 0, Path(folder) / "cell")
             try:
