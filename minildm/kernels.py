@@ -39,14 +39,6 @@ def lean():
         winograd_enabled = before
 
 
-def to_device(tensor, device, dtype=None):
-    """Twin: ``tensor.to(device, dtype)``. A plain copy to a GPU waits until all work queued there is done; one from
-    pinned memory does not."""
-    if enabled and torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        return tensor.to(dtype or tensor.dtype).pin_memory().to(device, non_blocking=True)
-    return tensor.to(device, dtype)
-
-
 def convolution(layer, x):
     """Twin: the layer's own convolution, `torch.nn.functional.conv2d` with padding 1.
 

@@ -15,9 +15,9 @@ from torch import nn
 from minildm.config import SPATIAL_FACTOR, STRENGTH, SamplingSettings
 from minildm.errors import InputError
 from minildm.files import sha256
-from minildm.kernels import to_device
 from minildm.samplers import SAMPLERS, guide, starting_point
 from minildm.schedule import NoiseSchedule
+from minildm.seeds import to_device
 from minildm.tokenizer import Tokenizer
 
 EARLIEST_START = 0.9  # share of the schedule; `_check_start` warns of sampling that starts before

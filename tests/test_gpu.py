@@ -9,7 +9,7 @@ from fake_gpu import CUDA, fake_gpu, to_gpu
 from made_runs import samples, settings, small_model
 from peers import random_model
 
-from minildm import kernels
+from minildm import seeds
 from minildm.adapters import METHODS
 from minildm.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minildm.samplers import SAMPLERS
@@ -74,10 +74,10 @@ def test_its_backward_reaches_every_parameter_with_the_right_shape(gpu):
 
 def test_copies_to_a_gpu_do_not_wait(gpu):
     x = torch.rand(2, 3)
-    there = kernels.to_device(x, CUDA, torch.float16)
+    there = seeds.to_device(x, CUDA, torch.float16)
     assert there.is_cuda and there.dtype == torch.float16 and there.shape == (2, 3)
     assert gpu.waits == []
-    assert kernels.to_device(x, torch.device("cpu")) is x
+    assert seeds.to_device(x, torch.device("cpu")) is x
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import torch
 
 from minildm.adapters.inject import adapter_layers
 from minildm.adapters.lora import kaiming_rows
-from minildm.kernels import to_device
+from minildm.seeds import to_device
 
 
 class Tap(torch.autograd.Function):

@@ -12,10 +12,9 @@ import torch
 from minildm.data.loader import training_batches
 from minildm.data.splits import classes_of
 from minildm.images import FROM_DATA, contact_sheet, save_png
-from minildm.kernels import to_device
 from minildm.latent_diffusion import to_pil
 from minildm.pretraining.stage import low_precision
-from minildm.seeds import seeded
+from minildm.seeds import seeded, to_device
 from minildm.training.loss import sample_randomness
 from minildm.training.task import Task
 

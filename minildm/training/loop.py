@@ -12,9 +12,9 @@ import torch
 
 from minildm.distributed import sum_over_processes
 from minildm.errors import InputError, is_out_of_memory
-from minildm.kernels import to_device
 from minildm.optimizer import clip_gradients
 from minildm.progress import Progress
+from minildm.seeds import to_device
 from minildm.training.machine import helpful_out_of_memory, peak_memory_mb, stop_requests
 from minildm.training.state import State
 

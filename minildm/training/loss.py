@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import default_collate
 
-from minildm.kernels import to_device
 from minildm.progress import Progress
-from minildm.seeds import seeded
+from minildm.seeds import seeded, to_device
 
 
 class Randomness(NamedTuple):
