@@ -58,7 +58,7 @@ def test_messages_name_the_flag_and_the_cause(command, arguments, words, tmp_pat
     (tmp_path / "semicolons.csv").write_text("file;prompt\na;b\n")
     for path in ("run/config.json", "stages/autoencoder/config.json"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text('{"settings": {}, "found": {}}')
+        (tmp_path / path).write_text('{"settings": {"adapter": "lora"}, "found": {}}')
     for i in range(2):
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
     before = sorted(path for path in tmp_path.rglob("*"))

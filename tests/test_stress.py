@@ -77,9 +77,8 @@ def test_kills_over_sampling_change_nothing(place, tmp_path):
     killed_at_random([*arguments, str(tmp_path / "whole")], 0, 0, None)
     seconds = time.perf_counter() - begun
     killed_at_random([*arguments, str(tmp_path / "killed")], max(KILLS // 5, 1), seconds, random.Random(0))
-    assert files(tmp_path / "whole", "0*.png").keys() >= files(tmp_path / "killed", "0*.png").keys()
     whole, killed = (files(tmp_path / name, "[0-9]*-seed*.png") for name in ("whole", "killed"))
-    images = {name for name in whole if name.parent == Path(".")}
+    images = {name for name in whole if name.parent == Path(".")}  # the sheet is named by the first image of a call
     assert len(images) == 40 and all(whole[name] == killed[name] for name in images)
     assert nothing_left_behind(tmp_path / "killed")
 

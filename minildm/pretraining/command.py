@@ -98,7 +98,7 @@ def parse(arguments):
         if given.out:
             raise InputError(f"--resume {given.resume} continues in its own folder; leave --out {given.out} out")
         if not (given.resume / "autoencoder" / "config.json").is_file():
-            if (given.resume / "config.json").is_file():
+            if (given.resume / "config.json").is_file() and "adapter" in read_record(given.resume)["settings"]:
                 raise InputError(f"{given.resume} is a run of train.py; python train.py --resume {given.resume} "
                                  "continues it")  # fmt: skip
             raise FileNotFoundError(f"{given.resume} holds no pretraining run to resume (no autoencoder/config.json)")
