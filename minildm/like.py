@@ -48,7 +48,7 @@ def _flags_of_record(args, record):
         "prediction": record["prediction"],
         "device": record["machine"]["device"],
         "dtype": record["dtype"],
-        "products": record["products"],
+        "products": record["products"] if args.dtype in (None, record["dtype"]) else None,
         "compile": record["compile"],
         "plain": record["plain"],
     }

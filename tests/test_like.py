@@ -201,7 +201,8 @@ def half_after_overflow(model, overflowed):
         (["--init-image", "{}/init.png"], "strength, initial image"),
     ],
 )
-def test_explicit_flags_override_the_record(flags, unlike, folder, tmp_path, capsys):
+def test_explicit_flags_override_the_record(flags, unlike, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "float32_is_faster", lambda *_: False)  # whatever this processor does
     adapter = ["--adapter", folder / "a.safetensors"]
     path = make(folder, tmp_path / "out", "a cat", *adapter, "--seed", 5)
     flags = [flag.format(folder) for flag in flags]

@@ -125,7 +125,7 @@ def test_an_empty_prompt_is_warned_of():
 
 def test_shrink_refuses_a_multiplier_it_would_ignore():
     for adapter in ("run/a:0.5", "run/a@2"):
-        with pytest.raises(InputError, match="shrink takes an adapter as it is; give run/a,"):
+        with pytest.raises(InputError, match="taken as it is, without a multiplier or rank; give run/a"):
             shrink([adapter, "--rank", "1"])
 
 
