@@ -195,7 +195,7 @@ def half_after_overflow(model, overflowed):
         (["--steps", "4"], "steps"),
         (["--negative", "x"], "negative prompt"),
         (["another prompt"], "prompt"),
-        (["--dtype", "bfloat16"], "dtype"),
+        (["--dtype", "bfloat16"], "dtype, products"),
         (["--adapter", "none"], "adapters"),
         (["--guidance", "1", "--width", "72"], "guidance, width"),
         (["--init-image", "{}/init.png"], "strength, initial image"),
