@@ -131,7 +131,7 @@ def test_the_wheel_contains_the_whole_package_and_the_embedded_model(unpacked_wh
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
     assert files(unpacked_wheel / "minildm" / "tiny") == files(ROOT / "weights" / "tiny")
-    modules = {name for name in files(ROOT / "minildm") if name.endswith(".py")}
+    modules = {name for name in files(ROOT / "minildm") if name.endswith((".py", ".html", ".css"))}
     assert modules == {name for name in files(unpacked_wheel / "minildm") if not name.startswith("tiny/")}
 
 
