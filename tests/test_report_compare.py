@@ -292,7 +292,7 @@ def command(place, out):
     return [sys.executable, "-m", "minildm", "compare", *words]
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_kill_9_at_any_moment_changes_no_table(tmp_path):
     write_folder(small_model(), tmp_path / "base")
     folder(tmp_path / "data", 20)
