@@ -189,7 +189,7 @@ def image(side, device, folder):
         return lambda: model.sample(["chest x-ray"], steps=20, guidance=7.5)
     from peers import diffusers_pipeline
 
-    pipe = diffusers_pipeline(Path(folder)).to(device)
+    pipe = diffusers_pipeline(Path(folder)).to(device, torch.float32)
     return lambda: pipe("chest x-ray", num_inference_steps=20, guidance_scale=7.5)
 
 
