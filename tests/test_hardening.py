@@ -39,6 +39,9 @@ from minildm.vae import VAE
 ROOT = Path(__file__).resolve().parent.parent
 
 
+FEATURES = ["--features", "random", "--dims", "64"]
+
+
 @contextmanager
 def full_disk(room):
     """Inside, no file of this process can have more than ``room`` bytes: the system refuses the write, as a disk that
@@ -81,33 +84,13 @@ def images(tmp_path_factory):
 def fid(images, out):
     from minildm.metrics.fid_score import main
 
-    main(
-        [
-            str(images / "real"),
-            str(images / "fake"),
-            "--features",
-            "random",
-            "--dims",
-            "64",
-            "--out",
-            str(out / "f.json"),
-        ]
-    )
+    main([str(images / "real"), str(images / "fake"), *FEATURES, "--out", str(out / "f.json")])
 
 
 def statistics(images, out):
     from minildm.metrics.fid_score import main
 
-    arguments = [
-        "--features",
-        "random",
-        "--dims",
-        "64",
-        "--out",
-        str(out / "f.json"),
-        "--save-stats",
-        str(out / "s.npz"),
-    ]
+    arguments = [*FEATURES, "--out", str(out / "f.json"), "--save-stats", str(out / "s.npz")]
     main([str(images / "real"), str(images / "fake"), *arguments])
 
 
@@ -319,37 +302,37 @@ def run_both(target, each):
         assert worker.exitcode == 0
 
 
-def race_for_names(folder, n):
+def assert_that_no_image_is_lost(folder, n):
     folder.mkdir(exist_ok=True)
     run_both(save_images, lambda i, barrier: (folder, "ab"[i], barrier, n))
     texts = {Image.open(path).info["parameters"] for path in folder.iterdir()}
     assert texts == {f"{name} {i}" for name in "ab" for i in range(n)}
 
 
-def race_for_a_run(folder):
+def assert_that_one_begins_the_run(folder):
     results = multiprocessing.get_context("fork").Queue()
     run_both(begin, lambda i, barrier: (folder, barrier, results))
     assert sorted(results.get(timeout=10) for _ in range(2)) == ["begun", "refused"]
     read_json(folder / "config.json")
 
 
-def race_for_a_cache(folder, n):
+def assert_that_no_row_is_lost(folder, n):
     run_both(add_rows, lambda i, barrier: (folder, i, barrier, n))
     rows = Rows(folder, "x", (4,))
     assert len(rows.locations) == 2 * n and all(rows[bytes([i, k]) * 16][0] == k for i in range(2) for k in range(n))
 
 
 def test_two_processes_that_save_images_at_once_lose_none(tmp_path):
-    race_for_names(tmp_path, 20)
+    assert_that_no_image_is_lost(tmp_path, 20)
 
 
 def test_of_two_processes_that_begin_a_run_at_once_one_is_refused(tmp_path):
     for i in range(5):
-        race_for_a_run(tmp_path / str(i))
+        assert_that_one_begins_the_run(tmp_path / str(i))
 
 
 def test_two_processes_that_fill_a_cache_at_once_lose_nothing(tmp_path):
-    race_for_a_cache(tmp_path, 10)
+    assert_that_no_row_is_lost(tmp_path, 10)
 
 
 def test_a_run_that_began_and_ended_meanwhile_is_not_overwritten(finished, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from made_data import folder
 from made_runs import small_model
 from peers import write_folder
-from test_hardening import race_for_a_cache, race_for_a_run, race_for_names
+from test_hardening import assert_that_no_image_is_lost, assert_that_no_row_is_lost, assert_that_one_begins_the_run
 from test_training_runs import flags, kill_and_resume, weights
 
 import train
@@ -105,15 +105,15 @@ def test_kills_over_pretraining_change_nothing(place, tmp_path):
 
 def test_races_for_the_names_of_images(tmp_path):
     for i in range(RACES):
-        race_for_names(tmp_path / str(i), 3)
+        assert_that_no_image_is_lost(tmp_path / str(i), 3)
 
 
 def test_races_for_a_run(tmp_path):
     for i in range(RACES):
-        race_for_a_run(tmp_path / str(i))
+        assert_that_one_begins_the_run(tmp_path / str(i))
         shutil.rmtree(tmp_path / str(i))
 
 
 def test_races_for_a_cache(tmp_path):
     for i in range(RACES):
-        race_for_a_cache(tmp_path / str(i), 3)
+        assert_that_no_row_is_lost(tmp_path / str(i), 3)
