@@ -1,7 +1,8 @@
-"""The same numbers, faster: code that exists only for speed.
+"""Code that exists only for speed: equal to plain code up to rounding.
 
-Each function here equals plain code that stands where it is used; its docstring names that twin and a test compares the
-two. With ``kernels.enabled = False``, or inside ``with kernels.plain():``, only the plain code runs.
+Each fast path replaces plain code, its twin, which the docstring names; a test compares the two. With
+``kernels.enabled = False``, or inside ``with kernels.plain():``, layers run only the plain code (unless
+`compute_in_float32` has changed them before).
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 enabled = True
-winograd_enabled = True  # in `convolution`; off while training, which has better uses for the memory
+winograd_enabled = True  # in `convolution`; off while training, to save memory
 
 
 @contextlib.contextmanager
@@ -30,7 +31,7 @@ def plain(wanted=True):
 
 @contextlib.contextmanager
 def lean():
-    """Inside this block, nothing that needs more memory than the plain code."""
+    """Inside this block, run no code that needs more memory than its twin."""
     global winograd_enabled
     before, winograd_enabled = winograd_enabled, False
     try:
@@ -42,7 +43,7 @@ def lean():
 def convolution(layer, x):
     """Twin: the layer's own convolution, `torch.nn.functional.conv2d` with padding 1.
 
-    Args: layer: nn.Conv2d with a 3x3 kernel; x (B, C_in, h, w). Returns: (B, C_out, h, w).
+    Args: layer: nn.Conv2d with a 3x3 kernel, stride 1, no groups; x (B, C_in, h, w). Returns: (B, C_out, h, w).
     """
     if winograd_enabled and winograd_pays(layer, x):
         return winograd(x, winograd_weight(layer), layer.bias)
@@ -51,18 +52,27 @@ def convolution(layer, x):
     return F.conv2d(x, layer.weight, layer.bias, padding=1)
 
 
-def winograd_pays(layer, x):
-    """Measured on CPUs without and with AMX, in float32: from 320 channels and maps larger than 4 x 4 on, 1.2 to 2.6
-    times as fast. Without gradients only, and for frozen weights, which are transformed once."""
+def eligible(layer, x):
+    """Whether the fast paths may take ``layer`` of ``x``: frozen, on a CPU, with one dtype and an ordinary tensor."""
     return (
         x.device.type == "cpu"
-        and x.dtype == torch.float32 == layer.weight.dtype
+        and x.dtype == layer.weight.dtype
+        and type(x) is torch.Tensor
+        and not layer.weight.requires_grad
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def winograd_pays(layer, x):
+    """Measured on CPUs without and with AMX, in float32: with at least 320 channels and maps larger than 4 x 4, 1.2 to
+    2.6 times as fast. Without gradients only."""
+    return (
+        x.dtype == torch.float32
         and min(layer.weight.shape[:2]) >= 320
         and x.shape[2] * x.shape[3] > 16
         and not torch.is_grad_enabled()
-        and not layer.weight.requires_grad
-        and not torch.compiler.is_compiling()
-        and type(x) is torch.Tensor
+        and eligible(layer, x)
     )
 
 
@@ -82,7 +92,7 @@ _transformed = weakref.WeakKeyDictionary()  # layer -> (its weight, the weight's
 
 def winograd_weight(layer):
     """G g G^T of each pair of channels, (16, C_in, C_out): 16/9 of the weight's memory, kept until the weight changes.
-    (An entry keeps the weight's memory as well, so that no other weight can come to lie there unnoticed.)"""
+    (The entry also holds the weight, so that its address cannot be reused by another.)"""
     weight = layer.weight
     kept = _transformed.get(layer)
     if kept is None or kept[0].data_ptr() != weight.data_ptr() or kept[1] != weight._version:
@@ -145,17 +155,8 @@ def _times_A(y, out=(None, None)):
 
 
 def product_pays(layer, x):
-    """Whether `ConvolutionAsProduct` does. Measured on CPUs without and with AMX, in float32 and bfloat16; for frozen
-    weights."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == layer.weight.dtype in (torch.float32, torch.bfloat16)
-        and is_small_map(layer.weight, x)
-        and not layer.weight.requires_grad
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and type(x) is torch.Tensor
-    )
+    """Is `ConvolutionAsProduct` faster? Measured on CPUs without and with AMX, in float32 and bfloat16."""
+    return x.dtype in (torch.float32, torch.bfloat16) and is_small_map(layer.weight, x) and eligible(layer, x)
 
 
 def is_small_map(weight, x):
@@ -171,8 +172,8 @@ def is_small_map(weight, x):
 class ConvolutionAsProduct(torch.autograd.Function):
     """`convolution` as one matrix product: each position's neighbourhood of 9 C_in numbers times the weight.
 
-    oneDNN's convolution copies the weight into its own order at every call, forward and backward, which on small maps
-    takes longer than the products. A product reads a channels-last weight as it lies.
+    oneDNN repacks the weight at every call, forward and backward, which on small maps takes longer than the products. A
+    product reads a channels-last weight as it lies.
     """
 
     @staticmethod
@@ -216,13 +217,13 @@ def is_bfloat16_on_cpu(dtype, device):
 
 def float32_is_faster(dtype, device):
     """Whether products of ``dtype`` are faster in float32: for bfloat16 on a CPU that has no instructions for it. A
-    measurement of under 0.1 s, so whoever asks must store the answer beside the results. Prints a line if so."""
+    measurement of under 0.1 s, so callers must record the answer. Prints a line if it is."""
     if not is_bfloat16_on_cpu(dtype, device):
         return False
     x, weight = torch.ones(256, 640), torch.ones(640, 640)
     inputs = {kind: (x.to(kind), weight.to(kind)) for kind in (torch.float32, torch.bfloat16)}
     seconds = {kind: [] for kind in inputs}
-    for _ in range(4):  # by turns; the fastest counts, as the first one prepares and others may be disturbed
+    for _ in range(4):  # alternate and keep the fastest: the first run warms up, others may be disturbed
         for kind, pair in inputs.items():
             begun = time.perf_counter()
             F.linear(*pair)
@@ -260,11 +261,13 @@ def is_plain_conv3x3(layer):
 
 
 def _in_float32(layer, x):
+    if layer.weight.requires_grad:  # its gradient is autograd's
+        return type(layer).forward(layer, x)
     return Float32Product.apply(x, layer)
 
 
 class Float32Product(torch.autograd.Function):
-    """A frozen layer in bfloat16, computed in float32. (Autograd itself would keep the weights in float32.)"""
+    """A frozen layer in bfloat16, computed in float32. (Plain autograd would keep float32 copies of the weights.)"""
 
     @staticmethod
     def forward(ctx, x, layer):

@@ -41,7 +41,7 @@ FORM = {  # what `read_record` expects: a type, several in a tuple, None; a list
     "adapters": [FILE | {"multiplier": NUMBER, "rank": (int, None)}],
     "prediction": str,
     "dtype": str,
-    "products": str,  # float32 where bfloat16 was slower (kernels.product_dtype), else as dtype
+    "products": str,  # float32 where bfloat16 was slower (kernels.float32_is_faster), else as dtype
     "vae_dtype": str,  # float32 once the VAE has overflowed in half precision
     "compile": bool,
     "plain": bool,

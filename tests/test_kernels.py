@@ -91,3 +91,10 @@ def test_autograd_keeps_no_weights_in_float32():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         layer(torch.ones(2, 64, dtype=torch.bfloat16, requires_grad=True))
     assert kept == []
+
+
+def test_a_trained_layer_keeps_its_own_product_and_its_gradient():
+    layer = nn.Linear(4, 3).bfloat16()
+    kernels.compute_in_float32(layer)
+    layer(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.eq(2).all()

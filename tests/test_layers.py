@@ -173,6 +173,8 @@ def test_winograd_runs_where_it_pays_and_is_within_parity_there():
     assert not torch.equal(layer(x), plain) and relative_error(layer(x), plain) <= PARITY
     assert not kernels.winograd_pays(layer, x[:, :, :4, :4])
     assert not kernels.winograd_pays(layer, x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kernels.winograd_pays(layer, x)
     assert not kernels.winograd_pays(conv3x3(319, 320), x[:, :319])
     with torch.enable_grad():
         assert torch.equal(layer(x), plain)

@@ -39,16 +39,26 @@ def open_run_split(source):
     choices = splits | ({"held-out": held_out} if held_out else {})
     if split not in choices:
         raise InputError(f"{source}: expected run:FOLDER:SPLIT with SPLIT one of {', '.join(choices)}")
-    settings = _data_settings(record["settings"])
-    captioned = record["settings"].get("instance_prompt") is None
-    data = open_data_set(record["settings"]["data"], settings, record["settings"]["seed"], captioned)
+    settings = dataclasses.replace(run_settings(record["settings"]), size=None)
+    _, records = open_run_data(record["settings"], settings, sorted(choices[split]), source)
+    return RunSplit(tuple(records), settings)
+
+
+def open_run_data(stored, settings, names, source):
+    """The data set of a run, opened again, and those of its records that have these names.
+
+    Args: stored: the settings in the run's config.json; settings: DataSettings, the run's or with changes; names: of
+        images; source: for errors.
+    Returns: (DataSet, [Record]). Raises: InputError where an image is gone; what `open_data_set` raises.
+    """
+    data = open_data_set(stored["data"], settings, stored["seed"], stored.get("instance_prompt") is None)
     records = {one.name: one for one in data.records}
-    if missing := [name for name in choices[split] if name not in records]:
+    if missing := [name for name in names if name not in records]:
         raise InputError(
-            f"{len(missing):,} of the {len(choices[split]):,} images of {source} are no longer in {data.name}, such as "
+            f"{len(missing):,} of the {len(names):,} images of {source} are no longer in {data.name}, such as "
             f"{missing[0]}; restore them"
         )
-    return RunSplit(tuple(records[name] for name in sorted(choices[split])), settings)
+    return data, [records[name] for name in names]
 
 
 def settings_for(sources, settings, given):
@@ -63,7 +73,7 @@ def settings_for(sources, settings, given):
     unused = READING if len(runs) < len(sources) else [field.name for field in dataclasses.fields(DataSettings)]
     if taken := [name for name in unused if name in given and name != "size"]:
         raise InputError(f"{flag(taken[0])}: the settings of {runs[0]} are used; leave {flag(taken[0])} out")
-    stored = [_data_settings(read_record(_parts(source)[0])["settings"]) for source in runs]
+    stored = [run_settings(read_record(_parts(source)[0])["settings"]) for source in runs]
     if len({(one.fit, one.greys) for one in stored}) > 1:
         raise InputError(f"{' and '.join(runs)} read images differently (--fit, --greys); give splits of one run")
     return dataclasses.replace(settings, fit=stored[0].fit, greys=stored[0].greys)
@@ -76,6 +86,7 @@ def _parts(source):
     return (folder, split) if folder else (text, "")
 
 
-def _data_settings(stored):
+def run_settings(stored):
+    """The DataSettings among the settings in a run's config.json."""
     names = {field.name for field in dataclasses.fields(DataSettings)} & {*stored}
-    return dataclasses.replace(DataSettings(**{name: stored[name] for name in names}), size=None)
+    return DataSettings(**{name: stored[name] for name in names})

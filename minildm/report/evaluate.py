@@ -4,7 +4,6 @@ Held out are all images of the run's splits but the training split. All images, 
 reads them, at the run's size. Each image is described once by each network, whatever number of cells it serves.
 """
 
-import dataclasses
 import hashlib
 import json
 import warnings
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 
 import minildm
-from minildm.data.open import DataSettings, open_data_set
 from minildm.data.prompts import prompts_for
 from minildm.data.splits import classes_of
 from minildm.errors import InputError
@@ -29,6 +27,7 @@ from minildm.metrics.features import FeatureSet, batches
 from minildm.metrics.fid_score import measure
 from minildm.metrics.frechet import Statistics
 from minildm.metrics.inception import WEIGHTS_NAME
+from minildm.metrics.run_split import open_run_data, run_settings
 from minildm.metrics.sources import as_tensor, image_name, read_as_training, write_json
 from minildm.metrics.utility import usefulness
 from minildm.report.read_run import read_run
@@ -54,20 +53,16 @@ class RunData:
     """
 
     def __init__(self, run):
-        names = {field.name for field in dataclasses.fields(DataSettings)}
-        values = {name: value for name, value in run.settings.items() if name in names}
-        settings = DataSettings(**values)
-        data = open_data_set(run.settings["data"], settings, run.settings["seed"])
+        settings, splits = run_settings(run.settings), run.found["splits"]
+        names = [name for members in splits.values() for name in members]
+        data, found = open_run_data(run.settings, settings, names, run.folder)
         prompts = dict(zip((record.name for record in data.records), prompts_for(data, settings.prompt_template)))
-        records = {record.name: record for record in data.records}
+        records = {record.name: record for record in found}
         self.transform = settings.transform(run.found["pixels"])
-        self.splits = {}
-        for split, members in run.found["splits"].items():
-            if absent := [name for name in members if name not in records]:
-                raise InputError(f"{run.settings['data']} no longer holds {absent[0]}, an image of {run.folder}")
-            self.splits[split] = Part(
-                tuple(records[name] for name in members), tuple(prompts[name] for name in members)
-            )
+        self.splits = {
+            split: Part(tuple(records[name] for name in members), tuple(prompts[name] for name in members))
+            for split, members in splits.items()
+        }
 
     @cached_property
     def held_out(self):
