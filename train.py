@@ -117,7 +117,7 @@ def main(arguments):
     sizes = ", ".join(f"{len(part.records):,} {name}" for name, part in splits.items())
     print(f"{data.name}: {sizes} images; {task.steps:,} steps of {config.batch_size}; run: {run.folder}")
     if products is not None and device.type == "cpu":
-        kernels.compute_in_float32(model)
+        kernels.products_in_float32(model)
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
     print(summary(state, method, run))
     run.save_file("report.html", lambda path: print(f"report: {write_report([run.folder], path)}"))

@@ -2,7 +2,7 @@
 
 Each fast path replaces plain code, its twin, which the docstring names; a test compares the two. With
 ``kernels.enabled = False``, or inside ``with kernels.plain():``, layers run only the plain code (unless
-`compute_in_float32` has changed them before).
+`products_in_float32` has changed them before).
 """
 
 import contextlib
@@ -235,7 +235,7 @@ def float32_is_faster(dtype, device):
     return faster
 
 
-def compute_in_float32(model):
+def products_in_float32(model):
     """Compute the products of all frozen layers in float32: their weights and what lies between layers stay bfloat16,
     so a training step keeps no more memory. Twin: the layers as they are.
 

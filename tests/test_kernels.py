@@ -48,7 +48,7 @@ def test_a_layer_in_float32_is_the_layer_and_its_gradient(layer, shape):
     layer = layer.bfloat16().requires_grad_(False)
     exact = copy.deepcopy(layer).double()
     x = torch.randn(shape, generator=generator).bfloat16()
-    kernels.compute_in_float32(layer)
+    kernels.products_in_float32(layer)
     y, (dx,) = _with_gradient(layer, x)
     exact_y, (exact_dx,) = _with_gradient(exact, x.double())
     half = 2.0**-8  # one rounding to bfloat16
@@ -72,7 +72,7 @@ def test_a_network_with_an_adapter_is_as_near_to_the_exact_one_as_in_bfloat16():
         for i, layer in enumerate(layers.values()):
             nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
         if wide:
-            kernels.compute_in_float32(model)
+            kernels.products_in_float32(model)
         generator = torch.Generator().manual_seed(1)
         x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
         y = unet(x.bfloat16().to(dtype), torch.tensor([3, 900]), context.bfloat16().to(dtype))
@@ -86,7 +86,7 @@ def test_a_network_with_an_adapter_is_as_near_to_the_exact_one_as_in_bfloat16():
 
 def test_autograd_keeps_no_weights_in_float32():
     layer = nn.Linear(64, 64).bfloat16().requires_grad_(False)
-    kernels.compute_in_float32(layer)
+    kernels.products_in_float32(layer)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         layer(torch.ones(2, 64, dtype=torch.bfloat16, requires_grad=True))
@@ -95,6 +95,6 @@ def test_autograd_keeps_no_weights_in_float32():
 
 def test_a_trained_layer_keeps_its_own_product_and_its_gradient():
     layer = nn.Linear(4, 3).bfloat16()
-    kernels.compute_in_float32(layer)
+    kernels.products_in_float32(layer)
     layer(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.eq(2).all()

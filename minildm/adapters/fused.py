@@ -14,7 +14,7 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, base, scale, *factors):
         """x (..., in), base: the frozen nn.Linear, factors: A, B, A, B, ... -> (..., out)."""
-        wide = hasattr(base, "wide")  # kernels.compute_in_float32: y is float32 although x is not
+        wide = hasattr(base, "wide")  # kernels.products_in_float32: y is float32 although x is not
         y = base.wide(x) if wide else base(x)
         ctx.save_for_backward(x, *factors)
         ctx.base, ctx.scale, ctx.dtype = base, scale, y.dtype

@@ -64,7 +64,7 @@ def our_step(model, data, kind="lora", rank=4):
 
     add_adapter(model, kind, rank=rank)
     if kernels.float32_is_faster(model.dtype, model.device):  # on some CPUs, in bfloat16
-        kernels.compute_in_float32(model)
+        kernels.products_in_float32(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters)
 
