@@ -1,8 +1,10 @@
 """FID of folders against pytorch-fid from start to end, the command, and how it answers bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from minildm.__main__ import main
 from minildm.config import ModelConfig
 from minildm.data.records import Record
 from minildm.errors import InputError, exit_cleanly
+from minildm.images import save_png
 from minildm.metrics import fid
 from minildm.metrics.extractors import Extractor, FeatureSettings, inception_extractor, open_extractor
 from minildm.metrics.features import collect
@@ -272,4 +275,18 @@ def test_images_that_fid_does_not_read_are_named(folders, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(sorted(folders[0].iterdir())[0].read_bytes())
     with pytest.warns(UserWarning, match=r"2 images in .*, such as c.dcm, are not read"):
+        assert [path.name for path in list_images(tmp_path)] == ["a.png"]
+
+
+def test_contact_sheets_need_no_warning_but_other_images_in_their_folder_do(folders, tmp_path):
+    image = sorted(folders[0].iterdir())[0]
+    (tmp_path / "sheets").mkdir()
+    shutil.copy(image, tmp_path / "a.png")
+    save_png(Image.open(image), tmp_path / "sheets" / "a.png", "contact sheet of 4 images")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list_images(tmp_path)
+    shutil.copy(image, tmp_path / "sheets" / "b.png")
+    (tmp_path / "sheets" / "damaged.png").write_bytes(image.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"2 images in .*, such as sheets/b.png, are not read"):
         assert [path.name for path in list_images(tmp_path)] == ["a.png"]

@@ -23,7 +23,7 @@ from minildm.images import read_parameters
 from minildm.metrics.run_split import is_run_split, open_run_split
 
 FID_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # pytorch-fid's list
-SHEETS = "sheets"  # the subfolder for contact sheets
+SHEETS = "sheets"  # the subfolder for sample.py's contact sheets
 RECORD_SIZE = 512  # pixels a side at which the records of a data set are read
 
 
@@ -64,12 +64,12 @@ def list_images(source):
 
 
 def _warn_of_others(folder, entries):
-    """Warn of images that pytorch-fid does not read either: in subfolders (but not an audit's, nor sample.py's sheets)
-    and in other formats."""
+    """Warn of images that pytorch-fid does not read either: in other formats, and in subfolders, except what minildm
+    itself writes there (the images of an audit, sample.py's contact sheets)."""
     others = [entry for entry in entries if entry.suffix.lower() in set(IMAGE_SUFFIXES) - set(FID_SUFFIXES)]
     subfolders = [entry for entry in entries if entry.is_dir() and not (entry / "audit.json").is_file()]
     below = (path for subfolder in subfolders for path in paths_below(subfolder, *IMAGE_SUFFIXES))
-    others += [path for path in below if path.parent.name != SHEETS]
+    others += [path for path in below if not (path.parent.name == SHEETS and _is_sheet(path))]
     if others:
         example = shown(others[0].relative_to(folder))
         warnings.warn(
@@ -104,8 +104,11 @@ def _is_data_set(source):
 
 
 def _is_sheet(path):
-    """Whether a PNG's own text says that it is a contact sheet."""
-    return path.suffix.lower() == ".png" and (read_parameters(path) or "").startswith("contact sheet")
+    """Whether a PNG's own text says that it is a contact sheet. Of a damaged file: no, as it says nothing."""
+    try:
+        return path.suffix.lower() == ".png" and (read_parameters(path) or "").startswith("contact sheet")
+    except InputError:
+        return False
 
 
 def _records(spec, settings=None, captioned=True):
