@@ -294,7 +294,7 @@ def test_alpha_and_patterns_of_the_metadata_are_used(where, rslora, model, tmp_p
     }
     if where == "PEFT":
         start, metadata = "base_model.model.", None
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8-sig")  # as Windows writes it
     else:
         start = ""
         flat = {f"{network}.{key}": value for network in ("unet", "text_encoder") for key, value in config.items()}
@@ -405,7 +405,8 @@ def kohya(name, last="lora_up.weight"):
         ({"lora_unet_unet_x_lora_up.weight": A}, None, ["doubled prefix"]),
         # cloneofsimo's counting
         (SIMO, {"unet": '["ResnetBlock2D"]'}, ["numbers the layers", "ResnetBlock2D"]),
-        (SIMO, {"unet": "{"}, ["metadata unet", "no JSON"]),
+        (SIMO, {"unet": "{"}, ["metadata unet", "not valid JSON"]),
+        (SIMO, {"unet": '"CrossAttention"'}, ["metadata unet", "holds a str, expected a JSON array"]),
         (SIMO, {"unet:0:rank": "3"}, ["unet:0:down", "rank 3"]),
         ({"unet:144:down": A, "unet:144:up": B}, None, ["unet:144:down"]),
         # metadata

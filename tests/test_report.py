@@ -11,6 +11,7 @@ import pytest
 from made_runs import short_run
 from peers import assert_says
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from minildm.errors import InputError
 from minildm.images import save_png
@@ -277,13 +278,22 @@ def test_energy_and_carbon_of_forty_hours_of_a_v100(runs):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is damaged"), ("[]", "expected a JSON object"), ("{}", "has no settings")]
+    ("content", "message"), [("{", "is not valid JSON"), ("[]", "expected a JSON object"), ("{}", "has no settings")]
 )
 def test_a_damaged_run_is_an_error_in_one_line(runs, content, message):
     (runs / "selora" / "config.json").write_text(content)
     with pytest.raises(InputError) as error:
         read_run(runs / "selora")
     assert_says(error, message)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]"])
+def test_damaged_metadata_of_an_adapter_are_an_error_in_one_line(runs, text):
+    path = runs / "selora" / "adapter.safetensors"
+    save_file(load_file(path), path, {"minildm": text})
+    with pytest.raises(InputError) as error:
+        read_run(runs / "selora")
+    assert_says(error, f"{path}: metadata minildm", "JSON")
 
 
 def test_the_command(runs, tmp_path, capsys):

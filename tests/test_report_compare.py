@@ -91,6 +91,14 @@ def test_a_comparison_continues_only_as_it_was_begun(tmp_path):
         remember(tmp_path / "plan.json", settings, ("--lr", "1"))
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_a_damaged_plan_is_an_error_in_one_line(text, tmp_path):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(InputError) as error:
+        remember(tmp_path / "plan.json", CompareSettings(), ())
+    assert_says(error, "plan.json", "JSON")
+
+
 # --- tables from files -----------------------------------------------------------------------------------------------
 def write_metrics(cell, rng):
     """A metrics.json as evaluation writes it, with random numbers."""

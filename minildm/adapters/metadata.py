@@ -3,13 +3,13 @@
 Metadata are text that anybody may have written, so each value is checked before it is used.
 """
 
-import json
 import math
 import re
 import warnings
 
 from minildm.adapters.formats import NATIVE, PEFT
 from minildm.errors import InputError
+from minildm.files import parse_json, read_json
 from minildm.settings import is_finite_number
 
 FORMAT = 1  # of native files
@@ -99,7 +99,7 @@ def _stated_config(file, dialect):
     the file."""
     source = "lora_adapter_metadata"
     what = f"{file.path}: metadata {source}"
-    config = _json_object(file.metadata.get("lora_adapter_metadata"), what)
+    config = stated_json(file, source)
     if config is None and dialect == PEFT:
         beside = file.path.parent / "adapter_config.json"
         if not beside.is_file():
@@ -107,7 +107,7 @@ def _stated_config(file, dialect):
                           "assuming alpha = rank, a scale of 1", stacklevel=4)  # fmt: skip
             return {}, source
         what, source = str(beside), beside.name
-        config = _json_object(beside.read_text(encoding="utf-8", errors="replace"), what)
+        config = read_json(beside)
     if config is None:
         return {}, source
     prefixed = {
@@ -139,8 +139,8 @@ def _stated_config(file, dialect):
 def native_metadata(file):
     """The metadata of a file in minildm's own format, a dict with "scale", "kind" and "on_top_of", checked."""
     path = file.path
-    about = _json_object(file.metadata["minildm"], f"{path}: metadata minildm")
-    if about is None or "scale" not in about:  # a checkpoint, too: not read for that
+    about = stated_json(file, "minildm")
+    if "scale" not in about:  # a checkpoint, too: not read for that
         raise InputError(f"{path} is not an adapter in minildm's format (no scale in its metadata); its tensors: "
                          f"{', '.join(sorted(file.shapes)[:2])}, ...")  # fmt: skip
     scale = about["scale"]
@@ -155,8 +155,7 @@ def native_metadata(file):
 
 def origin(file):
     """What minildm wrote about itself into a file for another tool, a dict with "kind" and "on_top_of", checked."""
-    about = _json_object(file.metadata.get(ORIGIN), f"{file.path}: metadata {ORIGIN}") or {}
-    return _checked_about(about, file.path)
+    return _checked_about(stated_json(file, ORIGIN) or {}, file.path)
 
 
 def _checked_about(about, path):
@@ -176,21 +175,10 @@ def _checked_about(about, path):
     return about | {"kind": kind, "on_top_of": below}
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
-def stated_json(file, key):
-    """The JSON document in a TensorFile's metadata ``key``, or None. Raises InputError if the text is not JSON."""
-    return _json(file.metadata.get(key), f"{file.path}: metadata {key}")
+def stated_json(file, key, kind=dict):
+    """The JSON document in a TensorFile's metadata ``key``, of type ``kind``; None if there is no such key.
 
-
-def _json(text, what):
-    try:
-        return json.loads("null" if text is None else text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{what} is no JSON ({type(error).__name__}); the file is damaged") from None
-
-
-def _json_object(text, what):
-    document = _json(text, what)
-    if text is not None and not isinstance(document, dict):
-        raise InputError(f"{what} must be a JSON object, got {type(document).__name__}; the file is damaged")
-    return document
+    Raises: InputError if the text is not JSON, or of another type.
+    """
+    text = file.metadata.get(key)
+    return None if text is None else parse_json(text, f"{file.path}: metadata {key}", kind)

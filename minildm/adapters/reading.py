@@ -162,8 +162,8 @@ def _check_counted(file, names):
     path = file.path
     expected = {"unet": {"CrossAttention", "Attention", "GEGLU"}, "text_encoder": {"CLIPAttention"}}
     for network, classes in expected.items():
-        stated = stated_json(file, network)
-        if stated is not None and (not isinstance(stated, list) or {str(name) for name in stated} != classes):
+        stated = stated_json(file, network, list)
+        if stated is not None and {str(name) for name in stated} != classes:
             raise InputError(f"{path} numbers the layers of {stated!r:.80}, expected those of {sorted(classes)}: which "
                              "layers are meant cannot be told")  # fmt: skip
     for name in names:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minildm.adapters import METHODS
 from minildm.errors import InputError
-from minildm.files import shown, writable_folder, written_beside
+from minildm.files import read_json, shown, writable_folder, written_beside
 from minildm.metrics.sources import read_as_training
 from minildm.report import comparison, figures
 from minildm.report.cells import CellFailed, cells_of, generated_paths, sample_cell, share, train_cell, variants
@@ -146,7 +146,7 @@ def remember(path, settings, further):
     """Write what all cells share to plan.json; refuse another plan for the cells that are there."""
     plan = settings.as_json() | {"train.py": list(further)}
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         for name in ("utility", "replicates"):  # evaluation: done anew where it changes
             before[name] = plan[name]
         for name in sorted({*before, *plan}):

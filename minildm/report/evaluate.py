@@ -5,7 +5,6 @@ reads them, at the run's size. Each image is described once by each network, wha
 """
 
 import hashlib
-import json
 import warnings
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ import minildm
 from minildm.data.prompts import prompts_for
 from minildm.data.splits import classes_of
 from minildm.errors import InputError
+from minildm.files import read_json
 from minildm.loading import find_weights, usable_device
 from minildm.metrics.adherence import prompt_adherence
 from minildm.metrics.audit import as_views, compare_described, detail
@@ -206,7 +206,7 @@ class Evaluator:
         path, run = cell.folder / "metrics.json", read_run(cell.folder)
         prompts = hashlib.sha256((cell.folder / "prompts.jsonl").read_bytes()).hexdigest()
         request = self.request | {"images": len(generated), "prompts": prompts, "result": _result_stamp(cell.folder)}
-        if path.is_file() and json.loads(path.read_text()).get("request") == request:
+        if path.is_file() and read_json(path).get("request") == request:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # small samples: the tables say how small
@@ -243,5 +243,5 @@ def or_reason(part, *arguments):
 
 def _result_stamp(folder):
     """Tells a later result of training from an earlier one."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     return [summary["steps"], summary["best"]]

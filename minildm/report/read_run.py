@@ -4,7 +4,6 @@ What a file would have told but does not is `Missing`, with the reason: a report
 blank. Nothing here reads an image or a caption.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from minildm.adapters.rank_map import is_layer
 from minildm.data.records import BUILT_IN
 from minildm.errors import InputError
+from minildm.files import parse_json, read_json
 
 # Results of the metrics' commands, wherever in the run's folder they are.
 RESULTS = ("metrics.json", "fid.json", "clip_score.json", "audit.json", "adherence.json")
@@ -110,7 +110,7 @@ def read_run(folder, name=None):
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no run (no config.json); give the folder of a run of train.py")
-    record = _json_object(folder / "config.json")
+    record = read_json(folder / "config.json")
     if not isinstance(record.get("settings"), dict):
         raise InputError(f"{folder}/config.json has no settings; it was written by minildm 0.1, or is no run's")
     entries, notes = _json_lines(folder / "log.jsonl")
@@ -119,7 +119,7 @@ def read_run(folder, name=None):
     results = {}
     for path in sorted(path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(f"{pattern}.json")):
         if path.name in RESULTS:
-            results[path.relative_to(folder).as_posix()] = _json_object(path)
+            results[path.relative_to(folder).as_posix()] = read_json(path)
     found = record.get("found")
     return RunFiles(
         folder=folder,
@@ -145,16 +145,6 @@ def read_runs(folders):
     return [read_run(folder, "/".join(folder.parts[-depth:])) for folder in folders]
 
 
-def _json_object(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); remove or restore it") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: expected a JSON object, got {type(content).__name__}; restore it")
-    return content
-
-
 def _json_lines(path):
     """(the JSON objects of a file's lines, notes on lines that are none). A killed process may leave half a line."""
     if not path.is_file():
@@ -162,12 +152,8 @@ def _json_lines(path):
     good, bad = [], 0
     for line in path.read_bytes().splitlines():
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if isinstance(entry, dict):
-            good.append(entry)
-        else:
+            good.append(parse_json(line, path))
+        except InputError:
             bad += 1
     return good, [f"{bad} of {bad + len(good)} lines of {path.name} cannot be read and are left out"] if bad else []
 
@@ -176,7 +162,7 @@ def _summary(folder):
     path = folder / "summary.json"
     if not path.is_file():
         return Missing(f"the run has not ended (no summary.json); to continue: python train.py --resume {folder}")
-    summary = _json_object(path)
+    summary = read_json(path)
     counts = summary.get("parameters")
     rows = list(counts.values()) if isinstance(counts, dict) else [None]
     whole = all(isinstance(row, list) and len(row) == 3 and all(map(is_number, row)) for row in rows)
@@ -192,10 +178,11 @@ def _adapter(folder):
         return Missing("full fine-tuning: no adapter" if full else "no adapter.safetensors in the run's folder")
     try:
         with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {}).get("minildm", "null"))
-    except (SafetensorError, ValueError) as error:
+            text = (file.metadata() or {}).get("minildm", "{}")
+    except SafetensorError as error:
         raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); restore it") from None
-    if not isinstance(about, dict) or not is_of_layers(about.get("ranks")) or not is_number(about.get("scale")):
+    about = parse_json(text, f"{path}: metadata minildm")
+    if not is_of_layers(about.get("ranks")) or not is_number(about.get("scale")):
         return Missing(f"{path.name} does not state its ranks: another tool's format")
     return about
 
