@@ -297,6 +297,17 @@ def test_rank_0_is_legal_in_saving_merging_loading_counting_and_describing(tmp_p
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_merging_an_adapter_of_rank_0_alone_says_that_it_changes_nothing(tmp_path):
+    model, method = disturbed_model()
+    method.freeze(torch.zeros(len(method.layers), 6, dtype=torch.bool))
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    loaded = small_model()
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    with pytest.warns(UserWarning, match="adapter.safetensors changes nothing: all its layers have rank 0"):
+        merge_file(loaded, tmp_path / "adapter.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
 def test_eval_mode_changes_nothing():
     """Elsewhere eval() merges, and only where the layer itself is called, which a parent's eval() does not."""
     model, method = disturbed_model()

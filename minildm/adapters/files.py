@@ -51,6 +51,8 @@ def merge_file(model, path, multiplier=1.0, rank=None):
         _check_size(name, factors, multiplier, layers[name], path)
     if rank is not None:
         check_rank(rank, adapter, f"@{rank}")
+    if not any(len(A) for A, _, _ in adapter.factors.values()):
+        warnings.warn(f"{path} changes nothing: all its layers have rank 0", stacklevel=2)
     if about.get("base") and model.files and about["base"] != model.base_hash:
         warnings.warn(
             f"{path} was trained on another base ({about['base'][:10]}) than this one ({model.base_hash[:10]})",
