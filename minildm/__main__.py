@@ -4,7 +4,6 @@ Each command is a function that imports what it needs, so that none waits for an
 line in the usage text.
 """
 
-import os
 import sys
 
 from minildm import __version__
@@ -49,7 +48,6 @@ def audit(arguments):
 
 def adherence(arguments):
     """count how often images show what their prompts ask for"""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the ruler's products are small; threads slow torch's
     from minildm.metrics.adherence import main
 
     return main(arguments)
@@ -57,7 +55,6 @@ def adherence(arguments):
 
 def compare(arguments):
     """train, sample and evaluate methods on one data set: tables and figures of a paper"""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as for adherence
     from minildm.report.compare import main
 
     return main(arguments)
@@ -114,7 +111,6 @@ def shrink(arguments):
 
 def pretrain(arguments):
     """train a latent diffusion model from scratch: autoencoder, text encoder, U-Net"""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy renders small images; its threads would slow torch's
     from minildm.pretraining.command import main
 
     return main(arguments)

@@ -1,4 +1,5 @@
-"""What a command sets before torch is imported: how idle threads wait, and how memory is kept. No result depends on it.
+"""What a command sets before NumPy and torch are imported: NumPy's threads, how idle threads wait, and how memory is
+kept. No result depends on it, up to rounding.
 
 Imported as a library, minildm leaves the process alone. What the user has set in the environment stays.
 """
@@ -13,12 +14,14 @@ LARGEST_BLOCK = 1 << 30  # bytes
 def prepare_process():
     """Threads: between two operations OpenMP's threads wait in a loop for the next one. Beside another busy process
     that loop takes the very core that the work needs, which made sampling up to twenty times slower; so they sleep.
+    NumPy's matrix products are small here, and OpenBLAS's threads would compete with torch's; so it gets one.
 
     Memory: glibc returns every block of more than 32 MB to the system at once, and the next step pays again for each of
     its pages; so blocks of up to 1 GB are kept, and large ones lie in large pages. The peak is a quarter higher.
     """
     if not {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
         return

@@ -1,4 +1,4 @@
-"""What commands set before torch is imported."""
+"""What commands set before NumPy and torch are imported."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
-SHOW = "import os; print({name: os.environ.get(name) for name in ('OMP_WAIT_POLICY', 'THP_MEM_ALLOC_ENABLE')})"
+OURS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+SHOW = f"import os; print({{name: os.environ.get(name) for name in {tuple(OURS)}}})"
 
 
 def run(code, **environment):
@@ -25,10 +25,8 @@ def prepared(**environment):
 
 def test_threads_sleep_and_memory_is_kept_unless_the_user_says_otherwise():
     assert prepared() == OURS
-    assert prepared(OMP_WAIT_POLICY="ACTIVE", THP_MEM_ALLOC_ENABLE="0") == {
-        "OMP_WAIT_POLICY": "ACTIVE",
-        "THP_MEM_ALLOC_ENABLE": "0",
-    }
+    others = {"OMP_WAIT_POLICY": "ACTIVE", "OPENBLAS_NUM_THREADS": "4", "THP_MEM_ALLOC_ENABLE": "0"}
+    assert prepared(**others) == others
     assert prepared(GOMP_SPINCOUNT="1000")["OMP_WAIT_POLICY"] is None
 
 
@@ -36,14 +34,20 @@ def test_a_library_leaves_the_process_alone():
     assert eval(run(f"import minildm, train, sample, minildm.__main__; {SHOW}")) == dict.fromkeys(OURS)
 
 
-@pytest.mark.parametrize("file", ["sample.py", "train.py", "minildm/__main__.py"])
-def test_each_command_prepares_its_process_before_torch_is_imported(file):
+@pytest.mark.parametrize(
+    ("file", "libraries"),
+    [
+        ("sample.py", {"torch"}),  # it multiplies no matrices of NumPy's
+        ("train.py", {"torch", "numpy"}),
+        ("minildm/__main__.py", {"torch", "numpy"}),
+    ],
+)
+def test_each_command_prepares_its_process_before_the_libraries_with_threads_are_imported(file, libraries):
     text = (ROOT / file).read_text(encoding="utf-8")
     assert "\n    prepare_process()" in text
     before = text.split("\n    prepare_process()")[0]
-    assert "\nimport torch" not in before
     heads = [line for line in before.splitlines() if line.startswith(("import ", "from "))]
-    assert run("\n".join([*heads, "import sys; print('torch' in sys.modules)"])) == "False"
+    assert run("\n".join([*heads, f"import sys; print({libraries} & {{*sys.modules}})"])) == "set()"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
