@@ -216,103 +216,170 @@ def read_pickle(stream, storages=None):
 
     Raises ValueError, LookupError, TypeError or AttributeError where the bytes are no such pickle.
     """
-    stack, marks, memo = [], [], {}
-
-    def pop_to_mark():
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    def call(function, arguments):
-        stack.append({} if function.name in DICTIONARIES else Made(function.name, arguments))
-
-    def extend(target, items):
-        if isinstance(target, list):  # what belongs to a note is dropped
-            target.extend(items)
-
-    def update(target, items):
-        if isinstance(target, dict):  # nothing but text is ever hashed: a deep tuple would exhaust the C stack
-            target.update((key, value) for key, value in zip(items[::2], items[1::2]) if isinstance(key, str))
-
+    machine = StackMachine({} if storages is None else storages)
     for opcode, argument, _ in pickletools.genops(stream):
-        match opcode.name:
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(memo[argument])
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                n = int(opcode.name[-1])
-                stack[-n:] = [tuple(stack[-n:])]
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
-            case "LIST" | "FROZENSET":
-                stack.append(pop_to_mark())
-            case "DICT":
-                items = pop_to_mark()
-                stack.append({})
-                update(stack[-1], items)
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE":
-                stack.append(True)
-            case "NEWFALSE":
-                stack.append(False)
-            case "APPEND":
-                item = stack.pop()
-                extend(stack[-1], [item])
-            case "APPENDS" | "ADDITEMS":
-                items = pop_to_mark()
-                extend(stack[-1], items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                update(stack[-1], [key, value])
-            case "SETITEMS":
-                items = pop_to_mark()
-                update(stack[-1], items)
-            case "GLOBAL":
-                stack.append(Made(argument.replace(" ", ".")))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(Made(f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?"))
-            case "INST":
-                call(Made(argument.replace(" ", ".")), tuple(pop_to_mark()))
-            case "OBJ":
-                function, *arguments = pop_to_mark()
-                call(function, tuple(arguments))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                call(function, arguments)
-            case "NEWOBJ_EX":
-                _, arguments, function = stack.pop(), stack.pop(), stack.pop()
-                call(function, arguments)
-            case "BUILD" | "POP":
-                stack.pop()
-            case "POP_MARK":
-                pop_to_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "BINPERSID":
-                kind, of, key, _, _, *view = stack.pop()
-                if kind != "storage" or not isinstance(key, str) or view not in ([], [None]):
-                    raise ValueError("a reference to something other than a storage")
-                stack.append(Storage(key, of.name))
-                if storages is not None:
-                    storages[key] = stack[-1]
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case "PERSID" | "EXT1" | "EXT2" | "EXT4" | "BYTEARRAY8" | "NEXT_BUFFER" | "READONLY_BUFFER":
-                raise ValueError(f"its pickle uses {opcode.name}, which torch.save does not write")
-            case _:  # a number or text
-                stack.append(argument)
-    return stack.pop()
+        if opcode.name in REFUSED:
+            raise ValueError(f"its pickle uses {opcode.name}, which torch.save does not write")
+        OPERATIONS.get(opcode.name, StackMachine.push)(machine, argument)  # the others push their number or text
+    return machine.stack.pop()
+
+
+class StackMachine:
+    """The state of a pickle that is being read: a stack of values, the heights at which groups of them begin (marks),
+    and a memory of values to use again. A method is what one opcode does or several have in common."""
+
+    def __init__(self, storages):
+        self.stack, self.marks, self.memo, self.storages = [], [], {}, storages
+
+    def push(self, value):
+        self.stack.append(value)
+
+    def push_top(self, _):
+        self.push(self.stack[-1])
+
+    def pop(self, _):
+        self.stack.pop()
+
+    def mark(self, _):
+        self.marks.append(len(self.stack))
+
+    def pop_group(self, _=None):
+        """Remove and return the values above the last mark."""
+        start = self.marks.pop()
+        group = self.stack[start:]
+        del self.stack[start:]
+        return group
+
+    def remember(self, key):
+        self.memo[key] = self.stack[-1]
+
+    def remember_next(self, _):
+        self.remember(len(self.memo))
+
+    def recall(self, key):
+        self.push(self.memo[key])
+
+    # tuples, lists (for sets, too) and dictionaries
+    def make_tuple(self, _):
+        self.push(tuple(self.pop_group()))
+
+    def make_tuple_of(self, n):
+        self.stack[-n:] = [tuple(self.stack[-n:])]
+
+    def make_list(self, _):
+        self.push(self.pop_group())
+
+    def make_dict(self, _):
+        items = self.pop_group()
+        self.push({})
+        self.update_top(items)
+
+    def append(self, _):
+        item = self.stack.pop()
+        self.extend_top([item])
+
+    def extend(self, _):
+        self.extend_top(self.pop_group())
+
+    def set_item(self, _):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.update_top([key, value])
+
+    def set_items(self, _):
+        self.update_top(self.pop_group())
+
+    def extend_top(self, items):
+        if isinstance(self.stack[-1], list):  # what belongs to a note is dropped
+            self.stack[-1].extend(items)
+
+    def update_top(self, items):
+        top = self.stack[-1]
+        if isinstance(top, dict):  # nothing but text is ever hashed: a deep tuple would exhaust the C stack
+            top.update((key, value) for key, value in zip(items[::2], items[1::2]) if isinstance(key, str))
+
+    # notes of what the pickle asks to import and to call
+    def note_global(self, name):
+        self.push(_global(name))
+
+    def note_stack_global(self, _):
+        name, module = self.stack.pop(), self.stack.pop()
+        self.push(Made(f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?"))
+
+    def note_call(self, function, arguments):
+        self.push({} if function.name in DICTIONARIES else Made(function.name, arguments))
+
+    def note_reduce(self, _):
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.note_call(function, arguments)
+
+    def note_new_with_keywords(self, _):
+        _, arguments, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self.note_call(function, arguments)
+
+    def note_instance(self, name):
+        self.note_call(_global(name), tuple(self.pop_group()))
+
+    def note_object(self, _):
+        function, *arguments = self.pop_group()
+        self.note_call(function, tuple(arguments))
+
+    def note_storage(self, _):
+        kind, of, key, _, _, *view = self.stack.pop()
+        if kind != "storage" or not isinstance(key, str) or view not in ([], [None]):
+            raise ValueError("a reference to something other than a storage")
+        self.storages[key] = Storage(key, of.name)
+        self.push(self.storages[key])
+
+
+def _global(text):
+    """pickletools gives module and name with a space between them."""
+    return Made(text.replace(" ", "."))
+
+
+def _nothing(_, argument):
+    """For what only frames a pickle."""
+
+
+def _pushing(make):
+    return lambda machine, _: machine.push(make())
+
+
+OPERATIONS = {  # of pickle's opcodes; what is not here pushes its argument
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _nothing),
+    "DUP": StackMachine.push_top,
+    "POP": StackMachine.pop,
+    "BUILD": StackMachine.pop,  # an object's state is dropped
+    "MARK": StackMachine.mark,
+    "POP_MARK": StackMachine.pop_group,
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), StackMachine.remember),
+    "MEMOIZE": StackMachine.remember_next,
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), StackMachine.recall),
+    "NONE": _pushing(lambda: None),
+    "NEWTRUE": _pushing(lambda: True),
+    "NEWFALSE": _pushing(lambda: False),
+    "EMPTY_TUPLE": _pushing(tuple),
+    "EMPTY_DICT": _pushing(dict),
+    "EMPTY_LIST": _pushing(list),
+    "EMPTY_SET": _pushing(list),
+    "TUPLE": StackMachine.make_tuple,
+    "TUPLE1": lambda machine, _: machine.make_tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.make_tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.make_tuple_of(3),
+    "LIST": StackMachine.make_list,
+    "FROZENSET": StackMachine.make_list,
+    "DICT": StackMachine.make_dict,
+    "APPEND": StackMachine.append,
+    "APPENDS": StackMachine.extend,
+    "ADDITEMS": StackMachine.extend,
+    "SETITEM": StackMachine.set_item,
+    "SETITEMS": StackMachine.set_items,
+    "GLOBAL": StackMachine.note_global,
+    "STACK_GLOBAL": StackMachine.note_stack_global,
+    "REDUCE": StackMachine.note_reduce,
+    "NEWOBJ": StackMachine.note_reduce,
+    "NEWOBJ_EX": StackMachine.note_new_with_keywords,
+    "INST": StackMachine.note_instance,
+    "OBJ": StackMachine.note_object,
+    "BINPERSID": StackMachine.note_storage,
+}
+REFUSED = ("PERSID", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER")
