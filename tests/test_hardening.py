@@ -30,6 +30,7 @@ from minildm.data.reading import Transform
 from minildm.errors import InputError, exit_cleanly, is_out_of_memory
 from minildm.files import locked, read_json, temporary_path, written_beside
 from minildm.images import save_png
+from minildm.loading import EMBEDDED_ADAPTER
 from minildm.metrics.frechet import SavedStatistics
 from minildm.sampling import PlannedImage, save_planned
 from minildm.training.command_line import parse
@@ -126,6 +127,18 @@ def adapter(images, out):
     save_adapter(model, out / "adapter.safetensors")
 
 
+def converted(images, out):
+    from minildm.tools.convert import main
+
+    main([str(EMBEDDED_ADAPTER), "--to", "kohya", "--out", str(out / "a.safetensors")])
+
+
+def shrunk(images, out):
+    from minildm.tools.shrink import main
+
+    main([str(EMBEDDED_ADAPTER), "--rank", "1", "--out", str(out / "a.safetensors")])
+
+
 def checkpoint(images, out):
     from minildm.checkpoint import NETWORKS, save_folder
 
@@ -134,7 +147,19 @@ def checkpoint(images, out):
 
 
 @pytest.mark.parametrize(
-    "write", [fid, statistics, pytest.param(audit, marks=pytest.mark.slow), check, sheet, cache, adapter, checkpoint]
+    "write",
+    [
+        fid,
+        statistics,
+        pytest.param(audit, marks=pytest.mark.slow),
+        check,
+        sheet,
+        cache,
+        adapter,
+        converted,
+        shrunk,
+        checkpoint,
+    ],
 )
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(write, images, tmp_path, capsys):
     (tmp_path / "sheet.png").write_bytes(b"older")

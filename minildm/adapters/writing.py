@@ -31,6 +31,19 @@ def check_format(format):
         raise InputError(f"adapter format must be one of {', '.join(FORMATS)}, got {format!r}")
 
 
+def check_out(out):
+    """Raise InputError unless ``out`` is the path of a new .safetensors file."""
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out}: adapters are written as .safetensors files; change the suffix")
+    if out.exists():
+        raise InputError(f"--out {out} exists already; move it away, or give another --out")
+
+
+def inherited(about):
+    """What a file that is made of an adapter says as the adapter does: ``about`` of `write_adapter`."""
+    return {key: about.get(key) for key in ("base", "on_top_of", "settings")}
+
+
 def write_adapter(factors, path, kind, about, format=NATIVE):
     """Write {module path: Factors}. ``kind``: the method that trained them. ``about``: {"base": ..., "on_top_of": ...,
     "settings": ...}; settings are for native files only.

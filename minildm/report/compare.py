@@ -10,7 +10,6 @@ What is complete is not made again, so the same command continues an interrupted
 machines (``--only I/N``) are merged by running it once more on the shared folder.
 """
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from minildm.adapters import METHODS
 from minildm.errors import InputError
 from minildm.files import read_json, shown, writable_folder, written_beside
-from minildm.metrics.sources import read_as_training
+from minildm.metrics.sources import read_as_training, write_json
 from minildm.report import comparison, figures
 from minildm.report.cells import CellFailed, cells_of, generated_paths, sample_cell, share, train_cell, variants
 from minildm.report.evaluate import Evaluator, RunData
@@ -155,8 +154,7 @@ def remember(path, settings, further):
                     f"{path.parent} was begun with {name} = {before.get(name)!r}, not {plan.get(name)!r}; leave it as "
                     "it was, or give another --out"
                 )
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    write_json(path, plan)
 
 
 def make_cells(cells, flags, settings, device_name, device):

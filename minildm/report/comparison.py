@@ -8,7 +8,7 @@ import statistics
 
 from minildm.adapters.inject import NETWORKS
 from minildm.report.figures import Curve, curves
-from minildm.report.measures import Metric, auc, audit, fidelity, parameters
+from minildm.report.measures import Metric, auc, audit, fidelity, parameters, summary_of
 from minildm.report.read_run import Missing
 from minildm.report.statistics import holm, interpolate, paired_difference, verdict
 from minildm.report.tables import Table, Value, spread
@@ -52,7 +52,7 @@ def parameters_table(rows):
         for network in NETWORKS:
             counts, percents = [], []
             for run in row.runs.values():
-                summary = run.summary if run else run
+                summary = summary_of(run)
                 if not summary:
                     counts, percents = [summary], [summary]
                     break
@@ -60,7 +60,7 @@ def parameters_table(rows):
                 counts.append(trained)
                 percents.append(percent)
             cells += [spread(counts, 0), spread(percents, 4, "%")]
-        total = [run if isinstance(run, Missing) else parameters(run) for run in row.runs.values()]
+        total = [parameters(run) for run in row.runs.values()]
         body.append((row.variant.label, *cells, spread(total, 0), *_rank_cells(row)))
     columns = ("method", "U-Net", "U-Net, %", "text encoder", "text encoder, %", "both", "mean rank", "largest rank")
     note = (
@@ -106,13 +106,13 @@ def cost_table(rows):
 
 
 def _per_step(run):
-    if not run or not run.summary:
-        return run.summary if run else run
-    return run.summary["seconds"] / run.summary["steps"]
+    summary = summary_of(run)
+    return summary and summary["seconds"] / summary["steps"]
 
 
 def _hours(run):
-    return run.summary["seconds"] / 3600 if run and run.summary else (run.summary if run else run)
+    summary = summary_of(run)
+    return summary and summary["seconds"] / 3600
 
 
 def _memory(run):
@@ -167,8 +167,8 @@ def equal_parameters_table(rows, metrics):
         body += _verdicts(metric, tested)
     notes = []
     for row in others:
-        counts = [parameters(run) for run in row.runs.values() if run and run.summary]
-        ranks = [(r.variant.rank, parameters(run)) for r in sweep for run in r.runs.values() if run and run.summary]
+        counts = [parameters(run) for run in row.runs.values() if summary_of(run)]
+        ranks = [(r.variant.rank, parameters(run)) for r in sweep for run in r.runs.values() if summary_of(run)]
         if counts and ranks:
             mean = statistics.fmean(counts)
             rank, n = min(ranks, key=lambda pair: abs(pair[1] - mean))
@@ -178,8 +178,8 @@ def equal_parameters_table(rows, metrics):
 
 
 def _lora_at(run, seed, sweep, metric):
-    if isinstance(run, Missing) or not run.summary:
-        return run if isinstance(run, Missing) else run.summary
+    if not summary_of(run):
+        return summary_of(run)
     x, y = [], []
     for row in sweep:
         other, value = row.runs[seed], row.values(metric)[seed]
@@ -249,7 +249,7 @@ def against_parameters(rows, metric, id):
     """A metric against the number of trained parameters: LoRA's ranks as a line, other methods as points."""
     points = []
     for row in rows:
-        counts = [parameters(run) if run else run for run in row.runs.values()]
+        counts = [parameters(run) for run in row.runs.values()]
         value = row.value(metric)
         if isinstance(value, Missing) or any(isinstance(count, Missing) for count in counts):
             continue

@@ -86,10 +86,15 @@ def auc(training):
     return read
 
 
+def summary_of(run):
+    """summary.json of a RunFiles; Missing where there is no run or no summary."""
+    return run and run.summary  # Missing is false
+
+
 def parameters(run, network=None):
     """Trained parameters of a network, or of both."""
-    if not run.summary:
-        return run.summary
+    if not summary_of(run):
+        return summary_of(run)
     counts = run.summary["parameters"]
     names = NETWORKS if network is None else (network,)
     return sum(counts[name][0] for name in names if name in counts)

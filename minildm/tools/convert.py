@@ -9,8 +9,7 @@ from pathlib import Path
 from minildm.adapters.files import check_rank
 from minildm.adapters.formats import DIFFUSERS, KOHYA, NATIVE
 from minildm.adapters.reading import Factors, read_adapter
-from minildm.adapters.writing import FORMATS, write_adapter
-from minildm.errors import InputError
+from minildm.adapters.writing import FORMATS, check_out, inherited, write_adapter
 from minildm.files import writable_folder
 from minildm.loading import whole_adapter
 from minildm.settings import Parser, at_least
@@ -29,10 +28,7 @@ def convert(path, out, to, rank=None):
     Raises: InputError or FileNotFoundError for what cannot be read or written, before anything is written.
     """
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out {out}: adapters are written as .safetensors files; change the suffix")
-    if out.exists():
-        raise InputError(f"--out {out} exists already; move it away, or give another --out")
+    check_out(out)
     adapter = read_adapter(path)
     factors, kind = adapter.factors, adapter.kind
     if rank is not None:
@@ -40,8 +36,7 @@ def convert(path, out, to, rank=None):
         factors = {name: Factors(A[:rank], B[:, :rank], scale) for name, (A, B, scale) in factors.items()}
         kind = "lora"
     writable_folder(out.absolute().parent)
-    about = {key: adapter.about.get(key) for key in ("base", "on_top_of", "settings")}
-    write_adapter(factors, out, kind, about, to)
+    write_adapter(factors, out, kind, inherited(adapter.about), to)
     return adapter
 
 
@@ -56,12 +51,7 @@ def main(arguments):
     path = whole_adapter(args.adapter)
     at_rank = "" if args.rank is None else f"-rank{args.rank}"
     out = path.with_name(f"{path.stem}{at_rank}.{args.to}.safetensors") if args.out is None else args.out
-    try:
-        adapter = convert(path, out, args.to, args.rank)
-    except OSError as error:
-        if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
-            raise
-        raise InputError(f"could not write {out} ({error.strerror}); nothing was left behind") from None
+    adapter = convert(path, out, args.to, args.rank)
     ranks = sorted({len(entry.A[: args.rank]) for entry in adapter.factors.values()})
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     print(f"{path}: {adapter.dialect} names, {len(adapter.factors)} layers, {shown}")

@@ -16,7 +16,7 @@ import torch
 
 from minildm.adapters.formats import CLONEOFSIMO, PEFT
 from minildm.adapters.reading import Factors, read_adapter
-from minildm.adapters.writing import write_adapter
+from minildm.adapters.writing import check_out, inherited, write_adapter
 from minildm.errors import InputError
 from minildm.files import sha256, writable_folder
 from minildm.loading import whole_adapter
@@ -68,10 +68,7 @@ def shrink(path, out, rank=None, energy=None):
         raise InputError(f"--rank must be at least 1, got {rank}")
     if energy is not None and not 0 < energy <= 1:
         raise InputError(f"--energy is a share above 0 and at most 1, got {energy}")
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out {out}: adapters are written as .safetensors files; change the suffix")
-    if out.exists():
-        raise InputError(f"--out {out} exists already; move it away, or give another --out")
+    check_out(out)
     adapter = read_adapter(path)
     writable_folder(out.absolute().parent)
     shrunk = {name: shrink_layer(factors, rank, energy) for name, factors in adapter.factors.items()}
@@ -79,8 +76,8 @@ def shrink(path, out, rank=None, energy=None):
     for network in (*dict.fromkeys(name.partition(".")[0] for name in shrunk), "all"):
         names = [name for name in shrunk if network in ("all", name.partition(".")[0])]
         report[network] = _summary([adapter.factors[name] for name in names], [shrunk[name] for name in names])
-    about = {key: adapter.about.get(key) for key in ("base", "on_top_of", "settings")}
-    about["shrunk"] = {"from": sha256(path), "rank": rank, "energy": energy, "kept": report["all"]["energy"]}
+    shrinkage = {"from": sha256(path), "rank": rank, "energy": energy, "kept": report["all"]["energy"]}
+    about = inherited(adapter.about) | {"shrunk": shrinkage}
     format = {PEFT: "diffusers", CLONEOFSIMO: "kohya"}.get(adapter.dialect, adapter.dialect)
     write_adapter({name: layer.factors for name, layer in shrunk.items()}, out, "lora", about, format)
     return report
@@ -115,12 +112,7 @@ def main(arguments):
     path = whole_adapter(args.adapter)
     choice = f"rank{args.rank}" if args.energy is None else f"energy{args.energy:g}"
     out = path.with_name(f"{path.stem}-{choice}.safetensors") if args.out is None else args.out
-    try:
-        report = shrink(path, out, args.rank, args.energy)
-    except OSError as error:
-        if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
-            raise
-        raise InputError(f"could not write {out} ({error.strerror}); nothing was left behind") from None
+    report = shrink(path, out, args.rank, args.energy)
     for network, numbers in report.items():
         print(
             "{0}: {layers} layers, rank {rank_before:.2f} -> {rank_after:.2f} on average, "
