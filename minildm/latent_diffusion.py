@@ -194,40 +194,47 @@ class LatentDiffusion(nn.Module):
             width = init_images.shape[3] if width is None else width
         settings = SamplingSettings(sampler, steps, guidance, eta, karras, seeds[0], height, width, strength)
         settings = complete_settings(settings, self.config, has_init_image=init_images is not None)
-        self._check_sample(settings, prompts, negatives, init_images, output)
-        height, width, guidance, skip = settings.height, settings.width, settings.guidance, settings.skipped_steps
-        shape = (self.config.unet.latent_channels, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
-        if latents is not None and latents.shape != (len(prompts), *shape):
-            raise InputError(
-                f"latents must be {(len(prompts), *shape)} for {len(prompts)} images of {height} x {width} px, "
-                f"got {tuple(latents.shape)}"
-            )
+        self._check_sample(settings, prompts, negatives, init_images, latents, output)
+
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-        def sample_noise():
-            return to_device(torch.stack([torch.randn(shape, generator=g) for g in generators]), self.device)
-
-        options = {"eta": eta} if sampler == "ddim" else {"karras": karras} if sampler == "dpm++" else {}
+        sample_noise = functools.partial(self._sample_noise, generators, self._latent_shape(settings))
+        guided = settings.guidance > 1
         with torch.inference_mode():
-            init_latents = None if init_images is None else self._init_latents(init_images, generators)
-            latents = (sample_noise() if latents is None else latents).to(self.device, torch.float32)
-            if init_latents is not None:
-                _, alpha_bar = starting_point(sampler, self.schedule, steps, skip, karras)
-                latents = math.sqrt(alpha_bar) * init_latents + math.sqrt(1 - alpha_bar) * latents  # DDPM, Eq. 4
-            context = self.encode_prompt(prompts if guidance <= 1 else negatives + prompts)
-            denoise = guide(self.unet, context, guidance)
-            trajectory = SAMPLERS[sampler](denoise, latents, self.schedule, steps, sample_noise, skip, **options)
+            context = self.encode_prompt(negatives + prompts if guided else prompts)
+            latents = self._first_latents(settings, init_images, latents, generators, sample_noise)
+            denoise = guide(self.unet, context, settings.guidance)
+            options = {"eta": eta} if sampler == "ddim" else {"karras": karras} if sampler == "dpm++" else {}
+            trajectory = SAMPLERS[sampler](
+                denoise, latents, self.schedule, steps, sample_noise, settings.skipped_steps, **options
+            )
             for step, latents in enumerate(trajectory, start=1):
                 if callback is not None:
                     callback(step, latents)
-            if not latents.isfinite().all():
-                raise InputError(
-                    f"the U-Net gave non-finite latents in {self.dtype}; try --dtype float32 (load(..., "
-                    "dtype=torch.float32)), or check the base and the adapters"
-                )
+            self._check_latents(latents)
             images = latents if output == "latent" else self.decode_latents(latents).clamp(-1, 1)
         images = images.clone()  # an ordinary tensor: those of inference mode cannot be used in training
         return to_pil(images) if output == "pil" else images
+
+    def _latent_shape(self, settings):
+        """(4, h, w) of one image."""
+        size = (settings.height // SPATIAL_FACTOR, settings.width // SPATIAL_FACTOR)
+        return self.config.unet.latent_channels, *size
+
+    def _sample_noise(self, generators, shape):
+        """Standard normal noise (B, *shape) float32, that of each image by its own generator."""
+        return to_device(torch.stack([torch.randn(shape, generator=g) for g in generators]), self.device)
+
+    def _first_latents(self, settings, init_images, noise, generators, sample_noise):
+        """What the sampler starts from, (B, 4, h, w) float32: ``noise``, or new noise where that is None; with initial
+        images, their latents with as much noise as they would have after the skipped steps."""
+        init_latents = None if init_images is None else self._init_latents(init_images, generators)
+        noise = (sample_noise() if noise is None else noise).to(self.device, torch.float32)
+        if init_latents is None:
+            return noise
+        _, alpha_bar = starting_point(
+            settings.sampler, self.schedule, settings.steps, settings.skipped_steps, settings.karras
+        )
+        return math.sqrt(alpha_bar) * init_latents + math.sqrt(1 - alpha_bar) * noise  # DDPM, Eq. 4
 
     def _init_latents(self, init_images, generators):
         """Scaled latents of the initial images, (B, 4, h, w) float32: one sample of an image's Gaussian per generator.
@@ -241,7 +248,15 @@ class LatentDiffusion(nn.Module):
             )
         return self._scaled(z.float())
 
-    def _check_sample(self, settings, prompts, negatives, init_images, output):
+    def _check_latents(self, latents):
+        """Raise InputError unless the sampler's result is finite."""
+        if not latents.isfinite().all():
+            raise InputError(
+                f"the U-Net gave non-finite latents in {self.dtype}; try --dtype float32 (load(..., "
+                "dtype=torch.float32)), or check the base and the adapters"
+            )
+
+    def _check_sample(self, settings, prompts, negatives, init_images, latents, output):
         """Check the arguments of `sample` that `SamplingSettings` does not check. Raises InputError; may warn."""
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"output must be pil, tensor or latent, got {output!r}")
@@ -265,6 +280,12 @@ class LatentDiffusion(nn.Module):
             raise InputError(
                 f"--steps must be at most {self.schedule.n_timesteps}, the timesteps of this model, got "
                 f"{settings.steps}"
+            )
+        shape = (len(prompts), *self._latent_shape(settings))
+        if latents is not None and latents.shape != shape:
+            raise InputError(
+                f"latents must be {shape} for {len(prompts)} images of {settings.height} x {settings.width} px, got "
+                f"{tuple(latents.shape)}"
             )
         if init_images is None:
             self._check_start(settings)
