@@ -107,6 +107,8 @@ def parse(arguments):
     _refuse(unknown, name, parser)
     dreambooth, config = from_flags(DreamBoothSettings, args), from_flags(TrainingConfig, args)
     _check_dreambooth(dreambooth, config, given)
+    if dreambooth.instance_prompt is not None:
+        config = dataclasses.replace(config, caption_cut=0.0)  # of a preset
     if config.save_format != "native" and method.export is Method.export:
         raise InputError(f"--save-format {config.save_format} is for adapters; --adapter {name} writes a checkpoint, "
                          "which needs none: leave it out")  # fmt: skip
@@ -198,6 +200,10 @@ def _check_dreambooth(dreambooth, config, given):
     if dreambooth.instance_prompt is not None and "prompt_template" in given:
         raise InputError("--instance-prompt takes the place of all captions, and --prompt-template would make them; "
                          "leave one of them out")  # fmt: skip
+    if dreambooth.instance_prompt is not None and "caption_cut" in given:
+        raise InputError(
+            "--caption-cut shortens captions, and --instance-prompt gives all images one prompt; leave one of them out"
+        )
     if dreambooth.n_class_images and config.batch_size < 2:
         raise InputError(f"--batch-size {config.batch_size} has no room for both an instance and a class image; give "
                          "at least 2, or leave --class-prompt out")  # fmt: skip

@@ -67,6 +67,9 @@ class TrainingConfig(Settings):
     caption_dropout: float = setting(
         0.1, "share of samples with an empty prompt, which guidance needs", at_least=0, at_most=1
     )
+    caption_cut: float = setting(
+        0.0, "share of captions that are cut at a random comma, so that short prompts work, too", at_least=0, at_most=1
+    )
     min_snr_gamma: float = setting(0.0, "min-SNR weighting of the loss, 5 is usual; 0 = off", at_least=0)
     noise_offset: float = setting(0.0, "offset noise, 0.1 is usual; 0 = off", at_least=0)
     seed: int = setting(0, "random seed of the whole run", at_least=0)
