@@ -127,3 +127,11 @@ def test_attention_by_products_is_for_training_in_bfloat16_on_a_cpu():
     assert not kernels.product_attention_pays(large, large)
     with torch.no_grad():
         assert not kernels.product_attention_pays(x, x)
+
+
+def test_bfloat16_is_fast_on_gpus_and_on_cpus_with_instructions_for_it(monkeypatch):
+    for avx, amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert kernels.has_fast_bfloat16(CPU) == (avx or amx)
+        assert kernels.has_fast_bfloat16(torch.device("cuda"))

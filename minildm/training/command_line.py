@@ -46,8 +46,8 @@ class Goal(Settings):
     data: str = setting("phantom", "phantom, folder:..., iu-xray:..., padchest:..., ...", metavar="NAME:PATH")
     dtype: str | None = setting(
         None,
-        "precision of the frozen base, or of full's products; trained weights are float32 (default: bfloat16 on a GPU, "
-        "float32 elsewhere)",
+        "precision of the frozen base, or of full's products; trained weights are float32 (default: bfloat16 where the "
+        "machine has instructions for it, else float32)",
         choices=("float32", "bfloat16", "float16"),
     )
 

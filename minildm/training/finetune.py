@@ -143,8 +143,8 @@ class Finetuning(Task):
 
 
 def usual_dtype(device):
-    """The name of the default precision of the frozen base."""
-    return "bfloat16" if device.type == "cuda" else "float32"
+    """The name of the default precision of the frozen base, or of full's products."""
+    return "bfloat16" if kernels.has_fast_bfloat16(device) else "float32"
 
 
 def contexts_folder(settings, folder):
