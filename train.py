@@ -58,7 +58,7 @@ def main(arguments):
     for note in data.notes:
         print(f"note: {note}")
     texts = check_texts(data, plan.data, config.seed, captioned)  # what needs no image is checked before any is read
-    model = load(goal.base, goal.on_top_of, device, weights, goal.prediction, goal.vae)
+    model = load(goal.base, goal.on_top_of, device, weights, goal.prediction, goal.vae, vae_dtype=torch.float32)
     plan.method.check_fit(model, plan.method_settings)
     transform = plan.data.transform(model.config.image_size)
     print(f"{model.files.title}: {transform.size} px, base in {_name(weights)} on {device}, loaded in "
@@ -74,8 +74,7 @@ def main(arguments):
     }
     run.expect(**known)
 
-    # Records -> images -> latents, encoded once; the VAE runs in float32, the reference for all precisions
-    model.vae.float()
+    # Records -> images -> latents, encoded once, in float32 whatever the precision of the rest
     products = machine.products(dtype, device, run)
     latents = latent_cache(data.records, transform, model.vae, machine.cache, skip_bad=plan.data.skip_bad)
     if unreadable := len(data.records) - len(latents.records):

@@ -95,7 +95,8 @@ def attend(query, key, value, n_heads, causal=False):
     query = query.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # (B, n_heads, L, d_head)
     key = key.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # (B, n_heads, L_k, d_head)
     value = value.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # (B, n_heads, L_k, d_head)
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal)  # (B, n_heads, L, d_head)
+    attention = kernels.attention if kernels.enabled else F.scaled_dot_product_attention
+    out = attention(query, key, value, is_causal=causal)  # (B, n_heads, L, d_head)
     return out.transpose(1, 2).flatten(2)  # (B, L, D)
 
 

@@ -22,7 +22,7 @@ MOST = 1000  # of an adapter's multiplier; beyond 2 or so, images only break
 EMBEDDED_ADAPTER = EMBEDDED / "adapter.safetensors"  # SeLoRA for chest radiographs
 
 
-def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=None):
+def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=None, vae_dtype=None):
     """Load a Stable Diffusion v1.x or v2.x model.
 
     Args:
@@ -35,6 +35,7 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=N
         prediction: "epsilon" or "v", with a warning if the checkpoint says otherwise; None = what it says, and
             "epsilon" for a single file that says nothing (v2.0 and v2.1 at 768 px need "v").
         vae: file or folder of an autoencoder to use in place of the base's own, such as sd-vae-ft-mse.
+        vae_dtype: of the autoencoder; None = as ``dtype``.
     Returns: LatentDiffusion, frozen and in eval mode.
     Raises: FileNotFoundError; InputError (a ValueError) if a file is broken or holds another kind of model.
     """
@@ -43,7 +44,8 @@ def load(base=None, adapters=(), device=None, dtype=None, prediction=None, vae=N
     plan = checkpoint.inspect(find_base() if base is None else base, prediction)
     if vae is not None:
         checkpoint.replace_vae(plan, vae)
-    model = LatentDiffusion(plan.config, **checkpoint.load_networks(plan, device, dtype), files=plan).eval()
+    networks = checkpoint.load_networks(plan, device, dtype, vae_dtype)
+    model = LatentDiffusion(plan.config, **networks, files=plan).eval()
     for adapter in with_those_below([adapters] if isinstance(adapters, (str, Path)) else adapters):
         merge_file(model, *parse_adapter(adapter))
     return model

@@ -55,6 +55,15 @@ def test_a_single_file_loads(v2, dtype, extras, tmp_path):
     assert_same_weights(loaded, model, via=dtype)
 
 
+def test_the_autoencoder_may_have_a_precision_of_its_own(tmp_path):
+    """Its weights are then those of the file, not rounded to the others' precision first."""
+    path = peers.write_folder(shared_model(), tmp_path / "model")
+    loaded = minildm.load(path, device="cpu", dtype=torch.bfloat16, vae_dtype=torch.float32)
+    assert {loaded.dtype, next(loaded.text_encoder.parameters()).dtype} == {torch.bfloat16}
+    whole = minildm.load(path, device="cpu").vae.state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in loaded.vae.state_dict().items())
+
+
 @FLOATS
 def test_parameters_have_the_requested_dtype_are_frozen_and_channels_last(dtype, tmp_path):
     loaded = load(peers.write_single_file(shared_model(), tmp_path / "model.safetensors"), dtype)

@@ -98,3 +98,40 @@ def test_a_trained_layer_keeps_its_own_product_and_its_gradient():
     kernels.products_in_float32(layer)
     layer(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.eq(2).all()
+
+
+@pytest.mark.parametrize("length, length_k, causal", [(9, 9, False), (9, 7, False), (7, 7, True)])
+def test_attention_by_products_is_attention_and_its_gradient(length, length_k, causal):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (length, length_k, length_k)
+    inputs = [torch.randn(2, 3, n, 8, generator=generator).bfloat16() for n in shapes]
+    assert kernels.product_attention_pays(inputs[0].requires_grad_(), inputs[1])
+
+    def exact(*inputs):
+        return torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=causal)
+
+    y, gradients = _with_gradient(lambda *inputs: kernels.attention(*inputs, is_causal=causal), *inputs)
+    exact_y, exact_gradients = _with_gradient(exact, *(x.double() for x in inputs))
+    assert y.dtype == torch.bfloat16 and relative_error(y, exact_y) <= 2.0**-7
+    for gradient, right in zip(gradients, exact_gradients):
+        assert relative_error(gradient, right) <= 2.0**-6
+
+
+def test_attention_by_products_is_for_training_in_bfloat16_on_a_cpu():
+    x = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    assert kernels.product_attention_pays(x, x)
+    assert not kernels.product_attention_pays(x.float(), x.float())
+    assert not kernels.product_attention_pays(x.detach(), x)
+    assert not kernels.product_attention_pays(x.to("meta"), x.to("meta"))
+    large = torch.zeros(1, 1, 1025, 8, dtype=torch.bfloat16, requires_grad=True)
+    assert not kernels.product_attention_pays(large, large)
+    with torch.no_grad():
+        assert not kernels.product_attention_pays(x, x)
+
+
+def test_bfloat16_is_fast_on_gpus_and_on_cpus_with_instructions_for_it(monkeypatch):
+    for avx, amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert kernels.has_fast_bfloat16(CPU) == (avx or amx)
+        assert kernels.has_fast_bfloat16(torch.device("cuda"))

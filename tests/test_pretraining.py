@@ -25,6 +25,7 @@ from torch.distributions import Normal, kl_divergence
 import minildm
 from minildm import __main__ as command_line
 from minildm import config as configs
+from minildm import kernels
 from minildm.checkpoint import NETWORKS, config_json
 from minildm.config import ModelConfig
 from minildm.data.cache import CachedLatents
@@ -424,7 +425,7 @@ def test_a_run_stopped_in_the_first_stage_resumes_with_all_its_flags(place, whol
 
 def test_a_resumed_run_keeps_its_precision_on_a_machine_with_another_default(whole, monkeypatch):
     recorded = json.loads((whole / "autoencoder" / "config.json").read_text())["settings"]["dtype"]
-    monkeypatch.setattr(command, "has_fast_bfloat16", lambda device: recorded == "float32")
+    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda device: recorded == "float32")
     assert parse(["--resume", str(whole)]).goal.dtype == recorded
     assert parse([]).goal.dtype != recorded
 

@@ -1,5 +1,6 @@
 """One step's mathematics: what is random, and what a sample's loss is."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,14 @@ from minildm.adapters import add_adapter
 from minildm.data.cache import context_cache
 from minildm.data.loader import TrainingPairs
 from minildm.training.loop import learning_rate
-from minildm.training.loss import Captions, denoising_losses, sample_randomness, validation_loss
+from minildm.training.loss import (
+    Captions,
+    PlainLoss,
+    caption_texts,
+    denoising_losses,
+    sample_randomness,
+    validation_loss,
+)
 from minildm.training.machine import checkpoint_blocks, forecast
 
 SHAPE = (4, 8, 8)
@@ -66,15 +74,35 @@ def test_the_loss_is_the_mean_squared_error_of_what_the_network_should_say(v2):
     torch.testing.assert_close(losses, F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3)))
 
 
-def test_dropped_captions_are_the_empty_prompt(model, tmp_path):
-    data = samples(3)
-    dropped = torch.tensor([True, False, True])
-    contexts = context_cache([*data.prompts, ""], model.tokenize, model.text_encoder, tmp_path)
-    expected = model.encode_prompt(["", data.prompts[1], ""])
-    running = Captions(model, data.prompts)(batch_of(data, range(3)), dropped)
-    cached = Captions(model, data.prompts, contexts)(batch_of(data, range(3), contexts), dropped)
-    torch.testing.assert_close(running, expected)
-    torch.testing.assert_close(cached, expected, rtol=0, atol=2e-3)  # the cache is float16
+def test_captions_are_dropped_and_cut_with_and_without_a_cache(model, tmp_path):
+    data = samples(4)
+    prompts = ("a chest, age 40, normal", "a chest", "a chest, age 50, effusion", "a chest, age 40, effusion")
+    data = dataclasses.replace(data, prompts=prompts)
+    dropout_and_cut = PlainLoss(caption_dropout=0.2, caption_cut=0.5)  # of u: [0, 0.2) empty, [0.2, 0.6) cut
+    u = torch.tensor([0.25, 0.55, 0.19, 0.59])
+    expected = model.encode_prompt(["a chest", "a chest", "", "a chest, age 40"])
+    contexts = context_cache(caption_texts(prompts, cut=True), model.tokenize, model.text_encoder, tmp_path)
+    running, cached = Captions(model, prompts, cut=True), Captions(model, prompts, contexts, cut=True)
+    for captions, batch, tolerance in (
+        (running, batch_of(data, range(4)), 1e-5),
+        (cached, batch_of(data, range(4), contexts), 2e-3),  # the cache is float16
+    ):
+        found = captions(batch, captions.rows(batch["index"], u, dropout_and_cut))
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+        whole = captions(batch_of(data, range(4), captions.contexts), captions.rows(batch["index"], u, PlainLoss()))
+        torch.testing.assert_close(whole, model.encode_prompt(list(prompts)), rtol=0, atol=tolerance)
+
+
+def test_as_many_captions_are_dropped_and_cut_as_asked_for(model):
+    captions = Captions(model, ["a, b, c, d"], cut=True)
+    assert caption_texts(["a, b, c, d"], cut=True) == ["a, b, c, d", "a", "a, b", "a, b, c", ""]
+    u = sample_randomness(0, "sample", range(6000), (1, 1, 1), 1000).caption
+    rows = captions.rows(torch.zeros(6000, dtype=torch.int64), u, PlainLoss(caption_dropout=0.1, caption_cut=0.3))
+    shares = torch.bincount(rows + 1, minlength=6) / 6000  # empty, whole, and the three shorter ones
+    torch.testing.assert_close(shares[:5], torch.tensor([0.1, 0.63, 0.09, 0.09, 0.09]), rtol=0, atol=0.02)
+
+
+def test_the_randomness_of_captions_is_uniform():
     randomness = sample_randomness(0, "sample", range(3000), (1, 1, 1), 1000)
     assert (randomness.caption < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.02)
 

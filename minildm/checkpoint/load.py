@@ -100,9 +100,10 @@ def build_networks(config):
         return {network: build(getattr(config, network)) for network, build in NETWORKS.items()}
 
 
-def load_networks(checkpoint, device, dtype):
+def load_networks(checkpoint, device, dtype, vae_dtype=None):
     """Load the checkpoint's networks: {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, frozen, in eval mode.
 
+    Args: vae_dtype: of the VAE; None = ``dtype``.
     Raises InputError if tensors are missing, unused or of another shape or type, naming three of each and their number.
     """
     expected = {network: module.state_dict() for network, module in checkpoint.networks.items()}
@@ -112,12 +113,13 @@ def load_networks(checkpoint, device, dtype):
         parameters_of = {}  # file -> tensor name -> parameters: three where q, k and v are fused
         for parameter, source in sources.items():
             parameters_of.setdefault(source.file, {}).setdefault(source.name, []).append(parameter)
+        of_network = vae_dtype if network == "vae" and vae_dtype is not None else dtype
         state = {}
         for file, parameters in parameters_of.items():
             for name, tensor in file.tensors(parameters):
                 for parameter in parameters[name]:
                     shape = expected[network][parameter].shape
-                    state[parameter] = _converted(tensor, sources[parameter].third, shape, device, dtype)
+                    state[parameter] = _converted(tensor, sources[parameter].third, shape, device, of_network)
                 del tensor  # before the next one is read
         module.load_state_dict(state, strict=True, assign=True)
         module.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from minildm import kernels
 from minildm.checkpoint import NETWORKS, save_folder
 from minildm.data.cache import latent_cache
 from minildm.data.loader import TrainingPairs
@@ -33,16 +34,7 @@ from minildm.loading import usable_device
 from minildm.pretraining.autoencoder import Autoencoding, psnr, unit_scale, whiten_codes
 from minildm.pretraining.card import write_card
 from minildm.pretraining.models import SHAPES, new_model
-from minildm.pretraining.stage import (
-    HELD_OUT,
-    STAGES,
-    Networks,
-    StageSettings,
-    has_fast_bfloat16,
-    run_stage,
-    stage_config,
-    stage_settings,
-)
+from minildm.pretraining.stage import HELD_OUT, STAGES, Networks, StageSettings, run_stage, stage_config, stage_settings
 from minildm.pretraining.text_encoder import CaptionReading
 from minildm.progress import Progress
 from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
@@ -107,7 +99,7 @@ def parse(arguments):
     machine = from_flags(Machine, args)
     device = usable_device(machine.device)
     if args.dtype is None:  # decided now and recorded, so that a run resumed on another machine keeps its precision
-        args.dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+        args.dtype = "bfloat16" if kernels.has_fast_bfloat16(device) else "float32"
     plan = Plan(
         goal=from_flags(Goal, args),
         data=from_flags(DataSettings, args),

@@ -115,14 +115,6 @@ def run_stage(module, task, run, back_to_best):
 
 
 # --- precision -------------------------------------------------------------------------------------------------------
-def has_fast_bfloat16(device):
-    """Whether products in bfloat16 are fast on ``device``: on GPUs, and on processors with instructions for it. Other
-    processors take up to ten times as long as in float32."""
-    if device.type == "cuda":
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def low_precision(device, dtype):
     """Inside, products are computed in ``dtype``; weights, norms, sums and losses stay float32."""
     if dtype == torch.float32:

@@ -86,16 +86,18 @@ class CaptionReading(Task):
         seed, size = self.config.seed, self.batch_size
         return training_batches(self.training, size, seed, first_step, last_step, self.workers, self.classes)
 
-    def predict(self, captions, batch, dropped):
+    def predict(self, captions, batch, rows):
         """(predicted codes, true codes), each (B, 4, h, w), scaled."""
         true = to_device(batch["mean"] * self.model.config.vae.scaling_factor, self.model.device)
         with low_precision(self.model.device, self.dtype):
-            codes = self.reader(captions(batch, dropped))
+            codes = self.reader(captions(batch, rows))
         return codes.float(), true
 
     def losses(self, batch):
         randomness = sample_randomness(self.config.seed, "caption", batch["id"], (1, 1, 1), 1)
-        codes, true = self.predict(self.captions, batch, randomness.caption < self.config.caption_dropout)
+        codes, true = self.predict(
+            self.captions, batch, self.captions.rows(batch["index"], randomness.caption, self.config)
+        )
         return (codes - true).square().mean((1, 2, 3))
 
     @torch.no_grad()
@@ -103,7 +105,7 @@ class CaptionReading(Task):
         """Batches of (predicted codes, true codes) of the first ``count`` held-out samples."""
         for first in range(0, count, batch_size):
             batch = default_collate([self.held_out[i] for i in range(first, min(first + batch_size, count))])
-            yield self.predict(self.held_out_captions, batch, torch.zeros(len(batch["index"]), dtype=torch.bool))
+            yield self.predict(self.held_out_captions, batch, batch["index"])
 
     def validate(self):
         batch_size, count = self.config.micro_batch or self.batch_size, len(self.held_out)

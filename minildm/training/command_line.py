@@ -17,7 +17,7 @@ from minildm.data.splits import SPLITS, classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.loading import is_embedded
 from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
-from minildm.training.config import PRESETS, TrainingConfig
+from minildm.training.config import PRESETS, SPECIAL_CASES, TrainingConfig
 from minildm.training.dreambooth import DreamBoothSettings
 from minildm.training.machine import Machine
 from minildm.training.run import data_fingerprint, read_record
@@ -46,8 +46,8 @@ class Goal(Settings):
     data: str = setting("phantom", "phantom, folder:..., iu-xray:..., padchest:..., ...", metavar="NAME:PATH")
     dtype: str | None = setting(
         None,
-        "precision of the frozen base, or of full's products; trained weights are float32 (default: bfloat16 on a GPU, "
-        "float32 elsewhere)",
+        "precision of the frozen base, or of full's products; trained weights are float32 (default: bfloat16 where the "
+        "machine has instructions for it, else float32)",
         choices=("float32", "bfloat16", "float16"),
     )
 
@@ -94,7 +94,9 @@ def parse(arguments):
         raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]
     stored = {key: value for key, value in stored.items() if key not in ("resume", "out", "dry_run", "preset")}
-    defaults = method.defaults | defaults | defaults.get("methods", {}).get(name, {}) | stored
+    for choices, chosen in (("data_sets", given.get("data", Goal.data)), ("methods", name)):
+        defaults = defaults | defaults.get(choices, {}).get(chosen, {})
+    defaults = method.defaults | defaults | stored
     for length, other in (("epochs", "steps"), ("steps", "epochs")):
         if length in given and other not in given and (stored or length == "epochs"):
             defaults.pop(other, None)  # a preset's steps would cut the epochs that were asked for; the new end counts
@@ -102,11 +104,13 @@ def parse(arguments):
     parser = _parser()
     add_flags(parser, method.settings_class, f"method: {name}")
     _add_common_flags(parser)
-    parser.set_defaults(**{key: value for key, value in defaults.items() if key != "methods"})
+    parser.set_defaults(**{key: value for key, value in defaults.items() if key not in SPECIAL_CASES})
     args, unknown = parser.parse_known_args(arguments)
     _refuse(unknown, name, parser)
     dreambooth, config = from_flags(DreamBoothSettings, args), from_flags(TrainingConfig, args)
     _check_dreambooth(dreambooth, config, given)
+    if dreambooth.instance_prompt is not None:
+        config = dataclasses.replace(config, caption_cut=0.0)  # of a preset
     if config.save_format != "native" and method.export is Method.export:
         raise InputError(f"--save-format {config.save_format} is for adapters; --adapter {name} writes a checkpoint, "
                          "which needs none: leave it out")  # fmt: skip
@@ -124,7 +128,7 @@ def parse(arguments):
         dry_run=args.dry_run,
     )
     _refuse_unused(plan, parser.given(arguments))
-    if unused := sorted({*PRESETS.get(preset, {})} - {*plan.settings, "methods"}):
+    if unused := sorted({*PRESETS.get(preset, {})} - {*plan.settings, *SPECIAL_CASES}):
         names = ", ".join(flag(setting) for setting in unused)
         warnings.warn(f"--preset {preset} also sets {names}, which --adapter {name} does not have", stacklevel=2)
     return plan
@@ -198,6 +202,10 @@ def _check_dreambooth(dreambooth, config, given):
     if dreambooth.instance_prompt is not None and "prompt_template" in given:
         raise InputError("--instance-prompt takes the place of all captions, and --prompt-template would make them; "
                          "leave one of them out")  # fmt: skip
+    if dreambooth.instance_prompt is not None and "caption_cut" in given:
+        raise InputError(
+            "--caption-cut shortens captions, and --instance-prompt gives all images one prompt; leave one of them out"
+        )
     if dreambooth.n_class_images and config.batch_size < 2:
         raise InputError(f"--batch-size {config.batch_size} has no room for both an instance and a class image; give "
                          "at least 2, or leave --class-prompt out")  # fmt: skip

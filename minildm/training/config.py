@@ -33,16 +33,20 @@ PRESETS = {
     },
     # The embedded base is so small that it takes, and needs, larger steps than Stable Diffusion.
     "tiny": {
-        "lr": 2e-3,
+        "lr": 5e-3,
         "lr_schedule": "cosine",
         "warmup": 50,
         "batch_size": 16,
-        "steps": 1500,
+        "steps": 2000,
+        "caption_cut": 0.2,
         "sample_interval": 500,
         "samples": 9,
-        "methods": {"full": {"lr": 1e-3}, "adalora": {"lr": 1e-2}},  # where a method wants another value
+        # where a method or a data set wants another value
+        "methods": {"full": {"lr": 1e-3}, "adalora": {"lr": 1e-2}},
+        "data_sets": {"phantom": {"balance": "diagnosis"}},
     },
 }
+SPECIAL_CASES = ("methods", "data_sets")  # in a preset: the settings of some methods and data sets
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class TrainingConfig(Settings):
     # diffusion
     caption_dropout: float = setting(
         0.1, "share of samples with an empty prompt, which guidance needs", at_least=0, at_most=1
+    )
+    caption_cut: float = setting(
+        0.0, "share of captions that are cut at a random comma, so that short prompts work, too", at_least=0, at_most=1
     )
     min_snr_gamma: float = setting(0.0, "min-SNR weighting of the loss, 5 is usual; 0 = off", at_least=0)
     noise_offset: float = setting(0.0, "offset noise, 0.1 is usual; 0 = off", at_least=0)

@@ -22,7 +22,7 @@ from minildm.latent_diffusion import to_pil, usual_guidance
 from minildm.progress import Progress
 from minildm.training.forgetting import ForgettingProbe, forgetting_line
 from minildm.training.loop import exported_name, train
-from minildm.training.loss import Captions, denoising_losses, sample_randomness, validation_loss
+from minildm.training.loss import Captions, caption_texts, denoising_losses, sample_randomness, validation_loss
 from minildm.training.machine import checkpoint_blocks, disk_forecast, forecast, memory_advice
 from minildm.training.run import data_fingerprint
 from minildm.training.task import Task
@@ -80,7 +80,7 @@ class Finetuning(Task):
         self.images_per_step = config.batch_size if images_per_step is None else images_per_step
         self.steps = config.total_steps(self.n_images, self.images_per_step)
         self.contexts = contexts
-        self.pairs, self.captions = self._pairs(training)
+        self.pairs, self.captions = self._pairs(training, cut=config.caption_cut > 0)
         self.latent_shape = self.pairs[0]["mean"].shape  # (4, h, w)
         self.classes = None if balance is None else classes_of(training.records, balance)
         if validation.records:
@@ -94,12 +94,13 @@ class Finetuning(Task):
         """Height and width of the training images in pixels."""
         return self.latent_shape[-1] * SPATIAL_FACTOR
 
-    def _pairs(self, samples):
+    def _pairs(self, samples, cut=False):
         contexts, model = None, self.model
         if self.contexts is not None:
-            contexts = context_cache([*samples.prompts, ""], model.tokenize, model.text_encoder, self.contexts)
+            texts = caption_texts(samples.prompts, cut)
+            contexts = context_cache(texts, model.tokenize, model.text_encoder, self.contexts)
         pairs = TrainingPairs(samples.records, samples.prompts, latents=samples.latents, contexts=contexts)
-        return pairs, Captions(model, samples.prompts, contexts)
+        return pairs, Captions(model, samples.prompts, contexts, cut)
 
     def batches(self, first_step, last_step):
         seed, size = self.config.seed, self.batch_size
@@ -142,8 +143,8 @@ class Finetuning(Task):
 
 
 def usual_dtype(device):
-    """The name of the default precision of the frozen base."""
-    return "bfloat16" if device.type == "cuda" else "float32"
+    """The name of the default precision of the frozen base, or of full's products."""
+    return "bfloat16" if kernels.has_fast_bfloat16(device) else "float32"
 
 
 def contexts_folder(settings, folder):

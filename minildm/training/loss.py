@@ -21,7 +21,7 @@ class Randomness(NamedTuple):
     noise: torch.Tensor  # (B, 4, h, w), standard normal
     latent_noise: torch.Tensor  # (B, 4, h, w): picks z from the VAE's Gaussian
     offset: torch.Tensor  # (B, 4, 1, 1): one number per channel, for the noise offset
-    caption: torch.Tensor  # (B,) uniform in [0, 1): below caption_dropout, the caption is dropped
+    caption: torch.Tensor  # (B,) uniform in [0, 1): whether the caption is dropped or cut short
 
 
 def sample_randomness(seed, purpose, ids, shape, n_timesteps):
@@ -42,25 +42,54 @@ def sample_randomness(seed, purpose, ids, shape, n_timesteps):
 
 
 class Captions:
-    """Prompts -> context, with dropout.
+    """Prompts -> context; some of them empty, for guidance, and some cut short, so that short prompts work, too.
 
-    ``contexts``: cache.CachedContexts of the prompts and, last, of the empty prompt, where the text encoder is frozen;
-    otherwise None, and the text encoder runs at every step.
+    ``contexts``: cache.CachedContexts of ``caption_texts(prompts, cut)`` where the text encoder is frozen; otherwise
+    None, and the text encoder runs at every step. ``cut``: whether captions may be cut short.
     """
 
-    def __init__(self, model, prompts, contexts=None):
+    def __init__(self, model, prompts, contexts=None, cut=False):
         self.text_encoder, self.contexts = model.text_encoder, contexts
         self.device, self.dtype = model.device, model.dtype
-        self.token_ids = None if contexts is not None else model.tokenize([*prompts, ""])  # (n + 1, 77)
+        texts = caption_texts(prompts, cut)
+        row = {text: i for i, text in enumerate(texts)}
+        self.shorter = [[row[text] for text in shorter_captions(prompt)] if cut else [] for prompt in prompts]
+        self.token_ids = None if contexts is not None else model.tokenize(texts)  # (n, 77)
 
-    def __call__(self, batch, dropped):
-        """batch["index"] (B,) and dropped (B,) bool -> context (B, 77, D), on the model's device."""
+    def rows(self, index, u, config):
+        """Which text each sample gets, as a row of `caption_texts`: its caption; the empty one with the probability
+        ``config.caption_dropout``; or, of the others, one cut at a random comma with ``config.caption_cut``.
+
+        Args: index (B,) of the captions; u (B,) uniform in [0, 1). Returns: (B,) int64.
+        """
+        rows = torch.where(u < config.caption_dropout, -1, index)
+        if config.caption_cut:
+            place = (u - config.caption_dropout) / ((1 - config.caption_dropout) * config.caption_cut)
+            for k in ((place >= 0) & (place < 1)).nonzero()[:, 0].tolist():
+                if shorter := self.shorter[index[k]]:
+                    rows[k] = shorter[int(place[k] * len(shorter))]
+        return rows
+
+    def __call__(self, batch, rows):
+        """batch["index"] (B,), rows (B,) of `rows` -> context (B, 77, D), on the model's device."""
         if self.contexts is None:
-            token_ids = self.token_ids[torch.where(dropped, -1, batch["index"])]  # (B, 77)
-            return self.text_encoder(to_device(token_ids, self.device))
-        empty = self.contexts[len(self.contexts) - 1]  # (77, D)
-        context = torch.where(dropped[:, None, None], empty, batch["context"])
+            return self.text_encoder(to_device(self.token_ids[rows], self.device))
+        context = batch["context"]  # of the whole captions
+        for k in (rows != batch["index"]).nonzero()[:, 0].tolist():
+            context[k] = self.contexts[int(rows[k]) % len(self.contexts)]
         return to_device(context, self.device, self.dtype)
+
+
+def caption_texts(prompts, cut=False):
+    """All texts that `Captions` may choose: the prompts; with ``cut``, their shorter forms; last, the empty one."""
+    shorter = [text for prompt in prompts for text in shorter_captions(prompt)] if cut else []
+    return [*prompts, *dict.fromkeys(shorter), ""]
+
+
+def shorter_captions(prompt):
+    """The beginnings of a caption, up to each of its commas: "a, b, c" -> ["a", "a, b"]."""
+    pieces = prompt.split(",")
+    return [",".join(pieces[:n]) for n in range(1, len(pieces))]
 
 
 def denoising_losses(model, batch, randomness, captions, config):
@@ -68,9 +97,9 @@ def denoising_losses(model, batch, randomness, captions, config):
 
     Args:
         batch: "index" (B,), "mean" and "logvar" (B, 4, h, w) of the VAE, "context" where contexts are cached.
-        config: caption_dropout, min_snr_gamma and noise_offset.
+        config: caption_dropout, caption_cut, min_snr_gamma and noise_offset.
     """
-    context = captions(batch, randomness.caption < config.caption_dropout)
+    context = captions(batch, captions.rows(batch["index"], randomness.caption, config))
     device = context.device
     z = batch["mean"] + (0.5 * batch["logvar"]).exp() * randomness.latent_noise
     latents = to_device(z * model.config.vae.scaling_factor, device)
@@ -91,6 +120,7 @@ class PlainLoss(NamedTuple):
     """What validation measures, whatever is trained on."""
 
     caption_dropout: float = 0.0
+    caption_cut: float = 0.0
     min_snr_gamma: float = 0.0
     noise_offset: float = 0.0
 

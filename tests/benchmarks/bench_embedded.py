@@ -6,6 +6,7 @@
     time     sample.py from start to PNG, 50 DDIM steps with guidance
     chest    the base with and without its adapter for chest radiographs: Frechet distance to held-out phantoms (FD-vae
              and FD-random, not FID), and whether the phantom's ruler finds what the prompts ask for
+    findings does the adapter show the findings that prompts ask for? A balanced list of prompts, by the phantom's ruler
     figure   docs/embedded.png: shapes by the base, chests by the base and with its adapter, phantoms of the same labels
 
 Prints numbers and asserts nothing. Not for clinical use.
@@ -35,7 +36,7 @@ from minildm.data.sets import procedural as procedural_set
 from minildm.images import contact_sheet
 from minildm.latent_diffusion import usual_guidance
 from minildm.loading import EMBEDDED, EMBEDDED_ADAPTER
-from minildm.metrics.adherence import prompt_adherence
+from minildm.metrics.adherence import prompt_adherence, wilson
 from minildm.metrics.extractors import FeatureSettings, open_extractor
 from minildm.metrics.features import collect
 from minildm.settings import Parser
@@ -200,6 +201,69 @@ def chest(args):
                 contact_sheet(images[:64]).save(args.sheets / f"chest-{name}-guidance-{guidance:g}.png")
 
 
+ASKED = ("cardiomegaly", "pleural effusion", "pneumothorax", "pacemaker", "consolidation", "normal")
+
+
+def findings(args):
+    """n frontal images for each finding, three quarters of them PA: what the ruler sees, with 95 % intervals."""
+    people = [
+        phantom.labels((SET, kind, i), view="AP" if i % 4 == 3 else "PA", finding=finding)
+        for kind, finding in enumerate(ASKED)
+        for i in range(args.n)
+    ]
+    fields = [phantom.fields(person) for person in people]
+    prompts = [render(phantom_set.PROMPT, one) for one in fields]
+    model = minildm.load(args.base, [] if args.adapter == "none" else [args.adapter], device=args.device)
+    originals = phantom.render_batch(people, [(SET, kind, i) for kind in range(len(ASKED)) for i in range(args.n)])
+    report_findings("the phantoms of these labels", people, fields, list(originals))
+    for guidance in args.guidance:
+        images, seconds = sample(model, prompts, args, guidance)
+        images = [np.asarray(image.convert("L")) for image in images]
+        title = f"guidance {guidance:g}, {args.sampler} {args.steps} steps, {seconds:.0f} s"
+        report_findings(title, people, fields, images)
+        if args.sheets:
+            shown = [Image.fromarray(images[kind * args.n + i]) for kind in range(len(ASKED)) for i in range(8)]
+            contact_sheet(shown, columns=8).save(args.sheets / f"findings-guidance-{guidance:g}.png")
+
+
+def report_findings(title, people, fields, images):
+    readings = ruler.measure(images)
+    verdicts = [ruler.obeys(reading, one) for reading, one in zip(readings, fields)]
+
+    def share(name, values, by_chance=None):
+        mean = np.mean(values)
+        low, high = wilson(mean, len(values))
+        chance = "" if by_chance is None else f", chance {100 * np.mean(by_chance):.1f}"
+        print(
+            f"    {name:<28} {100 * mean:5.1f} % ({100 * low:.1f} to {100 * high:.1f}; n {len(values)}{chance})",
+            flush=True,
+        )
+
+    def seen(finding, where):
+        return [ruler.obeys(readings[i], {"diagnosis": finding})["diagnosis"] for i in where]
+
+    print(title)
+    every = range(len(people))
+    others = {finding: [i for i in every if people[i].finding != finding] for finding in ASKED}
+    chance = [np.mean(seen(finding, others[finding])) for finding in ASKED]
+    share("findings as asked", [verdict["diagnosis"] for verdict in verdicts], chance)
+    for finding in ASKED:
+        share(
+            f"  {finding}",
+            seen(finding, [i for i in every if people[i].finding == finding]),
+            seen(finding, others[finding]),
+        )
+    sided = [
+        verdict["loc"]
+        for verdict, person in zip(verdicts, people)
+        if person.finding in ("pleural effusion", "pneumothorax") and verdict["diagnosis"]
+    ]
+    if sided:
+        share("side, where it is seen", sided)
+    share("view", [verdict["view"] for verdict in verdicts])
+    share("sex", [verdict["sex"] for verdict in verdicts])
+
+
 def figure(args):
     """Four rows of four at the usual guidance, seeds 0 to 3; written as SHEETS/embedded.png."""
     words = [
@@ -239,11 +303,11 @@ def figure(args):
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parts = ["shapes", "unseen", "psnr", "time", "chest"]
+    parts = ["shapes", "unseen", "psnr", "time", "chest", "findings"]
     parser.add_argument("--only", nargs="*", default=parts, choices=parts, help="which parts")
     parser.add_argument("--base", type=Path, default=EMBEDDED)
     parser.add_argument("--adapter", default=str(EMBEDDED_ADAPTER))
-    parser.add_argument("-n", type=int, default=200, help="prompts, or images")
+    parser.add_argument("-n", type=int, default=200, help="prompts, or images; of findings: of each")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0])
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=50)
@@ -261,6 +325,7 @@ def main():
         ("psnr", psnr),
         ("time", start_to_png),
         ("chest", chest),
+        ("findings", findings),
         ("figure", figure),
     ):
         if name in args.only:
