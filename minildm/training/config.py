@@ -34,6 +34,7 @@ PRESETS = {
     # The embedded base is so small that it takes, and needs, larger steps than Stable Diffusion.
     "tiny": {
         "lr": 5e-3,
+        "text_encoder_rate": 0.1,  # at 1, a long run lost its prompts (docs/pretraining.md)
         "lr_schedule": "cosine",
         "warmup": 50,
         "batch_size": 16,
