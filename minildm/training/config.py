@@ -38,7 +38,7 @@ PRESETS = {
         "lr_schedule": "cosine",
         "warmup": 50,
         "batch_size": 16,
-        "steps": 2000,
+        "steps": 1500,
         "caption_cut": 0.2,
         "sample_interval": 500,
         "samples": 9,
