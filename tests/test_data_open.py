@@ -70,9 +70,16 @@ def test_a_bare_path_and_a_path_of_a_rendered_data_set_are_answered_with_the_rig
         open_data_set(str(tmp_path))
     with pytest.raises(InputError, match=r"did you mean folder:no/such\?"):
         open_data_set("no/such")
-    for spec in ("phantom:foo", f"procedural:{tmp_path}"):
+    for spec in ("phantom:foo", f"procedural:{tmp_path}", "phantom:0", "phantom:1000001", "phantom:-1"):
         with pytest.raises(InputError, match=rf"takes no path, got '{spec}'"):
             open_data_set(spec)
+
+
+def test_a_rendered_data_set_may_have_another_size_and_begins_as_the_usual_one():
+    usual, larger = (open_data_set(spec, DataSettings(views="all")).records for spec in ("phantom", "phantom:2100"))
+    assert len(larger) == 2100
+    assert [record.recipe for record in larger[: len(usual)]] == [record.recipe for record in usual]
+    assert len(open_data_set("phantom:7", DataSettings(views="all")).records) == 7
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

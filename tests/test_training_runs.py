@@ -26,7 +26,7 @@ from minildm.errors import InputError
 from minildm.images import read_parameters
 from minildm.training import loop
 from minildm.training.command_line import parse
-from minildm.training.config import PRESETS, SPECIAL_CASES, TrainingConfig
+from minildm.training.config import PRESETS, TrainingConfig
 from minildm.training.run import Run, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -554,20 +554,16 @@ def test_every_entry_of_a_preset_is_a_setting():
     for method in METHODS:
         known |= parse(["--adapter", method]).settings.keys()
     for preset in PRESETS.values():
-        assert preset.keys() - {*SPECIAL_CASES} <= known
+        assert preset.keys() - {"methods"} <= known
         for method, values in preset.get("methods", {}).items():
             assert values.keys() <= parse(["--adapter", method]).settings.keys()
-        for data_set, values in preset.get("data_sets", {}).items():
-            assert values.keys() <= parse(["--data", data_set]).settings.keys()
 
 
 def test_a_value_comes_from_its_flag_then_the_preset_then_the_method_then_the_default():
     assert parse(["--adapter", "full", "--base", "x"]).config.lr == 1e-5  # the method's
     assert parse(["--adapter", "full", "--preset", "tiny"]).config.lr == 1e-3  # the preset's, for this method
-    assert parse(["--adapter", "lora", "--preset", "tiny"]).config.lr == 5e-3
+    assert parse(["--adapter", "lora", "--preset", "tiny"]).config.lr == 2e-3
     assert parse(["--adapter", "full", "--preset", "tiny", "--lr", "0.5"]).config.lr == 0.5
-    assert parse(["--preset", "tiny"]).data.balance == "diagnosis"  # the preset's, for the phantoms
-    assert parse(["--preset", "tiny", "--data", "folder:x"]).data.balance is None
     assert parse(["--base", "x"]).config == TrainingConfig()
     assert parse(["--preset", "tiny", "--epochs", "2"]).config.steps is None  # the epochs count
 

@@ -1,6 +1,7 @@
 """Open a data set: ``--data name:path`` and the settings of the data flags -> DataSet."""
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from minildm.data.folders import outside
 from minildm.data.prompts import TEMPLATES, render
 from minildm.data.reading import Transform
-from minildm.data.records import BUILT_IN, DataSet
+from minildm.data.records import BUILT_IN, MOST_RENDERED, DataSet
 from minildm.data.sets import DATA_SETS
 from minildm.data.splits import SPLITS, order_key
 from minildm.errors import InputError, naming
@@ -65,7 +66,8 @@ def open_data_set(spec, settings=None, seed=0, captioned=True):
     """Read a data set's tables and select its records. No image is opened.
 
     Args:
-        spec: "name:path", name one of DATA_SETS; "phantom" and "procedural" take no path.
+        spec: "name:path", name one of DATA_SETS; "phantom" and "procedural" take no path, but may have a
+            number of images: "phantom:6000".
         settings: DataSettings; None = the defaults. Splits and image size are not applied here.
         seed: of ``settings.limit``.
         captioned: leave out records without a prompt.
@@ -109,9 +111,10 @@ def _read_tables(spec):
         raise InputError(f"unknown data set {name!r}; {wanted} {', '.join(DATA_SETS)}")
     source = DATA_SETS[name]
     if name in BUILT_IN:
-        if path:
-            raise InputError(f"{name} is rendered on demand and takes no path, got {spec!r}; give {name} alone")
-        records, notes = source.records()
+        if path and not (re.fullmatch("[0-9]{1,9}", path) and 1 <= int(path) <= MOST_RENDERED):
+            raise InputError(f"{name} is rendered on demand and takes no path, got {spec!r}; give {name} alone, or "
+                             f"with a number of images, up to {MOST_RENDERED:,}: {name}:6000")  # fmt: skip
+        records, notes = source.records(int(path)) if path else source.records()
     elif not path:
         raise InputError(f"{name} needs a path: {name}:/where/it/is")
     elif not Path(path).is_dir():

@@ -10,6 +10,7 @@ from minildm.data import values
 from minildm.tables import present
 
 BUILT_IN = ("phantom", "procedural")  # data sets that are rendered on demand and need no path
+MOST_RENDERED = 10**6  # images of such a data set
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ class Evaluator:
         return asdict(clip_score(generated, data.prompts(len(generated)), *CLIP, self.device, self.batch_size))
 
     def adherence(self, run, data, generated):
-        if run.settings["data"] != "phantom":
+        if run.settings["data"].partition(":")[0] != "phantom":
             raise InputError("the ruler reads phantoms only; for other data: python -m minildm adherence --classifier")
         wanted = [record.fields for record in data.requests(len(generated))]
         found = prompt_adherence(generated, wanted, ruler.measure, ruler.obeys)

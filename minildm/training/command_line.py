@@ -17,7 +17,7 @@ from minildm.data.splits import SPLITS, classes_of, split_by_patient
 from minildm.errors import InputError
 from minildm.loading import is_embedded
 from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
-from minildm.training.config import PRESETS, SPECIAL_CASES, TrainingConfig
+from minildm.training.config import PRESETS, TrainingConfig
 from minildm.training.dreambooth import DreamBoothSettings
 from minildm.training.machine import Machine
 from minildm.training.run import data_fingerprint, read_record
@@ -94,9 +94,7 @@ def parse(arguments):
         raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]
     stored = {key: value for key, value in stored.items() if key not in ("resume", "out", "dry_run", "preset")}
-    for choices, chosen in (("data_sets", given.get("data", Goal.data)), ("methods", name)):
-        defaults = defaults | defaults.get(choices, {}).get(chosen, {})
-    defaults = method.defaults | defaults | stored
+    defaults = method.defaults | defaults | defaults.get("methods", {}).get(name, {}) | stored
     for length, other in (("epochs", "steps"), ("steps", "epochs")):
         if length in given and other not in given and (stored or length == "epochs"):
             defaults.pop(other, None)  # a preset's steps would cut the epochs that were asked for; the new end counts
@@ -104,7 +102,7 @@ def parse(arguments):
     parser = _parser()
     add_flags(parser, method.settings_class, f"method: {name}")
     _add_common_flags(parser)
-    parser.set_defaults(**{key: value for key, value in defaults.items() if key not in SPECIAL_CASES})
+    parser.set_defaults(**{key: value for key, value in defaults.items() if key != "methods"})
     args, unknown = parser.parse_known_args(arguments)
     _refuse(unknown, name, parser)
     dreambooth, config = from_flags(DreamBoothSettings, args), from_flags(TrainingConfig, args)
@@ -128,7 +126,7 @@ def parse(arguments):
         dry_run=args.dry_run,
     )
     _refuse_unused(plan, parser.given(arguments))
-    if unused := sorted({*PRESETS.get(preset, {})} - {*plan.settings, *SPECIAL_CASES}):
+    if unused := sorted({*PRESETS.get(preset, {})} - {*plan.settings, "methods"}):
         names = ", ".join(flag(setting) for setting in unused)
         warnings.warn(f"--preset {preset} also sets {names}, which --adapter {name} does not have", stacklevel=2)
     return plan

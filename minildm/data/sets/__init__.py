@@ -12,8 +12,8 @@ sexes and views and keeps what it does not understand for the notes. ``data/open
 missing image files and records without a prompt for all data sets.
 
 If all records may have ``frontal=None``, also define VIEW_HINT, which says how to supply the views. Instead of PROMPT a
-file may define ``default_prompt(records)``. A data set rendered on demand has ``records()`` without ``root`` and no
-LOOKED_FOR, and is also listed in ``records.BUILT_IN``.
+file may define ``default_prompt(records)``. A data set rendered on demand has ``records(n=...)`` without ``root`` and
+no LOOKED_FOR, and is also listed in ``records.BUILT_IN``.
 """
 
 from minildm.data.sets import folder, iu_xray, mimic_cxr, montgomery, padchest, patch_gastric, phantom, procedural

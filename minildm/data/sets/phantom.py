@@ -7,7 +7,7 @@ from minildm.teaching import source_hash
 from minildm.teaching.phantom import fields, labels, render
 
 PROMPT = "full"
-N_RECORDS = 6000
+N_RECORDS = 2000
 
 
 def records(n=N_RECORDS, seed=0):
