@@ -1,9 +1,337 @@
-"""Several processes that train together, as torchrun starts them. One process alone needs none of this."""
+"""Several processes that work together, as torchrun starts them. One process alone needs none of this: each function
+below then returns at once.
 
-import torch
+    torchrun --nproc-per-node 4 train.py ...        NCCL between GPUs, one for each process; gloo between CPUs
+
+Training is data-parallel, and B is the *global* batch. Each process holds the whole model and takes its `share` of the
+batch's positions; shares may differ in size and may be empty. As the step's loss is sum_i weight_i loss_i / B, the sum
+of all processes' gradients is the gradient of one process with the whole batch. `sum_over_processes` adds up the loss,
+the gradients and a method's statistics before anything is computed from them. So all processes see the same numbers,
+decide alike (is the step finite, which layer grows), take the same step, and keep the same weights up to the last bit.
+All randomness is a function of seed and sample, whichever process has it: another number of processes changes rounding
+only.
+
+The first process alone reads and writes the run's folder (`from_first` tells the others what it found), prints and
+shows progress. An error is printed by the process that failed, with its name.
+
+Settings: the environment variable MINILDM_TIMEOUT, the seconds that a process waits for the others before it ends with
+an error (default: 1800). A process that dies is noticed at once; only a lost network takes that long.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+
+from minildm import errors
+from minildm.errors import InputError, is_out_of_memory, one_line
+
+BUCKET_BYTES = 256 << 20  # summed at a time: the spare memory of a sum, and enough for any network's full rate
+TIMEOUT = "MINILDM_TIMEOUT"
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LOST = "lost the connection to another process"
+GROUP = {"index": 0, "count": 1, "failed": False, "resume": None}  # of this process, once it has joined the others
+
+
+class LostProcess(InputError):
+    """Another process has ended, or cannot be reached."""
+
+
+# --- the group -------------------------------------------------------------------------------------------------------
+def launched():
+    """Whether torchrun has started this process beside others; they may not have met yet (`join`)."""
+    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def only_the_first_speaks():
+    """Silence all processes but the first; errors name their process. To be called before anything is printed."""
+    if launched():
+        errors.REPORT.append(_named)
+        sys.excepthook = _traceback
+        if os.environ["RANK"] != "0":
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+            warnings.simplefilter("ignore")
+
+
+def join(seconds=None):
+    """Meet the other processes that torchrun has started, if any. ``seconds``: to wait for them, here and later."""
+    if not launched() or GROUP["count"] > 1:
+        return
+    import torch
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _together():
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=seconds or _timeout()))
+    GROUP.update(index=torch.distributed.get_rank(), count=torch.distributed.get_world_size())
+    atexit.register(lambda: GROUP["failed"] or torch.distributed.destroy_process_group())
+
+
+def count():
+    """The number of processes that have joined; 1 for a process alone."""
+    return GROUP["count"]
+
+
+def is_first():
+    return GROUP["index"] == 0
+
+
+def shows_progress():
+    """Whether this process shows progress: the first does, also before it has joined the others."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def own_device(name):
+    """The device of this process: of several on a machine each takes the GPU of its own number. ``name``: "cuda", ...
+
+    Raises: InputError where there are too few, or where all would take the same.
+    """
+    import torch
+
+    if not launched() or not str(name).startswith("cuda"):
+        return name
+    index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if str(name) != "cuda":
+        raise InputError(f"--device {name} is one GPU for all processes; give --device cuda: each takes its own")
+    if index >= gpus:
+        raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {gpus} GPUs; give torchrun "
+                         f"--nproc-per-node {gpus}, or --device cpu")  # fmt: skip
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
+
+
+def _timeout():
+    text = os.environ.get(TIMEOUT, "1800")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < 1e8:
+        raise InputError(f"the environment variable {TIMEOUT} must be a number of seconds, at least 1, got {text!r}")
+    return seconds
+
+
+# --- what processes do together --------------------------------------------------------------------------------------
+def share(items):
+    """This process' part of a sequence, cut into consecutive parts as equal as can be."""
+    n, i, parts = len(items), GROUP["index"], GROUP["count"]
+    return items[n * i // parts : n * (i + 1) // parts]
+
+
+def share_size(n):
+    """The size of the largest share of n."""
+    return -(-n // GROUP["count"])
+
+
+def turns(items):
+    """This process' part of a sequence, dealt out in turns: i, i + N, i + 2 N, ..."""
+    return items[GROUP["index"] :: GROUP["count"]]
+
+
+def own_first(items):
+    """The whole sequence, from this process' share on: all of several processes begin at different places."""
+    start = len(items) * GROUP["index"] // GROUP["count"]
+    return items[start:] + items[:start]
 
 
 def sum_over_processes(tensors):
-    """Add up each tensor over the processes, in place."""
+    """Add up each tensor over the processes, in place, and to the same bits in all of them.
+
+    Tensors of one type travel as one flat buffer, or as several of up to 256 MB.
+    """
+    import torch
+
+    if GROUP["count"] == 1:
+        return
+    for bucket in buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        with _together():
+            torch.distributed.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket)])
+
+
+def buckets(tensors, most_bytes=BUCKET_BYTES):
+    """Lists of tensors of one type and device, in order, of at most ``most_bytes`` each (or a single larger tensor)."""
+    found, filled = {}, {}
     for tensor in tensors:
-        torch.distributed.all_reduce(tensor)
+        kind, size = (tensor.dtype, tensor.device), tensor.numel() * tensor.element_size()
+        if kind not in found or filled[kind] + size > most_bytes:
+            found.setdefault(kind, []).append([])
+            filled[kind] = 0
+        found[kind][-1].append(tensor)
+        filled[kind] += size
+    return [bucket for lists in found.values() for bucket in lists]
+
+
+def on_any_process(flag):
+    """Whether ``flag`` is true in any process."""
+    import torch
+
+    if GROUP["count"] == 1:
+        return bool(flag)
+    total = torch.tensor([int(bool(flag))])
+    with _together():
+        torch.distributed.all_reduce(total)
+    return bool(total.item())
+
+
+def wait_for_all():
+    """Return when all processes are here."""
+    on_any_process(False)
+
+
+def from_first(function):
+    """What ``function()`` returns in the first process, in all of them; only the first calls it.
+
+    If it raises there, the others end without a word. Tensors are sent one by one, so memory holds them once.
+    """
+    import torch
+
+    if GROUP["count"] == 1:
+        return function()
+    tensors, message = [], [None]
+    if is_first():
+        try:
+            message = [_packed(function(), tensors)]
+        except BaseException:
+            with contextlib.suppress(Exception):
+                torch.distributed.broadcast_object_list([None], device=torch.device("cpu"))
+            raise
+    with _together():
+        torch.distributed.broadcast_object_list(message, device=torch.device("cpu"))
+        if message[0] is None:
+            GROUP["failed"] = True
+            raise SystemExit(2)
+        data, shapes = message[0]
+        if not is_first():
+            tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
+    return _Unpickler(data, tensors).load()
+
+
+def gather_to_first(value):
+    """The ``value`` of each process, in their order, in the first process; None in the others."""
+    import torch
+
+    if GROUP["count"] == 1:
+        return [value]
+    values = [None] * GROUP["count"] if is_first() else None
+    with _together():
+        torch.distributed.gather_object(value, values)
+    return values
+
+
+def _packed(value, tensors):
+    """``value`` as (bytes, [(shape, dtype)] of its tensors); the tensors themselves are appended to ``tensors``."""
+    import torch
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part):
+            if not isinstance(part, torch.Tensor):
+                return None
+            tensors.append(part.detach().cpu().contiguous())
+            return len(tensors) - 1
+
+    with io.BytesIO() as file:
+        Pickler(file).dump(value)
+        return file.getvalue(), [(tensor.shape, tensor.dtype) for tensor in tensors]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data, tensors):
+        super().__init__(io.BytesIO(data))
+        self.tensors = tensors
+
+    def persistent_load(self, i):
+        return self.tensors[i]
+
+
+@contextlib.contextmanager
+def _together():
+    """Inside, an error of torch means that another process has ended, or cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = one_line(str(error).partition("\n")[0])[:160]
+        raise LostProcess(f"{LOST}, which has ended or cannot be reached ({reason})") from None
+
+
+# --- starts, restarts and errors -------------------------------------------------------------------------------------
+def launcher():
+    """The words that start a script as this process was started: "python", or torchrun with its numbers."""
+    if not launched():
+        return "python"
+    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    hosts = "" if here == everywhere else f"--nnodes {-(-everywhere // here)} ... "  # what follows is the site's
+    return f"torchrun {hosts}--nproc-per-node {here}"
+
+
+def launch():
+    """A name for this start of torchrun, the same in its restarts; None without torchrun."""
+    if not launched():
+        return None
+    from minildm.files import MACHINE
+
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" unless --rdzv-id or --standalone gives one
+    return name if name != "none" else f"{MACHINE}-{os.getppid()}"
+
+
+def restarted():
+    """Whether torchrun has started this process again, after one of the processes failed (--max-restarts)."""
+    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextlib.contextmanager
+def resumable(command):
+    """Inside, and after an error, messages of this process end with ``command``, which continues the work."""
+    GROUP["resume"] = command
+    yield
+    GROUP["resume"] = None
+
+
+def without_torchrun(environment):
+    """The environment for a process that works alone, though this one works beside others."""
+    return {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")
+            and name not in (*TORCHRUN, "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE")}  # fmt: skip
+
+
+def _named(message):
+    """An error message with the name of this process, and the command to go on; None if another process has printed
+    the same: what is wrong for all is said once."""
+    GROUP["failed"] = True
+    if GROUP["resume"] and GROUP["resume"] not in message:
+        message = f"{message}; continue with: {GROUP['resume']}"
+    if LOST not in message and _said(message):
+        return None
+    rank, everywhere = int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
+    return f"process {rank + 1} of {everywhere} (RANK {rank} on {os.uname().nodename}): {message}"
+
+
+def _said(message):
+    """Whether another process has said so, which torchrun's store knows."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    import torch
+
+    key = f"minildm {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {hashlib.sha256(message.encode()).hexdigest()}"
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(key, 1) > 1
+    except Exception:  # nobody can be asked: said twice is better than never
+        return False
+
+
+def _traceback(kind, error, trace):
+    traceback.print_exception(kind, error, trace)
+    if message := _named(f"error: {kind.__name__}"):
+        print(message, file=sys.stderr)

@@ -10,6 +10,7 @@ import torch
 from minildm import checkpoint
 from minildm.adapters.files import merge_file
 from minildm.adapters.reading import adapter_file, read_adapter
+from minildm.distributed import own_device
 from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.latent_diffusion import LatentDiffusion
@@ -82,7 +83,7 @@ def _find_adapter(entry):
 def usable_device(name):
     """The torch.device called ``name``; None = a GPU if there is one, else the CPU. Raises InputError if torch cannot
     compute on it here."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    name = own_device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
     try:
         torch.empty(1, device=name).item()  # .item() also rejects the meta device, which stores no values
         return torch.device(name)

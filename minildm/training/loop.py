@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from minildm.distributed import sum_over_processes
+from minildm.distributed import on_any_process, resumable, sum_over_processes
 from minildm.errors import InputError, is_out_of_memory
 from minildm.optimizer import clip_gradients
 from minildm.progress import Progress
@@ -66,6 +66,7 @@ def train(method, task, config, run, steps):
 
     begun, before = time.perf_counter(), state.seconds
     with (
+        resumable(run.continue_with),
         helpful_out_of_memory(config),
         stop_requests() as stops,
         Progress("training", "step", steps, initial=state.step) as bar,
@@ -83,14 +84,14 @@ def train(method, task, config, run, steps):
             if state.bad_steps >= config.max_bad_steps:
                 raise InputError(_not_finite(state, config, run))
             between_steps()
-            if stops and state.step < steps:
+            if state.step < steps and on_any_process(stops):
                 run.save_state(state.state_dict())
                 bar.close()
                 print(
                     f"stopped at step {state.step} of {steps}; the state is saved. Continue with: {run.continue_with}"
                 )
                 raise KeyboardInterrupt
-    if stops:  # during the last step, whose state is saved
+    if on_any_process(stops):  # during the last step, whose state is saved
         print(f"stopped after the last step. For the rest: {run.continue_with}")
         raise KeyboardInterrupt
     return state
