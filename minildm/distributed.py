@@ -24,13 +24,16 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import sys
+import time
 import traceback
+import uuid
 import warnings
 from datetime import timedelta
 
 from minildm import errors
-from minildm.errors import InputError, is_out_of_memory, one_line
+from minildm.errors import InputError, is_out_of_memory
 
 BUCKET_BYTES = 256 << 20  # summed at a time: the spare memory of a sum, and enough for any network's full rate
 TIMEOUT = "MINILDM_TIMEOUT"
@@ -59,17 +62,47 @@ def only_the_first_speaks():
             warnings.simplefilter("ignore")
 
 
-def join(seconds=None):
-    """Meet the other processes that torchrun has started, if any. ``seconds``: to wait for them, here and later."""
+def join():
+    """Meet the other processes that torchrun has started, if any."""
     if not launched() or GROUP["count"] > 1:
         return
     import torch
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend, timeout = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=_timeout())
+    index, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with _together():
-        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=seconds or _timeout()))
-    GROUP.update(index=torch.distributed.get_rank(), count=torch.distributed.get_world_size())
+        store = _meeting(index, count, timeout)
+        torch.distributed.init_process_group(backend, store=store, rank=index, world_size=count, timeout=timeout)
+    GROUP.update(index=index, count=count)
     atexit.register(lambda: GROUP["failed"] or torch.distributed.destroy_process_group())
+
+
+def _meeting(index, count, timeout):
+    """The store in which the processes leave their addresses: torchrun's, under a name of this start alone.
+
+    After a failure torchrun starts processes anew but keeps its store, with the addresses of the dead ones, and hosts
+    may count the starts differently. So the first process makes up a name, the others answer with a word of their own,
+    and the name holds for those whose word the first repeats.
+    """
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, word, answered = next(rendezvous("env://", timeout=timeout))[0], uuid.uuid4().hex, None
+    if index == 0:
+        store.set("minildm", word)
+        words = [store.get(f"{word} {other}") for other in range(1, count)]  # waits for each
+        store.set(f"{word} met", b" ".join(words))
+        return PrefixStore(word, store)
+    end = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end:
+        name = store.get("minildm").decode()
+        if name != answered:
+            store.set(f"{name} {index}", word)
+            answered = name
+        if store.check([f"{name} met"]) and word.encode() in store.get(f"{name} met").split():
+            return PrefixStore(name, store)
+        time.sleep(0.02)
+    raise RuntimeError(f"the first process did not answer within {timeout.total_seconds():g} s")
 
 
 def count():
@@ -261,7 +294,7 @@ def _together():
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        reason = one_line(str(error).partition("\n")[0])[:160]
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition("\n")[0].partition(". ")[0][:160]
         raise LostProcess(f"{LOST}, which has ended or cannot be reached ({reason})") from None
 
 
@@ -276,18 +309,13 @@ def launcher():
 
 
 def launch():
-    """A name for this start of torchrun, the same in its restarts; None without torchrun."""
+    """A name for this start of torchrun, the same after a failure (--max-restarts); None without torchrun."""
     if not launched():
         return None
     from minildm.files import MACHINE
 
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" unless --rdzv-id or --standalone gives one
     return name if name != "none" else f"{MACHINE}-{os.getppid()}"
-
-
-def restarted():
-    """Whether torchrun has started this process again, after one of the processes failed (--max-restarts)."""
-    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 @contextlib.contextmanager

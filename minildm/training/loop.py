@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from minildm.distributed import on_any_process, resumable, sum_over_processes
+from minildm.distributed import on_any_process, resumable, sum_over_processes, wait_for_all
 from minildm.errors import InputError, is_out_of_memory
 from minildm.optimizer import clip_gradients
 from minildm.progress import Progress
@@ -86,6 +86,7 @@ def train(method, task, config, run, steps):
             between_steps()
             if state.step < steps and on_any_process(stops):
                 run.save_state(state.state_dict())
+                wait_for_all()  # a process that ends before the first has saved would end that one, too
                 bar.close()
                 print(
                     f"stopped at step {state.step} of {steps}; the state is saved. Continue with: {run.continue_with}"

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from minildm import __version__
-from minildm.distributed import from_first, is_first, launch, launcher, restarted
+from minildm.distributed import from_first, is_first, launch, launched, launcher
 from minildm.errors import InputError, is_out_of_memory, one_line
 from minildm.files import locked, parse_json, read_json, writable_folder, written_beside
 
@@ -118,7 +119,9 @@ class Run:
         path = self.folder / ".lock"
         if path.exists() and os.stat(path)[1:3] in LOCKED:
             return
-        file = locked(path, wait=restarted())  # of the process before, whose readers may not have ended yet
+        end = time.monotonic() + (10 if launched() and self.resume else 0)  # readers of a killed process may linger
+        while (file := locked(path)) is None and time.monotonic() < end:
+            time.sleep(0.1)
         if file is None:
             raise InputError(f"another process is writing {self.folder}; wait for it to end, or give another --out")
         LOCKED[os.fstat(file.fileno())[1:3]] = file
@@ -258,9 +261,9 @@ class Run:
 
 
 def begun_by_this_launch(folder):
-    """Whether torchrun's processes trained the run in ``folder`` before one of them failed and all were restarted."""
+    """Whether this start of torchrun has begun the run in ``folder``: a process failed, and all were started again."""
     path = Path(folder) / "sessions.jsonl"
-    if not restarted() or not (Path(folder) / "log.jsonl").exists() or not path.exists():
+    if not launched() or not (Path(folder) / "log.jsonl").exists() or not path.exists():
         return False
     return parse_json(path.read_bytes().splitlines()[-1], path).get("launch") == launch()
 
