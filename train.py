@@ -106,7 +106,7 @@ def main(arguments):
     )
 
     # Training
-    run.start_session(**session_facts(device, shlex.join(["python", "train.py", *arguments])))
+    run.start_session(**session_facts(device, f"{distributed.launcher()} {shlex.join(['train.py', *arguments])}"))
     options = {
         "contexts": contexts_folder(plan.method_settings, machine.cache),
         "balance": plan.data.balance,

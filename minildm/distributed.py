@@ -181,7 +181,7 @@ def sum_over_processes(tensors):
 
     if GROUP["count"] == 1:
         return
-    for bucket in buckets(tensors):
+    for bucket in buckets(tensors, BUCKET_BYTES):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         with _together():
             torch.distributed.all_reduce(flat)
@@ -189,7 +189,7 @@ def sum_over_processes(tensors):
         torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket)])
 
 
-def buckets(tensors, most_bytes=BUCKET_BYTES):
+def buckets(tensors, most_bytes):
     """Lists of tensors of one type and device, in order, of at most ``most_bytes`` each (or a single larger tensor)."""
     found, filled = {}, {}
     for tensor in tensors:

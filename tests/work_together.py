@@ -1,0 +1,66 @@
+"""What several processes do at once for test_distributed.py, started by torchrun: work_together.py TASK OUT"""
+
+import sys
+from pathlib import Path
+
+import torch
+from made_runs import short_run
+from test_training_dreambooth import dreambooth_run
+
+from minildm import distributed
+from minildm.adapters import METHODS
+from minildm.data.cache import weights_fingerprint
+from minildm.errors import exit_cleanly
+from minildm.startup import prepare_process
+
+SHORT = {"steps": 6, "batch_size": 3, "expand_interval": 2, "prune_interval": 1, "final_share": 0.3, "ema_decay": 0.9}
+SHORT |= {"save_interval": 3, "validation_interval": 3, "lr": 1e-3}
+RUNS = (*METHODS, "dreambooth")
+
+
+def everything(folder):
+    """All below, in one start of the processes."""
+    sums(folder)
+    for name in RUNS:
+        short(folder / name, name)
+    short(folder / "resumed", "selora", resume=True)
+
+
+def short(folder, name, resume=False, **changes):
+    """A run of 6 steps of 3 samples. All processes must end with the same weights, to the last bit."""
+    changes = SHORT | changes
+    if name == "dreambooth":
+        model, *_ = dreambooth_run(folder, validation=2, **changes)
+    elif name == "full":  # Adam makes a step of lr even of a gradient that is rounding: that moves zeros
+        model, *_ = short_run(folder, adapter=name, **changes | {"lr": 1e-5})
+    else:
+        sheets = {"sample_interval": 6, "samples": 1} if name == "lora" else {}
+        model, *_ = short_run(folder, adapter=name, resume=resume, **changes | sheets)
+    found = distributed.gather_to_first(weights_fingerprint(model))
+    assert found is None or len(set(found)) == 1, "processes have different weights"
+
+
+def sums(folder):
+    """`sum_over_processes` of tensors of several types, in several buckets; what each process gets is saved."""
+    index, most = distributed.GROUP["index"], distributed.BUCKET_BYTES
+    tensors = [
+        torch.full((3, 5), index + 0.5),
+        torch.full((2,), 2.0**-200 * (index + 1), dtype=torch.float64),  # as SeLoRA's sums: float32 would lose them
+        torch.arange(40.0).view(8, 5).t().contiguous().t(),  # not contiguous
+        torch.tensor(float(index)),
+    ]
+    distributed.BUCKET_BYTES = 100
+    distributed.sum_over_processes(tensors)
+    distributed.BUCKET_BYTES = most
+    torch.save(tensors, folder / f"sums-{index}.pt")
+
+
+def main(task, folder):
+    distributed.join()
+    globals()[task](Path(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    prepare_process()
+    exit_cleanly(main, *sys.argv[1:])
