@@ -62,13 +62,14 @@ def only_the_first_speaks():
             warnings.simplefilter("ignore")
 
 
-def join():
-    """Meet the other processes that torchrun has started, if any."""
+def join(seconds=None):
+    """Meet the other processes that torchrun has started, if any. ``seconds``: to wait for them, also later on."""
     if not launched() or GROUP["count"] > 1:
         return
     import torch
 
-    backend, timeout = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=_timeout())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=_timeout() if seconds is None else seconds)
     index, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with _together():
         store = _meeting(index, count, timeout)
@@ -119,6 +120,17 @@ def shows_progress():
     return not launched() or os.environ["RANK"] == "0"
 
 
+@contextlib.contextmanager
+def alone():
+    """Inside, this process works by itself, though it has joined others."""
+    joined = GROUP["index"], GROUP["count"]
+    GROUP.update(index=0, count=1)
+    try:
+        yield
+    finally:
+        GROUP.update(index=joined[0], count=joined[1])
+
+
 def own_device(name):
     """The device of this process: of several on a machine each takes the GPU of its own number. ``name``: "cuda", ...
 
@@ -129,7 +141,7 @@ def own_device(name):
     if not launched() or not str(name).startswith("cuda"):
         return name
     index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if str(name) != "cuda":
+    if str(name) not in ("cuda", f"cuda:{index}"):
         raise InputError(f"--device {name} is one GPU for all processes; give --device cuda: each takes its own")
     if index >= gpus:
         raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {gpus} GPUs; give torchrun "

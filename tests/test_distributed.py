@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import work_together
 from made_data import folder as write_data
 from made_runs import small_model
 from peers import write_folder
@@ -33,6 +34,8 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("together")
     write_folder(small_model(), root / "base")
     write_data(root / "data", 20)
+    write_data(root / "held-out", 10)
+    (root / "prompts.txt").write_text("".join(f"a chest x-ray, number {i}\n" for i in range(5)))
     return root
 
 
@@ -186,6 +189,22 @@ def test_sums_are_exact_of_every_type_and_in_every_process(two):
     assert torch.equal(strided, 2 * torch.arange(40.0).view(8, 5))
 
 
+# --- the same images and measures ------------------------------------------------------------------------------------
+def test_processes_share_images_features_and_audit_and_change_no_number(place, tmp_path):
+    work_together.use(place, tmp_path / "one")
+    finish(start(2, "tests/work_together.py", "use", place, tmp_path / "two"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    files = sorted(path.relative_to(one) for path in one.rglob("*.*") if path.is_file())
+    assert files == sorted(path.relative_to(two) for path in two.rglob("*.*") if path.is_file())
+    assert len(files) == 5 + 1 + 1 + 2  # images, their sheet, fid.json, audit.json and .png
+    for path in files:
+        if path.suffix == ".png" and path.parent.name in ("images", "sheets"):
+            assert (one / path).read_bytes() == (two / path).read_bytes(), path
+    for name in ("fid.json", "audit/audit.json"):
+        ours, theirs = (json.loads((root / name).read_text()) for root in (one, two))
+        assert ours | {"fake": "", "generated": ""} == theirs | {"fake": "", "generated": ""}
+
+
 # --- shares ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n", [0, 1, 5, 8, 13])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
@@ -234,10 +253,10 @@ def test_each_process_takes_the_gpu_of_its_number(launched, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert distributed.own_device("cuda") == "cuda:1" and chosen == [1]
+    assert distributed.own_device("cuda") == distributed.own_device("cuda:1") == "cuda:1" and chosen == [1, 1]
     assert distributed.own_device("cpu") == "cpu"
-    with pytest.raises(InputError, match="--device cuda:0 is one GPU for all processes; give --device cuda"):
-        distributed.own_device("cuda:0")
+    with pytest.raises(InputError, match="--device cuda:3 is one GPU for all processes; give --device cuda"):
+        distributed.own_device("cuda:3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="4 processes on a machine with 1 GPUs; give torchrun --nproc-per-node 1"):
         distributed.own_device("cuda")

@@ -1,4 +1,4 @@
-"""What several processes do at once for test_distributed.py, started by torchrun: work_together.py TASK OUT"""
+"""What several processes do at once for test_distributed.py, started by torchrun: work_together.py TASK FOLDER ..."""
 
 import sys
 from pathlib import Path
@@ -7,10 +7,12 @@ import torch
 from made_runs import short_run
 from test_training_dreambooth import dreambooth_run
 
+import sample
 from minildm import distributed
 from minildm.adapters import METHODS
 from minildm.data.cache import weights_fingerprint
 from minildm.errors import exit_cleanly
+from minildm.metrics import audit, fid_score
 from minildm.startup import prepare_process
 
 SHORT = {"steps": 6, "batch_size": 3, "expand_interval": 2, "prune_interval": 1, "final_share": 0.3, "ema_decay": 0.9}
@@ -55,9 +57,20 @@ def sums(folder):
     torch.save(tensors, folder / f"sums-{index}.pt")
 
 
-def main(task, folder):
+def use(place, out):
+    """The commands that share their work: images of a file of prompts, FID, the audit."""
+    words = f"--prompts {place}/prompts.txt --base {place}/base --sampler dpm++ --steps 2 --batch-size 2 --device cpu"
+    assert sample.main([*words.split(), "--out", f"{out}/images"]) == 0
+    distributed.wait_for_all()
+    common = f"--features vae --base {place}/base --device cpu --batch-size 4 --out {out}"
+    assert fid_score.main(f"{place}/data/images {out}/images {common}/fid.json --replicates 2".split()) == 0
+    held_out = f"--train {place}/data/images --holdout {place}/held-out/images"
+    assert audit.main(f"{out}/images {held_out} {common}/audit".split()) == 0
+
+
+def main(task, *folders):
     distributed.join()
-    globals()[task](Path(folder))
+    globals()[task](*map(Path, folders))
     return 0
 
 
