@@ -366,3 +366,68 @@ def test_ten_kills_of_one_of_four_processes_change_nothing(place, tmp_path):
     finish(process)
     assert len((run / "sessions.jsonl").read_text().splitlines()) == 11
     assert_same_training(run, tmp_path / "whole", 0)
+
+
+# --- two hosts: network namespaces of this machine, each with an address of its own -----------------------------------
+ADDRESSES = {"host-a": "10.77.23.1", "host-b": "10.77.23.2"}
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces joined by one cable; only root may make them."""
+    names = {name: f"minildm-{name[-1]}-{os.getpid()}" for name in ADDRESSES}
+    made = [["ip", "netns", "add", name] for name in names.values()]
+    a, b = names.values()
+    made.append(["ip", "-n", a, "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", b])
+    for name, address in ADDRESSES.items():
+        inside = ["ip", "-n", names[name]]
+        made += [[*inside, "addr", "add", f"{address}/24", "dev", "cable"]]
+        made += [[*inside, "link", "set", link, "up"] for link in ("lo", "cable")]
+    try:
+        for command in made:
+            subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    yield names
+    for name in names.values():
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def start_hosts(hosts, n, *words, port=29400, **environment):
+    """torchrun on both hosts, n processes on each. Returns: two Popen."""
+    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+    command = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(n), "--master-addr", ADDRESSES["host-a"]]
+    command += ["--master-port", str(port), "--shutdown-timeout", "2"]
+    started = []
+    for rank, name in enumerate(hosts.values()):
+        inside = ["ip", "netns", "exec", name, *command, "--node-rank", str(rank), *map(str, words)]
+        options = {"stdout": -1, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        started.append(subprocess.Popen(inside, env=os.environ | shared | environment, **options))
+    return started
+
+
+@pytest.mark.stress
+def test_two_hosts_train_as_one_process_and_notice_a_cut_cable(place, whole, hosts, tmp_path):
+    run = tmp_path / "run"
+    for process in start_hosts(hosts, 2, "train.py", *flags(place, run)):
+        finish(process)
+    assert_same_training(run, whole, 1e-5)
+
+    cut, length = tmp_path / "cut", {"steps": 200, "validation_interval": 100}
+    processes = start_hosts(hosts, 2, "train.py", *flags(place, cut, **length), port=29401, MINILDM_TIMEOUT="8")
+    wait_for_steps(cut, 20, processes[0])
+    subprocess.run(["ip", "-n", hosts["host-a"], "link", "set", "cable", "down"], check=True)
+    begun, found = time.monotonic(), []
+    for process in processes:
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 1
+        found += errors(said)
+    print(f"{time.monotonic() - begun:.1f} s after the cut:", *found, sep="\n")
+    assert len(found) == 4 and all("lost the connection" in line and f"--resume {cut}" in line for line in found)
+    subprocess.run(["ip", "-n", hosts["host-a"], "link", "set", "cable", "up"], check=True)
+    state = torch.load(cut / "last" / "state.pt", weights_only=True)
+    assert 16 <= state["step"] < 200
+    for process in start_hosts(hosts, 2, "train.py", "--resume", cut, port=29402):
+        finish(process)
+    assert train.main(flags(place, tmp_path / "undisturbed", **length)) == 0
+    assert_same_training(cut, tmp_path / "undisturbed", 1e-4)
