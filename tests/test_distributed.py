@@ -170,6 +170,13 @@ def test_a_run_continues_with_four_processes(alone, four):
     assert_same_training(four / "resumed", alone / "selora", 1e-5)
 
 
+def test_each_image_and_prompt_is_encoded_by_one_process_and_found_by_all(two):
+    counts = [json.loads((two / f"cached-{index}.json").read_text()) for index in (0, 1)]
+    images, prompts = ([count[kind] for count in counts] for kind in ("images", "prompts"))
+    assert sum(images) == 20 and min(images) == 8  # 5 blocks of 4
+    assert sum(prompts) == 11 and min(prompts) >= 3
+
+
 def test_the_first_process_alone_writes_the_run(alone, two):
     for name in RUNS:
         files = [
@@ -393,16 +400,18 @@ def hosts():
         subprocess.run(["ip", "netns", "del", name], check=True)
 
 
-def start_hosts(hosts, n, *words, port=29400, **environment):
-    """torchrun on both hosts, n processes on each. Returns: two Popen."""
+def start_hosts(hosts, n, *words, options=(), port=29400, **environment):
+    """torchrun on both hosts, n processes on each; it finds the other by ``options``, or by numbers and an address.
+    Returns: two Popen."""
     shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
-    command = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(n), "--master-addr", ADDRESSES["host-a"]]
-    command += ["--master-port", str(port), "--shutdown-timeout", "2"]
+    command = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(n), *options]
+    first = ["--master-addr", ADDRESSES["host-a"], "--master-port", str(port)]
     started = []
-    for rank, name in enumerate(hosts.values()):
-        inside = ["ip", "netns", "exec", name, *command, "--node-rank", str(rank), *map(str, words)]
-        options = {"stdout": -1, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
-        started.append(subprocess.Popen(inside, env=os.environ | shared | environment, **options))
+    for number, (name, namespace) in enumerate(hosts.items()):
+        place = ["--local-addr", ADDRESSES[name]] if options else [*first, "--node-rank", str(number)]
+        inside = ["ip", "netns", "exec", namespace, *command, *place, *map(str, words)]
+        pipes = {"stdout": -1, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        started.append(subprocess.Popen(inside, env=os.environ | shared | environment, **pipes))
     return started
 
 
@@ -431,3 +440,23 @@ def test_two_hosts_train_as_one_process_and_notice_a_cut_cable(place, whole, hos
         finish(process)
     assert train.main(flags(place, tmp_path / "undisturbed", **length)) == 0
     assert_same_training(cut, tmp_path / "undisturbed", 1e-4)
+
+
+@pytest.mark.stress
+def test_two_hosts_start_again_when_one_loses_a_process(place, hosts, tmp_path):
+    """As under Slurm: the hosts meet by --rdzv-backend c10d, and only the one that lost a process counts a restart."""
+    run, length = tmp_path / "run", {"steps": 60, "validation_interval": 30}
+    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES['host-a']}:29400", "--rdzv-id", "job-1"]
+    options += ["--max-restarts", "3"]
+    processes = start_hosts(hosts, 2, "train.py", *flags(place, run, **length), options=options)
+    for host in (1, 0):
+        wait_for_steps(run, 10, processes[0])
+        os.kill(next(iter(workers(processes[host]).values())), signal.SIGKILL)
+        sessions = len((run / "sessions.jsonl").read_text().splitlines())
+        while processes[0].poll() is None and len((run / "sessions.jsonl").read_text().splitlines()) == sessions:
+            time.sleep(0.05)
+    for process in processes:
+        finish(process)
+    assert len((run / "sessions.jsonl").read_text().splitlines()) == 3
+    assert train.main(flags(place, tmp_path / "undisturbed", **length)) == 0
+    assert_same_training(run, tmp_path / "undisturbed", 1e-4)

@@ -1,16 +1,22 @@
 """What several processes do at once for test_distributed.py, started by torchrun: work_together.py TASK FOLDER ..."""
 
+import json
 import sys
+import time
 from pathlib import Path
 
 import torch
-from made_runs import short_run
+from made_data import folder as write_data
+from made_runs import short_run, small_model
 from test_training_dreambooth import dreambooth_run
 
 import sample
 from minildm import distributed
 from minildm.adapters import METHODS
+from minildm.data import cache
 from minildm.data.cache import weights_fingerprint
+from minildm.data.open import DataSettings, open_data_set
+from minildm.data.reading import Transform
 from minildm.errors import exit_cleanly
 from minildm.metrics import audit, fid_score
 from minildm.startup import prepare_process
@@ -23,6 +29,7 @@ RUNS = (*METHODS, "dreambooth")
 def everything(folder):
     """All below, in one start of the processes."""
     sums(folder)
+    caches(folder)
     for name in RUNS:
         short(folder / name, name)
     short(folder / "resumed", "selora", resume=True)
@@ -55,6 +62,34 @@ def sums(folder):
     distributed.sum_over_processes(tensors)
     distributed.BUCKET_BYTES = most
     torch.save(tensors, folder / f"sums-{index}.pt")
+
+
+def caches(folder):
+    """Encode 20 images and 11 prompts in blocks of 4; how many this process encoded is saved."""
+    model, counts = small_model(), {"images": 0, "prompts": 0}
+    if distributed.is_first():
+        write_data(folder / "data", 20)
+    distributed.wait_for_all()
+
+    def count(kind, encode):
+        def counting(batch):
+            counts[kind] += len(batch)
+            time.sleep(0.2)  # so that the others come to their turn
+            return encode(batch)
+
+        return counting
+
+    model.vae.encode = count("images", model.vae.encode)
+    text_encoder = model.text_encoder
+    text_encoder.forward = count("prompts", text_encoder.forward)
+    before, cache.ROWS_PER_SHARD = cache.ROWS_PER_SHARD, 4
+    records = open_data_set(f"folder:{folder / 'data'}", DataSettings(), 0).records
+    latents = cache.latent_cache(records, Transform(64), model.vae, folder / "cache", batch_size=2)
+    contexts = cache.context_cache([f"image {i}" for i in range(11)], model.tokenize, text_encoder, folder / "cache")
+    cache.ROWS_PER_SHARD = before
+    assert all(latents.moments(i)[0].isfinite().all() for i in range(20)) and len(contexts) == 11
+    assert all(contexts[i].isfinite().all() for i in range(11))
+    (folder / f"cached-{distributed.GROUP['index']}.json").write_text(json.dumps(counts))
 
 
 def use(place, out):
