@@ -21,7 +21,10 @@ from work_together import RUNS, short
 
 import train
 from minildm import distributed
+from minildm.__main__ import main as command
 from minildm.errors import InputError
+from minildm.training import machine
+from minildm.training import run as run_module
 from minildm.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -306,20 +309,52 @@ def test_a_killed_process_ends_the_others_with_one_clear_error(place, whole, tmp
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_the_same_step(place, whole, tmp_path):
+@pytest.mark.parametrize("whom", ["one process", "torchrun"])
+def test_a_signal_stops_all_processes_after_the_same_step(place, whole, tmp_path, whom):
+    """torchrun passes it on to all processes, also to those that read ahead."""
     run = tmp_path / "run"
-    process = start(2, "train.py", *flags(place, run, save_interval=100))
+    process = start(2, "train.py", *flags(place, run, save_interval=100, workers=1))
     wait_for_steps(run, 5, process)
-    os.kill(workers(process)[1], signal.SIGTERM)
+    number = workers(process)[1] if whom == "one process" else process.pid
+    os.kill(number, signal.SIGTERM)
     said = finish(process, code=1)
-    (step,) = re.findall(
-        r"^stopped at step (\d+) of 12; the state is saved. Continue with: torchrun", said, re.MULTILINE
-    )
+    (step,) = re.findall(r"stopped at step (\d+) of 12; the state is saved. Continue with: torchrun", said)
     state = torch.load(run / "last" / "state.pt", weights_only=True)
     assert state["step"] == int(step) < 12
     assert entries(run)[-1]["step"] == int(step)
     finish(start(2, "train.py", "--resume", run))
     assert_same_training(run, whole, 1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_signal_that_torchrun_repeats_is_one(launched, monkeypatch, together):
+    if not together:
+        monkeypatch.delenv("RANK")
+    with machine.stop_requests() as stops:
+        signal.raise_signal(signal.SIGTERM)
+        if together:
+            signal.raise_signal(signal.SIGTERM)
+            assert stops
+            monkeypatch.setattr(machine, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_another_file_on_another_host_is_refused(monkeypatch, tmp_path):
+    new = Run(tmp_path / "run", {})
+
+    def from_first(function):  # only what the two have found is a dict with a base
+        told = function()
+        return told | {"base": "a"} if "base" in (told or ()) else told
+
+    monkeypatch.setattr(run_module, "from_first", from_first)
+    with pytest.raises(InputError, match="this process found base = 'b', the first one 'a'; give all hosts the same"):
+        new.begin(base="b", data="c")
+
+
+def test_other_commands_refuse_torchrun(launched):
+    with pytest.raises(InputError, match="prompts works in one process; start it without torchrun"):
+        command(["prompts", "phantom"])
 
 
 def test_a_mistake_of_the_user_is_printed_once(place, tmp_path):
@@ -408,7 +443,9 @@ def start_hosts(hosts, n, *words, options=(), port=29400, **environment):
     first = ["--master-addr", ADDRESSES["host-a"], "--master-port", str(port)]
     started = []
     for number, (name, namespace) in enumerate(hosts.items()):
-        place = ["--local-addr", ADDRESSES[name]] if options else [*first, "--node-rank", str(number)]
+        place = [*first, "--node-rank", str(number)]
+        if options:  # both namespaces have this machine's name, by which torchrun would know the host of the meeting
+            place = ["--local-addr", ADDRESSES[name], "--rdzv-conf", f"is_host={number == 0}"]
         inside = ["ip", "netns", "exec", namespace, *command, *place, *map(str, words)]
         pipes = {"stdout": -1, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
         started.append(subprocess.Popen(inside, env=os.environ | shared | environment, **pipes))

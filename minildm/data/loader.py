@@ -6,6 +6,8 @@ sample (which record it is, and later its timestep and noise) is a function of (
 where a run was interrupted, on the number of workers, or on how a batch is divided.
 """
 
+import signal
+
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -120,7 +122,14 @@ def batches_of(samples, batch_size, first_step, last_step, workers=0):
     """
     ids = [share(range(step * batch_size, (step + 1) * batch_size)) for step in range(first_step, last_step)]
     pinned = torch.cuda.is_available()
-    return DataLoader(samples, batch_sampler=ids, num_workers=workers, pin_memory=pinned, collate_fn=collate)
+    options = {"pin_memory": pinned, "collate_fn": collate, "worker_init_fn": ignore_signals}
+    return DataLoader(samples, batch_sampler=ids, num_workers=workers, **options)
+
+
+def ignore_signals(worker):
+    """Ctrl-C, torchrun and batch systems signal all processes of a command; those that read go on until it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(items):

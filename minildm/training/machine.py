@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,13 +17,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from minildm import kernels
-from minildm.distributed import count, from_first, launch, share_size
+from minildm.distributed import count, from_first, launch, launched, share_size
 from minildm.errors import InputError, is_out_of_memory
 from minildm.layers import ResnetBlock, SpatialTransformer
 from minildm.record import machine_of
 from minildm.settings import Settings, setting
 from minildm.text_encoder import EncoderLayer
 
+ECHO = 5.0  # seconds
 CACHE = Path.home() / ".cache" / "minildm"
 
 
@@ -208,13 +210,13 @@ def _power_limit(device):
 @contextlib.contextmanager
 def stop_requests():
     """Ctrl-C and SIGTERM ask for an end between two steps: the yielded list is then not empty. A second one does not
-    wait."""
+    wait. (Under torchrun it may be the same one, which torchrun passes on: it counts after ECHO seconds.)"""
     requests, before = [], {}
 
     def request(number, frame):
-        if requests:
+        if requests and not (launched() and time.monotonic() < requests[0] + ECHO):
             raise KeyboardInterrupt
-        requests.append(number)
+        requests.append(time.monotonic())
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
