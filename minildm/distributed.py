@@ -42,10 +42,6 @@ LOST = "lost the connection to another process"
 GROUP = {"index": 0, "count": 1, "failed": False, "resume": None}  # of this process, once it has joined the others
 
 
-class LostProcess(InputError):
-    """Another process has ended, or cannot be reached."""
-
-
 # --- the group -------------------------------------------------------------------------------------------------------
 def launched():
     """Whether torchrun has started this process beside others; they may not have met yet (`join`)."""
@@ -136,10 +132,10 @@ def own_device(name):
 
     Raises: InputError where there are too few, or where all would take the same.
     """
-    import torch
-
     if not launched() or not str(name).startswith("cuda"):
         return name
+    import torch
+
     index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if str(name) not in ("cuda", f"cuda:{index}"):
         raise InputError(f"--device {name} is one GPU for all processes; give --device cuda: each takes its own")
@@ -189,10 +185,10 @@ def sum_over_processes(tensors):
 
     Tensors of one type travel as one flat buffer, or as several of up to 256 MB.
     """
-    import torch
-
     if GROUP["count"] == 1:
         return
+    import torch
+
     for bucket in buckets(tensors, BUCKET_BYTES):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         with _together():
@@ -216,10 +212,10 @@ def buckets(tensors, most_bytes):
 
 def on_any_process(flag):
     """Whether ``flag`` is true in any process."""
-    import torch
-
     if GROUP["count"] == 1:
         return bool(flag)
+    import torch
+
     total = torch.tensor([int(bool(flag))])
     with _together():
         torch.distributed.all_reduce(total)
@@ -236,10 +232,10 @@ def from_first(function):
 
     If it raises there, the others end without a word. Tensors are sent one by one, so memory holds them once.
     """
-    import torch
-
     if GROUP["count"] == 1:
         return function()
+    import torch
+
     tensors, message = [], [None]
     if is_first():
         try:
@@ -263,10 +259,10 @@ def from_first(function):
 
 def gather_to_first(value):
     """The ``value`` of each process, in their order, in the first process; None in the others."""
-    import torch
-
     if GROUP["count"] == 1:
         return [value]
+    import torch
+
     values = [None] * GROUP["count"] if is_first() else None
     with _together():
         torch.distributed.gather_object(value, values)
@@ -304,10 +300,10 @@ def _together():
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or "CUDA error" in str(error):  # of work before, noticed here
             raise
         reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition("\n")[0].partition(". ")[0][:160]
-        raise LostProcess(f"{LOST}, which has ended or cannot be reached ({reason})") from None
+        raise InputError(f"{LOST}, which has ended or cannot be reached ({reason})") from None
 
 
 # --- starts, restarts and errors -------------------------------------------------------------------------------------

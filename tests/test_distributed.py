@@ -1,5 +1,7 @@
 """Several processes, started by torchrun on this machine with gloo: they do what one does; and when one dies."""
 
+import csv
+import io
 import json
 import os
 import random
@@ -213,6 +215,35 @@ def test_processes_share_images_features_and_audit_and_change_no_number(place, t
     for name in ("fid.json", "audit/audit.json"):
         ours, theirs = (json.loads((root / name).read_text()) for root in (one, two))
         assert ours | {"fake": "", "generated": ""} == theirs | {"fake": "", "generated": ""}
+
+
+@pytest.mark.slow
+def test_processes_share_the_cells_of_a_comparison(place, tmp_path):
+    words = ["--data", f"folder:{place / 'data'}", "--base", place / "base", "--methods", "lora", "selora"]
+    words += [
+        "--seeds",
+        "0",
+        "--steps",
+        "3",
+        "--samples",
+        "3",
+        "--sampling-steps",
+        "2",
+        "--replicates",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    more = ["--", "--cache", place / "cache", "--batch-size", "4", "--split", "70/10/20"]
+    assert command(["compare", *map(str, [*words, "--out", tmp_path / "one", *more])]) == 0
+    finish(start(2, "-m", "minildm", "compare", *words, "--out", tmp_path / "two", *more))
+    tables = []
+    for name in ("one", "two"):
+        rows = csv.DictReader(io.StringIO((tmp_path / name / "compare.csv").read_text()))
+        tables.append([row for row in rows if row["table"] != "Cost"])
+    assert tables[0] == tables[1] and len(tables[0]) > 10
+    log = (tmp_path / "two" / "cells" / "selora-seed0" / "sessions.jsonl").read_text()
+    assert '"processes"' not in log  # a cell is a run of one process
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
