@@ -28,7 +28,6 @@ import re
 import sys
 import time
 import traceback
-import uuid
 import warnings
 from datetime import timedelta
 
@@ -84,7 +83,7 @@ def _meeting(index, count, timeout):
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, word, answered = next(rendezvous("env://", timeout=timeout))[0], uuid.uuid4().hex, None
+    store, word, answered = next(rendezvous("env://", timeout=timeout))[0], os.urandom(16).hex(), None
     if index == 0:
         store.set("minildm", word)
         words = [store.get(f"{word} {other}") for other in range(1, count)]  # waits for each
