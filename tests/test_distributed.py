@@ -219,10 +219,8 @@ def test_processes_share_images_features_and_audit_and_change_no_number(place, t
 
 @pytest.mark.slow
 def test_processes_share_the_cells_of_a_comparison(place, tmp_path):
-    words = (
-        f"--data folder:{place}/data --base {place}/base --methods lora selora --seeds 0 --steps 3 --samples 3".split()
-    )
-    words += "--sampling-steps 2 --replicates 2 --device cpu".split()
+    flags = f"--data folder:{place}/data --base {place}/base --methods lora selora --seeds 0 --steps 3 --samples 3"
+    words = f"{flags} --sampling-steps 2 --replicates 2 --device cpu".split()
     more = f"-- --cache {place}/cache --batch-size 4 --split 70/10/20".split()
     assert command(["compare", *words, "--out", str(tmp_path / "one"), *more]) == 0
     finish(start(2, "-m", "minildm", "compare", *words, "--out", tmp_path / "two", *more))
