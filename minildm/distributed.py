@@ -7,7 +7,8 @@ Training is data-parallel, and B is the *global* batch. Each process holds the w
 batch's positions; shares may differ in size and may be empty. As the step's loss is sum_i weight_i loss_i / B, the sum
 of all processes' gradients is the gradient of one process with the whole batch. `sum_over_processes` adds up the loss,
 the gradients and a method's statistics before anything is computed from them. So all processes see the same numbers,
-decide alike (is the step finite, which layer grows), take the same step, and keep the same weights up to the last bit.
+decide alike (is the step finite, which layer grows), take the same step, and keep the same weights to the last bit,
+which `require_same` checks whenever a state is saved: devices of one kind are needed.
 All randomness is a function of seed and sample, whichever process has it: another number of processes changes rounding
 only.
 
@@ -224,6 +225,22 @@ def on_any_process(flag):
 def wait_for_all():
     """Return when all processes are here."""
     on_any_process(False)
+
+
+def require_same(tensors):
+    """Raise InputError unless these float32 tensors are the same in all processes, to the last bit."""
+    if GROUP["count"] == 1:
+        return
+    import torch
+
+    sums = [tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors]
+    sums = torch.stack(sums).cpu()
+    extremes = torch.cat([sums, -sums])  # (2 n,): the largest, and the smallest with its sign turned
+    with _together():
+        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+    if not torch.equal(extremes[: len(sums)], -extremes[len(sums) :]):
+        raise InputError("the processes' weights have drifted apart, as they do where devices round differently; train "
+                         "on devices of one kind, with one version of torch")  # fmt: skip
 
 
 def from_first(function):

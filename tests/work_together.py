@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from made_data import folder as write_data
 from made_runs import short_run, small_model
@@ -17,7 +18,7 @@ from minildm.data import cache
 from minildm.data.cache import weights_fingerprint
 from minildm.data.open import DataSettings, open_data_set
 from minildm.data.reading import Transform
-from minildm.errors import exit_cleanly
+from minildm.errors import InputError, exit_cleanly
 from minildm.metrics import audit, fid_score
 from minildm.startup import prepare_process
 
@@ -61,6 +62,9 @@ def sums(folder):
     distributed.BUCKET_BYTES = 100
     distributed.sum_over_processes(tensors)
     distributed.BUCKET_BYTES = most
+    distributed.require_same(tensors[:1])
+    with pytest.raises(InputError, match="weights have drifted apart"):
+        distributed.require_same([tensors[0], torch.tensor([1.0 + index * 2**-23])])
     torch.save(tensors, folder / f"sums-{index}.pt")
 
 

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from minildm.distributed import on_any_process, resumable, sum_over_processes, wait_for_all
+from minildm.distributed import on_any_process, require_same, resumable, sum_over_processes, wait_for_all
 from minildm.errors import InputError, is_out_of_memory
 from minildm.optimizer import clip_gradients
 from minildm.progress import Progress
@@ -62,6 +62,7 @@ def train(method, task, config, run, steps):
             if last and (found := method.finish(task.validate if interval is not None else None)):
                 run.log(step=step, **found)  # before the state is saved: a resumed run keeps it
         if (last or step % config.save_interval == 0) and not state.bad_steps:
+            require_same(state.trained.values())
             run.save_state(state.state_dict())
 
     begun, before = time.perf_counter(), state.seconds

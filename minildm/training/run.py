@@ -265,7 +265,8 @@ def begun_by_this_launch(folder):
     path = Path(folder) / "sessions.jsonl"
     if not launched() or not (Path(folder) / "log.jsonl").exists() or not path.exists():
         return False
-    return parse_json(path.read_bytes().splitlines()[-1], path).get("launch") == launch()
+    own = f'"launch": {json.dumps(launch())}'.encode()
+    return any(own in line for line in path.read_bytes().splitlines())
 
 
 def _as_json(facts):
