@@ -39,7 +39,7 @@ BUCKET_BYTES = 256 << 20  # summed at a time: the spare memory of a sum, and eno
 TIMEOUT = "MINILDM_TIMEOUT"
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOST = "lost the connection to another process"
-GROUP = {"index": 0, "count": 1, "failed": False, "resume": None}  # of this process, once it has joined the others
+GROUP = {"index": 0, "count": 1, "failed": 0, "resume": None}  # of this process; failed: its exit code
 
 
 # --- the group -------------------------------------------------------------------------------------------------------
@@ -71,7 +71,20 @@ def join(seconds=None):
         store = _meeting(index, count, timeout)
         torch.distributed.init_process_group(backend, store=store, rank=index, world_size=count, timeout=timeout)
     GROUP.update(index=index, count=count)
-    atexit.register(lambda: GROUP["failed"] or torch.distributed.destroy_process_group())
+    atexit.register(_leave)
+
+
+def _leave():
+    """The last thing this process does: close the connections; after an error, end at once, as threads of gloo and NCCL
+    may wait for processes that are gone."""
+    import torch
+
+    if not GROUP["failed"]:
+        torch.distributed.destroy_process_group()
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(GROUP["failed"])
 
 
 def _meeting(index, count, timeout):
@@ -263,7 +276,7 @@ def from_first(function):
     with _together():
         torch.distributed.broadcast_object_list(message, device=torch.device("cpu"))
         if message[0] is None:
-            GROUP["failed"] = True
+            GROUP["failed"] = 2
             raise SystemExit(2)
         data, shapes = message[0]
         if not is_first():
@@ -359,7 +372,7 @@ def without_torchrun(environment):
 def _named(message):
     """An error message with the name of this process, and the command to go on; None if another process has printed
     the same: what is wrong for all is said once."""
-    GROUP["failed"] = True
+    GROUP["failed"] = 130 if message == "interrupted" else 2
     if GROUP["resume"] and GROUP["resume"] not in message:
         message = f"{message}; continue with: {GROUP['resume']}"
     if LOST not in message and _said(message):

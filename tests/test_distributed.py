@@ -78,7 +78,7 @@ def finish(process, code=0):
 
 def errors(said):
     """The lines in which a process names itself."""
-    return re.findall(r"^process \d+ of \d+ \(RANK \d+ on .*$", said, re.MULTILINE)
+    return re.findall(r"^(?:\[rank\d+\]: )?(process \d+ of \d+ \(RANK \d+ on .*)$", said, re.MULTILINE)
 
 
 def workers(process):
@@ -182,6 +182,12 @@ def test_each_image_and_prompt_is_encoded_by_one_process_and_found_by_all(two):
     assert sum(prompts) == 11 and min(prompts) >= 3
 
 
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(two):
+    """That all end with the same weights is asserted by the processes themselves."""
+    steps = [entry.get("skipped") for entry in entries(two / "skipped") if "loss" in entry]
+    assert steps == [None, None, 1, None, None, None]
+
+
 def test_the_first_process_alone_writes_the_run(alone, two):
     for name in RUNS:
         files = [
@@ -202,6 +208,7 @@ def test_sums_are_exact_of_every_type_and_in_every_process(two):
 
 
 # --- the same images and measures ------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_processes_share_images_features_and_audit_and_change_no_number(place, tmp_path):
     work_together.use(place, tmp_path / "one")
     finish(start(2, "tests/work_together.py", "use", place, tmp_path / "two"))
@@ -317,6 +324,7 @@ def test_a_killed_process_ends_the_others_with_one_clear_error(place, whole, tmp
     begun = time.monotonic()
     said = finish(process, code=1)
     assert time.monotonic() - begun < 30
+    assert said.count("memory: about") == 1  # only the first speaks
     found = sorted(errors(said))
     assert len(found) == 2 and [line.partition(" (")[0] for line in found] == ["process 1 of 3", "process 3 of 3"]
     for line in found:
@@ -324,6 +332,16 @@ def test_a_killed_process_ends_the_others_with_one_clear_error(place, whole, tmp
         assert f"continue with: torchrun --nproc-per-node 3 train.py --resume {run}" in line
     assert train.main(["--resume", str(run)]) == 0
     assert_same_training(run, whole, 1e-5)
+
+
+@pytest.mark.slow
+def test_the_process_that_failed_says_so(tmp_path):
+    said = finish(start(2, "tests/work_together.py", "fail", tmp_path), code=1)
+    assert said.count("ZeroDivisionError: division by zero") == 1  # its traceback
+    (line,) = (line for line in errors(said) if line.startswith("process 2 of 2"))
+    resume = f"continue with: torchrun --nproc-per-node 2 train.py --resume {tmp_path / 'run'}"
+    assert "error: ZeroDivisionError" in line and line.endswith(resume)
+    assert all("lost the connection" in other for other in errors(said) if other != line)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What several processes do at once for test_distributed.py, started by torchrun: work_together.py TASK FOLDER ..."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from minildm.data.reading import Transform
 from minildm.errors import InputError, exit_cleanly
 from minildm.metrics import audit, fid_score
 from minildm.startup import prepare_process
+from minildm.training import finetune
 
 SHORT = {"steps": 6, "batch_size": 3, "expand_interval": 2, "prune_interval": 1, "final_share": 0.3, "ema_decay": 0.9}
 SHORT |= {"save_interval": 3, "validation_interval": 3, "lr": 1e-3}
@@ -31,6 +33,7 @@ def everything(folder):
     """All below, in one start of the processes."""
     sums(folder)
     caches(folder)
+    skip(folder)
     for name in RUNS:
         short(folder / name, name)
     short(folder / "resumed", "selora", resume=True)
@@ -48,6 +51,28 @@ def short(folder, name, resume=False, **changes):
         model, *_ = short_run(folder, adapter=name, resume=resume, **changes | sheets)
     found = distributed.gather_to_first(weights_fingerprint(model))
     assert found is None or len(set(found)) == 1, "processes have different weights"
+
+
+def fail(folder):
+    """A bug that shows in the second process alone."""
+
+    def losses(model, batch, *arguments):
+        return ordinary(model, batch, *arguments) * (1 if distributed.is_first() else 1 / 0)
+
+    ordinary, finetune.denoising_losses = finetune.denoising_losses, losses
+    short_run(folder / "run", **SHORT)
+
+
+def skip(folder):
+    """At the third of six steps, the loss is not finite in the last process alone."""
+
+    def losses(model, batch, *arguments):
+        bad = distributed.GROUP["index"] == distributed.count() - 1 and 2 in batch["id"] // SHORT["batch_size"]
+        return ordinary(model, batch, *arguments) * (math.nan if bad else 1)
+
+    ordinary, finetune.denoising_losses = finetune.denoising_losses, losses
+    short(folder / "skipped", "selora")
+    finetune.denoising_losses = ordinary
 
 
 def sums(folder):
