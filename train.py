@@ -26,6 +26,7 @@ from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
 from minildm.metrics.audit import FEWEST_HELD_OUT
 from minildm.report.page import write_report
+from minildm.torchrun import launcher
 from minildm.training.command_line import FREE, check_texts, parse, sampling_flags
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
 from minildm.training.dry_run import values_used
@@ -106,7 +107,7 @@ def main(arguments):
     )
 
     # Training
-    run.start_session(**session_facts(device, f"{distributed.launcher()} {shlex.join(['train.py', *arguments])}"))
+    run.start_session(**session_facts(device, f"{launcher()} {shlex.join(['train.py', *arguments])}"))
     options = {
         "contexts": contexts_folder(plan.method_settings, machine.cache),
         "balance": plan.data.balance,

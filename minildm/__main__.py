@@ -8,9 +8,9 @@ import os
 import sys
 
 from minildm import __version__
-from minildm.distributed import launched
 from minildm.errors import InputError, exit_cleanly
 from minildm.startup import prepare_process
+from minildm.torchrun import launched
 
 
 def check(arguments):

@@ -10,10 +10,10 @@ import torch
 from minildm import checkpoint
 from minildm.adapters.files import merge_file
 from minildm.adapters.reading import adapter_file, read_adapter
-from minildm.distributed import own_device
 from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.latent_diffusion import LatentDiffusion
+from minildm.torchrun import own_device
 
 PACKAGE = Path(__file__).resolve().parent  # an installed package carries the embedded model as minildm/tiny
 WEIGHTS = PACKAGE.parent / "weights"  # a checkout keeps it in weights/tiny, beside the user's own base models

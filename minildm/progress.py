@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from minildm.distributed import shows_progress
+from minildm.torchrun import shows_progress
 
 INTERVAL = 30.0  # seconds between plain lines
 DELAY = 1.0  # seconds before a bar appears

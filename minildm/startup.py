@@ -6,7 +6,7 @@ Imported as a library, minildm leaves the process alone. What the user has set i
 import ctypes
 import os
 
-from minildm.distributed import only_the_first_speaks
+from minildm.torchrun import only_the_first_speaks
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_BLOCK = 1 << 30  # bytes

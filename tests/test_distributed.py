@@ -22,7 +22,7 @@ from peers import write_folder
 from work_together import RUNS, short
 
 import train
-from minildm import distributed
+from minildm import distributed, torchrun
 from minildm.__main__ import main as command
 from minildm.errors import InputError
 from minildm.training import machine
@@ -279,22 +279,22 @@ def launched(monkeypatch):
 def test_the_command_that_continues_a_run_starts_as_many_processes(launched, monkeypatch, tmp_path):
     assert Run(tmp_path / "run", {}).continue_with.startswith("torchrun --nnodes 2 ... --nproc-per-node 4 train.py --r")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert distributed.launcher() == "torchrun --nproc-per-node 4"
+    assert torchrun.launcher() == "torchrun --nproc-per-node 4"
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one process is no different from python
-    assert distributed.launcher() == "python" and not distributed.launched()
+    assert torchrun.launcher() == "python" and not torchrun.launched()
 
 
 def test_each_process_takes_the_gpu_of_its_number(launched, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert distributed.own_device("cuda") == distributed.own_device("cuda:1") == "cuda:1" and chosen == [1, 1]
-    assert distributed.own_device("cpu") == "cpu"
+    assert torchrun.own_device("cuda") == torchrun.own_device("cuda:1") == "cuda:1" and chosen == [1, 1]
+    assert torchrun.own_device("cpu") == "cpu"
     with pytest.raises(InputError, match="--device cuda:3 is one GPU for all processes; give --device cuda"):
-        distributed.own_device("cuda:3")
+        torchrun.own_device("cuda:3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="4 processes on a machine with 1 GPUs; give torchrun --nproc-per-node 1"):
-        distributed.own_device("cuda")
+        torchrun.own_device("cuda")
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])

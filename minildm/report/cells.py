@@ -14,11 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from minildm.distributed import shows_progress, without_torchrun
 from minildm.errors import InputError
 from minildm.files import written_beside
 from minildm.loading import PACKAGE
 from minildm.report.read_run import read_run
+from minildm.torchrun import shows_progress, without_torchrun
 from minildm.training.command_line import sampling_flags
 
 ROOT = PACKAGE.parent  # where train.py and sample.py are

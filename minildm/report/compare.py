@@ -43,6 +43,7 @@ from minildm.report.page import (
 from minildm.report.read_run import Missing, read_run
 from minildm.report.tables import csv_text
 from minildm.settings import Parser, Settings, add_flags, at_least, from_flags, setting
+from minildm.torchrun import own_device
 from minildm.training.command_line import parse as parse_training
 
 LONGEST = 30 * 24 * 3600.0  # seconds that processes wait for each other's cells
@@ -107,7 +108,7 @@ def main(arguments):
         if plan.dreambooth.instance_prompt is not None:
             raise InputError("compare needs captions, and --instance-prompt gives all images one prompt; leave it out")
     if distributed.count() > 1 and torch.cuda.is_available():
-        args.device = distributed.own_device(args.device or "cuda")
+        args.device = own_device(args.device or "cuda")
     device = ("--device", args.device) if args.device else ()
     n_seeds = len(set(args.seeds))
     print(f"{len(rows)} methods x {n_seeds} seeds: {len(cells)} cells of {settings.steps} steps, in {shown(args.out)}")

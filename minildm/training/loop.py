@@ -10,11 +10,12 @@ import time
 
 import torch
 
-from minildm.distributed import on_any_process, require_same, resumable, sum_over_processes, wait_for_all
+from minildm.distributed import on_any_process, require_same, sum_over_processes, wait_for_all
 from minildm.errors import InputError, is_out_of_memory
 from minildm.optimizer import clip_gradients
 from minildm.progress import Progress
 from minildm.seeds import to_device
+from minildm.torchrun import resumable
 from minildm.training.machine import helpful_out_of_memory, peak_memory_mb, stop_requests
 from minildm.training.state import State
 

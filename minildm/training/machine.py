@@ -17,12 +17,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from minildm import kernels
-from minildm.distributed import count, from_first, launch, launched, share_size
+from minildm.distributed import count, from_first, share_size
 from minildm.errors import InputError, is_out_of_memory
 from minildm.layers import ResnetBlock, SpatialTransformer
 from minildm.record import machine_of
 from minildm.settings import Settings, setting
 from minildm.text_encoder import EncoderLayer
+from minildm.torchrun import launch, launched
 
 ECHO = 5.0  # seconds
 CACHE = Path.home() / ".cache" / "minildm"

@@ -26,9 +26,10 @@ import torch
 from safetensors import SafetensorError
 
 from minildm import __version__
-from minildm.distributed import from_first, is_first, launch, launched, launcher
+from minildm.distributed import from_first, is_first
 from minildm.errors import InputError, is_out_of_memory, one_line
 from minildm.files import locked, parse_json, read_json, writable_folder, written_beside
+from minildm.torchrun import launch, launched, launcher
 
 LOCKED = {}  # {(inode, device): open file} of the locks of this process' runs
 
