@@ -1,7 +1,7 @@
 """Generate images: python sample.py "chest x-ray, age 47 male" -n 4
 
 Prompts -> token ids -> context -> latents -> images -> PNG files. torch takes seconds to import, so it is imported
-inside `main`, once the command line is known to be good.
+inside `main`, once the command line is known to be good. Under torchrun each process takes its turns of the batches.
 """
 
 import sys
@@ -71,16 +71,19 @@ def main(arguments):
     init_image = sampling.read_init_image(args.init_image, settings.strength)
     writable_folder(args.out)
 
-    from minildm import kernels
+    from minildm import distributed, kernels
     from minildm.latent_diffusion import complete_settings
     from minildm.loading import load
     from minildm.training.machine import free_memory
 
+    distributed.join()  # the other processes, if torchrun has started several
     start = time.perf_counter()
     adapters = sampling.choose_adapters(args.adapter, args.base)
     model = load(args.base, adapters, args.device, args.dtype, args.prediction, args.vae)
     settings = complete_settings(settings, model.config, init_image is not None)
-    if not (args.plain or args.compile) and sampling.float32_wanted(model, args.products):
+    if not (args.plain or args.compile) and distributed.from_first(
+        lambda: sampling.float32_wanted(model, args.products)
+    ):
         model.compute_in_float32()
     at_a_time = min(args.batch_size, len(prompts) * args.n)
     sampling.check_size(settings, model.config, at_a_time, model.dtype.itemsize, free_memory(model.device, 0))
@@ -93,25 +96,32 @@ def main(arguments):
 
     request = record.Request(args, settings, model, adapters, init_image)
     continues = args.prompts is not None
-    planned = sampling.plan_images(prompts, args.n, settings.seed, args.out, continues, request.parameters)
+    plan = prompts, args.n, settings.seed, args.out, continues, request.parameters
+    planned = distributed.from_first(lambda: sampling.plan_images(*plan))
     if skipped := len(prompts) * args.n - len(planned):
         print(f"{skipped} images are already in {args.out}; {len(planned)} to generate")
     repeated = like.batch_like(request, planned)
     batches = sampling.split_batches(planned, args.batch_size) if repeated is None else [repeated]
     init_images = None if init_image is None else init_image.tensor(settings.height, settings.width)
     description = SYNTHETIC if init_image is None else FROM_IMAGE
-    saved, sheet, start = [], [], time.perf_counter()
-    with kernels.plain(args.plain), Progress("sampling", "step", settings.network_calls * len(batches)) as bar:
-        for batch in batches:
+    own = distributed.turns(list(enumerate(batches)))
+    made, start = [], time.perf_counter()  # made: (place in the plan, PlannedImage, its image if on the sheet)
+    with kernels.plain(args.plain), Progress("sampling", "step", settings.network_calls * len(own)) as bar:
+        for number, batch in own:
             options = asdict(settings) | {"seed": [png.seed for png in batch], "init_images": init_images}
             batch_prompts = [png.prompt for png in batch]
             images = model.sample(batch_prompts, args.negative, callback=lambda *_: bar.update(), **options)
-            for image, png in zip(images, batch):
+            for place, (image, png) in enumerate(zip(images, batch), number * args.batch_size):
                 if png.path is not None:
                     texts = request.parameters(png), description, request.record(png, batch)
-                    saved.append(sampling.save_planned(png, continues, image, *texts))
-                    sheet += [image][: SHEET_IMAGES - len(sheet)]
+                    png = sampling.save_planned(png, continues, image, *texts)
+                    made.append((place, png, image if place < SHEET_IMAGES else None))
+    made = distributed.gather_to_first(made)
+    if made is None:
+        return 0
 
+    made = sorted((one for part in made for one in part), key=lambda one: one[0])
+    saved, sheet = [png for _, png, _ in made], [image for _, _, image in made if image is not None]
     for png in saved[:8]:
         print(f"{png.path} (seed {png.seed})")
     if repeated is not None:

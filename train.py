@@ -1,7 +1,7 @@
 """Fine-tune: python train.py --adapter selora --data folder:/my/images
 
 Follows the data: records -> images -> latents, captions -> prompts -> trained weights.
-With --instance-prompt: DreamBooth.
+With --instance-prompt: DreamBooth. On several GPUs: torchrun --nproc-per-node 4 train.py ...
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import torch
 
-from minildm import kernels, load
+from minildm import distributed, kernels, load
 from minildm.data.cache import latent_cache
 from minildm.data.open import open_data_set
 from minildm.data.prompts import prompts_for
@@ -26,18 +26,22 @@ from minildm.errors import InputError, exit_cleanly
 from minildm.loading import usable_device
 from minildm.metrics.audit import FEWEST_HELD_OUT
 from minildm.report.page import write_report
+from minildm.torchrun import launcher
 from minildm.training.command_line import FREE, check_texts, parse, sampling_flags
 from minildm.training.dreambooth import DreamBooth, sample_class_images, split_instances
 from minildm.training.dry_run import values_used
 from minildm.training.finetune import Finetuning, Samples, contexts_folder, finetune, summary, usual_dtype
 from minildm.training.machine import session_facts
-from minildm.training.run import Run
+from minildm.training.run import Run, begun_by_this_launch
 
 GENERATED = "generated"  # the folder in a run's for the images that its last lines propose to make
 
 
 def main(arguments):
+    distributed.join()  # the other processes, if torchrun has started several
     plan = parse(arguments)
+    if distributed.from_first(lambda: begun_by_this_launch(plan.out)):
+        plan = dataclasses.replace(plan, resume=True)
     goal, dreambooth, config, machine = plan.goal, plan.dreambooth, plan.config, plan.machine
     if plan.dry_run:
         print(json.dumps(values_used(plan), indent=1))
@@ -102,7 +106,7 @@ def main(arguments):
     )
 
     # Training
-    run.start_session(**session_facts(device, shlex.join(["python", "train.py", *arguments])))
+    run.start_session(**session_facts(device, f"{launcher()} {shlex.join(['train.py', *arguments])}"))
     options = {
         "contexts": contexts_folder(plan.method_settings, machine.cache),
         "balance": plan.data.balance,
@@ -118,6 +122,8 @@ def main(arguments):
     if products is not None and device.type == "cpu":
         kernels.products_in_float32(model)
     state, method = finetune(task, plan.method, plan.method_settings, run, machine)
+    if not distributed.is_first():
+        return 0
     print(summary(state, method, run))
     run.save_file("report.html", lambda path: print(f"report: {write_report([run.folder], path)}"))
     words = ["python", "sample.py", training.prompts[0], *sampling_flags(plan.settings, run.result, transform.size)]

@@ -7,8 +7,9 @@ line in the usage text.
 import sys
 
 from minildm import __version__
-from minildm.errors import exit_cleanly
+from minildm.errors import InputError, exit_cleanly
 from minildm.startup import prepare_process
+from minildm.torchrun import launched
 
 
 def check(arguments):
@@ -134,6 +135,8 @@ COMMANDS = {
     "pretrain": pretrain,
 }
 
+SHARED = ("fid", "audit", "compare")  # those whose work several processes share
+
 
 def usage():
     lines = [f"  {name:<12} {function.__doc__}" for name, function in COMMANDS.items()]
@@ -161,6 +164,9 @@ def main(arguments):
     if arguments[0] not in COMMANDS:
         print(f"error: unknown command {arguments[0]!r}; choose one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if launched() and arguments[0] not in SHARED:
+        raise InputError(f"{arguments[0]} works in one process; start it without torchrun (train.py, sample.py and "
+                         f"{', '.join(SHARED)} share their work among several)")  # fmt: skip
     return COMMANDS[arguments[0]](arguments[1:])
 
 

@@ -22,6 +22,7 @@ ADVICE = {
 }
 WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 WHEN_FAILED = []  # functions to call before a command that has failed exits
+REPORT = []  # at most one function: an error message -> what to print of it, or None (distributed.py)
 
 
 class InputError(ValueError):
@@ -93,7 +94,10 @@ def _discard_output():
 def _fail(code, message):
     for undo in WHEN_FAILED:
         undo()
-    print(one_line(message), file=sys.stderr)
+    for report in REPORT:
+        message = report(message)
+    if message is not None:
+        print(one_line(message), file=sys.stderr)
     return code
 
 

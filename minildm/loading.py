@@ -13,6 +13,7 @@ from minildm.adapters.reading import adapter_file, read_adapter
 from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.latent_diffusion import LatentDiffusion
+from minildm.torchrun import own_device
 
 PACKAGE = Path(__file__).resolve().parent  # an installed package carries the embedded model as minildm/tiny
 WEIGHTS = PACKAGE.parent / "weights"  # a checkout keeps it in weights/tiny, beside the user's own base models
@@ -84,7 +85,7 @@ def _find_adapter(entry):
 def usable_device(name):
     """The torch.device called ``name``; None = a GPU if there is one, else the CPU. Raises InputError if torch cannot
     compute on it here."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    name = own_device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
     try:
         torch.empty(1, device=name).item()  # .item() also rejects the meta device, which stores no values
         return torch.device(name)

@@ -1,10 +1,13 @@
 """Progress of long work, on stderr: a bar on a terminal; elsewhere (nohup, a batch system, a pipe) a plain line every
-half minute, so that a log shows that the work goes on and when it will end."""
+half minute, so that a log shows that the work goes on and when it will end. Of several processes that work together,
+the first shows its own."""
 
 import sys
 import time
 
 from tqdm import tqdm
+
+from minildm.torchrun import shows_progress
 
 INTERVAL = 30.0  # seconds between plain lines
 DELAY = 1.0  # seconds before a bar appears
@@ -24,8 +27,8 @@ class Progress:
         self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
         self.done = self.first = initial
         self.begun = self.shown = time.monotonic()
-        self.hidden, self.note, self.bar = hidden, "", None
-        if not hidden and sys.stderr.isatty():
+        self.hidden, self.note, self.bar = hidden or not shows_progress(), "", None
+        if not self.hidden and sys.stderr.isatty():
             options = {"unit_scale": True} if unit == "B" else {}
             self.bar = tqdm(
                 total=self.total, initial=initial, desc=title, unit=unit, leave=leave, delay=DELAY, dynamic_ncols=True,

@@ -7,6 +7,8 @@ Imported as a library, minildm leaves the process alone. What the user has set i
 import ctypes
 import os
 
+from minildm.torchrun import only_the_first_speaks
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_BLOCK = 1 << 30  # bytes
 
@@ -18,7 +20,10 @@ def prepare_process():
 
     Memory: glibc returns every block of more than 32 MB to the system at once, and the next step pays again for each of
     its pages; so blocks of up to 1 GB are kept, and large ones lie in large pages. The peak is a quarter higher.
+
+    Several processes, started by torchrun: only the first prints.
     """
+    only_the_first_speaks()
     if not {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

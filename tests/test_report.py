@@ -275,6 +275,10 @@ def test_energy_and_carbon_of_forty_hours_of_a_v100(runs):
     assert "3.6 kg CO2" in energy_line(run, EnergySettings(power=300, intensity=0.3))
     assert "--power" in energy_line(run, EnergySettings()).reason
     assert "give --intensity" in energy_line(run, EnergySettings(power=300))
+    run.sessions[-1]["machine"]["power_limit_watts"] = 300
+    assert energy_line(run, EnergySettings()).startswith("12 kWh")
+    run.sessions[-1]["processes"] = 4  # trained together, each on a device of its own
+    assert energy_line(run, EnergySettings()).startswith("48 kWh")
 
 
 @pytest.mark.parametrize(

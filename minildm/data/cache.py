@@ -11,7 +11,7 @@ of rendered images with their recipe.
 
 Records are encoded in blocks of 128. A block is locked (``flock``, which the system releases when a process dies) and
 its shard is written whole or not at all. A build may therefore be killed at any time, and processes that build at the
-same time, such as the ranks of a distributed run, share the blocks among them.
+same time, such as those that torchrun starts, share the blocks among them.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 from minildm.config import MAX_TOKENS
 from minildm.data.reading import read, to_tensor
+from minildm.distributed import own_first, wait_for_all
 from minildm.errors import InputError
 from minildm.files import locked, read_json, shown, writable_folder, written_beside
 from minildm.progress import Progress
@@ -185,7 +186,7 @@ def latent_cache(records, transform, vae, folder, batch_size=4, workers=2, skip_
         Progress("caching latents", "image", sum(missing.values()), hidden=not missing) as progress,
     ):
         for wait in (False, True):  # first the blocks that no other process works on, then wait for the others
-            for block in list(missing):
+            for block in own_first(list(missing)):
                 with rows.locked(build.names[block], wait) as locked:
                     if locked:
                         encoded = build.encode(block, pool, progress)
@@ -341,16 +342,28 @@ def context_cache(prompts, tokenize, text_encoder, folder, batch_size=16):
             if key not in rows:
                 missing[key] = token_ids
     missing = list(missing.items())
+    rows.require_space(len(missing), row_bytes=MAX_TOKENS * text_encoder.config.width * 2)
+    wait_for_all()  # all have the same list of what is missing, before one of them adds to the cache
+    shards = {start: missing[start : start + ROWS_PER_SHARD] for start in range(0, len(missing), ROWS_PER_SHARD)}
     with Progress("caching contexts", "prompt", len(missing), hidden=not missing) as progress:
-        for start in range(0, len(missing), ROWS_PER_SHARD):
-            shard, contexts = missing[start : start + ROWS_PER_SHARD], []
+
+        def encode(shard):
+            contexts = []
             for first in range(0, len(shard), batch_size):
                 token_ids = torch.stack([ids for _, ids in shard[first : first + batch_size]])
                 with torch.no_grad():
                     contexts.append(text_encoder(token_ids.to(device)).float().cpu())  # (B, 77, D)
                 progress.update(len(token_ids))
-            contexts = torch.cat(contexts)
-            if start == 0:  # the width is known now
-                rows.require_space(len(missing), row_bytes=contexts[0].numel() * 2)
-            rows.add([key for key, _ in shard], contexts)
+            rows.add([key for key, _ in shard], torch.cat(contexts))
+
+        for wait in (False, True):  # first the shards that no other process works on, then wait for the others
+            for start in own_first(list(shards)):
+                with rows.locked(_short_hash(b"".join(key for key, _ in shards[start])), wait) as locked:
+                    if locked:
+                        rows.refresh()
+                        shard = shards.pop(start)
+                        if all(key in rows for key, _ in shard):  # another process has encoded it
+                            progress.update(len(shard))
+                        else:
+                            encode(shard)
     return CachedContexts(rows, keys)

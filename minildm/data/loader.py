@@ -6,10 +6,13 @@ sample (which record it is, and later its timestep and noise) is a function of (
 where a run was interrupted, on the number of workers, or on how a batch is divided.
 """
 
+import signal
+
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from minildm.data.reading import read, to_tensor
+from minildm.distributed import share
 from minildm.seeds import seeded
 
 PIXEL_CACHE_BYTES = 2 * 10**9  # of decoded images held in memory, in each process that reads
@@ -102,13 +105,35 @@ class SampleSequence(Dataset):
 
 
 def training_batches(pairs, batch_size, seed, first_step, last_step, workers=0, classes=None):
-    """A DataLoader over the batches of steps [first_step, last_step).
+    """The batches of steps [first_step, last_step).
 
     A batch is a dict with the entries of ``pairs``, stacked to (B, ...), and
         id        int64 (B,): step * batch_size + position, see the module's docstring
         weight    float32 (B,): ones; a task may weight its samples' losses
-    Every batch is full. Workers only read ahead: no batch depends on their number.
     """
-    samples = SampleSequence(pairs, seed, classes)
-    ids = [range(step * batch_size, (step + 1) * batch_size) for step in range(first_step, last_step)]
-    return DataLoader(samples, batch_sampler=ids, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return batches_of(SampleSequence(pairs, seed, classes), batch_size, first_step, last_step, workers)
+
+
+def batches_of(samples, batch_size, first_step, last_step, workers=0):
+    """A DataLoader over the batches of ``samples``, a Dataset whose items are found by ``id``.
+
+    Every batch is full. Workers only read ahead: no batch depends on their number. Of several processes that train
+    together each gets its share of every batch, which may be empty.
+    """
+    ids = [share(range(step * batch_size, (step + 1) * batch_size)) for step in range(first_step, last_step)]
+    pinned = torch.cuda.is_available()
+    options = {"pin_memory": pinned, "collate_fn": collate, "worker_init_fn": ignore_signals}
+    return DataLoader(samples, batch_sampler=ids, num_workers=workers, **options)
+
+
+def ignore_signals(worker):
+    """Ctrl-C, torchrun and batch systems signal all processes of a command; those that read go on until it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def collate(items):
+    """A list of a batch's items -> the batch; of no items, a batch without samples."""
+    if items:
+        return default_collate(items)
+    return {"id": torch.empty(0, dtype=torch.int64), "weight": torch.empty(0)}

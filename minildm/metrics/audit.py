@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from minildm.data.open import DataSettings
 from minildm.data.reading import Transform
+from minildm.distributed import gather_to_first, is_first, join
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 from minildm.loading import find_weights
@@ -72,6 +73,7 @@ def audit(generated, train, holdout, extractor, batch_size=16, seed=0, progress=
     """Audit lists of images (paths or records): a Comparison by pixels and one by the extractor's features.
 
     Args: transform: reading.Transform with which all images are read, as training does; default: 512 px, the centre.
+    Of several processes that work together, the first gets the result, and the others None.
     """
     transform = Transform(RECORD_SIZE) if transform is None else transform
     _check_held_out(holdout)
@@ -79,7 +81,7 @@ def audit(generated, train, holdout, extractor, batch_size=16, seed=0, progress=
         _describe(images, transform, extractor, batch_size, name if progress else None)
         for name, images in (("generated", generated), ("training", train), ("held out", holdout))
     ]
-    return compare_described(*described, extractor.label, seed)
+    return compare_described(*described, extractor.label, seed) if is_first() else None
 
 
 def compare_described(generated, train, holdout, label, seed=0):
@@ -106,7 +108,7 @@ def _check_held_out(images):
 
 
 def _describe(images, transform, extractor, batch_size, progress):
-    """Pixels (n, 4, 64, 64) and features (n, d) of the images, in one pass."""
+    """Pixels (n, 4, 64, 64) and features (n, d) of the images, in one pass; None in a process that is not the first."""
     pixels = {}
 
     def prepare(image):
@@ -116,7 +118,12 @@ def _describe(images, transform, extractor, batch_size, progress):
 
     deepest = max(extractor.dims)
     features = [batch[deepest] for _, batch in batches(images, extractor, batch_size, progress, prepare)]
-    return torch.stack([pixels[image] for image in images]), torch.from_numpy(np.concatenate(features))
+    own = [i for i, image in enumerate(images) if image in pixels]
+    parts = gather_to_first((own, torch.stack([pixels[images[i]] for i in own]) if own else []))
+    if parts is None:
+        return None
+    pixels = {i: values for indices, part in parts for i, values in zip(indices, part)}
+    return torch.stack([pixels[i] for i in range(len(images))]), torch.from_numpy(np.concatenate(features))
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -382,8 +389,11 @@ def main(argv):
     lists += [list_as_training(source, data) for source in sources]
     beside = Path(arguments.generated) / "audit" if Path(arguments.generated).is_dir() else Path("audit")
     out = writable_folder(beside if arguments.out is None else arguments.out)
+    join()  # the other processes, if torchrun has started several
     extractor = open_extractor(settings, dims=(2048,))
     comparisons = audit(*lists, extractor, settings.batch_size, settings.seed, progress=True, transform=transform)
+    if comparisons is None:
+        return 0
 
     generated, train, holdout = ([image_name(image) for image in images] for images in lists)
     print(f"{len(generated)} generated, {len(train)} training, {len(holdout)} held-out images")

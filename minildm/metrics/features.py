@@ -1,5 +1,6 @@
 """One pass over a set of images: statistics of all features, and a bounded sample of the features themselves."""
 
+import contextlib
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from minildm.distributed import gather_to_first, share_size, turns
 from minildm.errors import InputError
 from minildm.metrics.frechet import Statistics
 from minildm.metrics.sources import image_name, open_rgb
@@ -58,12 +60,24 @@ def require_several(images):
 def batches(images, extractor, batch_size=16, progress=None, prepare=None):
     """Yield (index of the first image, {dim: features (b, dim) numpy}). Threads decode and resize two batches ahead.
 
+    Of several processes that work together each computes its turns; the first yields all batches in their order, as one
+    process would, and the others yield none.
     Args: prepare: image -> network input; overrides how an image is opened and prepared.
     """
+    starts = range(0, len(images), batch_size)
+    with contextlib.closing(_computed(images, turns(starts), extractor, batch_size, progress, prepare)) as computed:
+        for _ in range(share_size(len(starts))):
+            for batch in gather_to_first(next(computed, None)) or ():
+                if batch is not None:
+                    yield batch
+
+
+def _computed(images, starts, extractor, batch_size, progress, prepare):
+    """`batches` of the images that begin at ``starts``."""
     prepare = prepare or (lambda image: extractor.prepare(open_rgb(image)))
     workers = min(8, os.cpu_count() or 1)
-    starts = range(0, len(images), batch_size)
-    bar = Progress(progress, "image", len(images), hidden=progress is None)
+    n_images = sum(len(images[start : start + batch_size]) for start in starts)
+    bar = Progress(progress, "image", n_images, hidden=progress is None)
     with ThreadPoolExecutor(workers) as pool, bar:
         ahead = deque()
         todo = iter(starts)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 import minildm
+from minildm.distributed import is_first, join
 from minildm.errors import InputError
 from minildm.files import writable_file
 from minildm.metrics.extractors import FeatureSettings, feature_settings, inception_extractor, open_extractor
@@ -166,12 +167,15 @@ def main(argv):
         writable_file(arguments.save_stats, "--save-stats")
     out = writable_file(_default_out(arguments.fake) if arguments.out is None else arguments.out)
 
+    join()  # the other processes, if torchrun has started several
     extractor = open_extractor(settings, arguments.dims)
     opened = [open_source(source, extractor.dims) for source in (arguments.real, arguments.fake)]  # both, then images
     real, fake = (
         measure_source(source, extractor, arguments.keep, settings.batch_size, settings.seed, name)
         for name, source in zip(("real", "fake"), opened)
     )
+    if not is_first():
+        return 0
     result = measure(real, fake, extractor, arguments.replicates, settings.seed, progress=True)
     result |= {
         "real": arguments.real,

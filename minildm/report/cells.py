@@ -18,6 +18,7 @@ from minildm.errors import InputError
 from minildm.files import written_beside
 from minildm.loading import PACKAGE
 from minildm.report.read_run import read_run
+from minildm.torchrun import shows_progress, without_torchrun
 from minildm.training.command_line import sampling_flags
 
 ROOT = PACKAGE.parent  # where train.py and sample.py are
@@ -129,7 +130,8 @@ class CellFailed(Exception):
 
 
 def run_script(script, words, cell):
-    """Run train.py or sample.py; what it prints goes to the cell's output.txt, progress and errors to the screen.
+    """Run train.py or sample.py; what it prints goes to the cell's output.txt, progress and errors to the screen (of
+    several processes that share the cells, only the first one's).
 
     Raises: CellFailed; KeyboardInterrupt after Ctrl-C, when the script has saved its state.
     """
@@ -139,10 +141,16 @@ def run_script(script, words, cell):
             f"{path} does not exist, and compare starts it; use a clone of the repository (pip install -e .)"
         )
     cell.folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = without_torchrun(os.environ) | {"PYTHONPATH": search_path}
     with open(cell.folder / "output.txt", "a", encoding="utf-8") as output:
+        errors = None if shows_progress() else output
         process = subprocess.Popen(
-            [sys.executable, str(path), *words], stdout=output, env=environment, preexec_fn=_end_with_parent
+            [sys.executable, str(path), *words],
+            stdout=output,
+            stderr=errors,
+            env=environment,
+            preexec_fn=_end_with_parent,
         )
         try:
             code = process.wait()

@@ -7,7 +7,8 @@
     compare    tables, paired differences, figures -> compare.md, .tex, .csv, .html                     comparison.py
 
 What is complete is not made again, so the same command continues an interrupted comparison, and cells made on several
-machines (``--only I/N``) are merged by running it once more on the shared folder.
+machines (``--only I/N``) are merged by running it once more on the shared folder. Under torchrun each process takes its
+turns of the cells, on a GPU of its own.
 """
 
 import shlex
@@ -15,6 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from minildm import distributed
 from minildm.adapters import METHODS
 from minildm.errors import InputError
 from minildm.files import read_json, shown, writable_folder, written_beside
@@ -38,8 +42,10 @@ from minildm.report.page import (
 from minildm.report.read_run import Missing, read_run
 from minildm.report.tables import csv_text
 from minildm.settings import Parser, Settings, add_flags, at_least, from_flags, setting
+from minildm.torchrun import own_device
 from minildm.training.command_line import parse as parse_training
 
+LONGEST = 30 * 24 * 3600.0  # seconds that processes wait for each other's cells
 GRID_ROWS = 6  # prompts of the qualitative grid
 
 
@@ -91,6 +97,7 @@ def parse(arguments):
 
 def main(arguments):
     args, settings, further = parse(arguments)
+    distributed.join(LONGEST)  # the other processes, if torchrun has started several
     rows = variants(args.methods, args.ranks, args.thresholds)
     cells = cells_of(rows, args.seeds, args.out)
     mine = share(cells, args.only)
@@ -99,9 +106,13 @@ def main(arguments):
         plan = parse_training([*flags, *variant.flags, "--out", str(args.out)])
         if plan.dreambooth.instance_prompt is not None:
             raise InputError("compare needs captions, and --instance-prompt gives all images one prompt; leave it out")
+    if distributed.count() > 1 and torch.cuda.is_available():
+        args.device = own_device(args.device or "cuda")
     device = ("--device", args.device) if args.device else ()
     n_seeds = len(set(args.seeds))
     print(f"{len(rows)} methods x {n_seeds} seeds: {len(cells)} cells of {settings.steps} steps, in {shown(args.out)}")
+    if args.dry_run and not distributed.is_first():
+        return 0
     if args.dry_run:
         print("\n".join(f"  {cell.name}: {cell.folder}{'' if cell in mine else ' (another share)'}" for cell in cells))
         words = sampling_words(settings)
@@ -109,12 +120,18 @@ def main(arguments):
         print("\n".join(lines))
         return 0
     writable_folder(args.out)
-    remember(args.out / "plan.json", settings, further)
+    distributed.from_first(lambda: remember(args.out / "plan.json", settings, further))
+    own = distributed.turns(mine)
     try:
-        failed = make_cells(mine, flags, settings, args.device, device)
+        with distributed.alone():
+            failed = make_cells(own, flags, settings, args.device, device)
     except KeyboardInterrupt:
         print("stopped; the same command continues the comparison")
         raise
+    failed = distributed.gather_to_first(failed)
+    if failed is None:
+        return 0
+    failed = {folder: reason for part in failed for folder, reason in part.items()}
     command = shlex.join(["python", "-m", "minildm", "compare", *arguments])
     write_comparison(args.out, rows, cells, settings, command, args.with_images, failed)
     for reason in failed.values():

@@ -14,6 +14,7 @@ from minildm.adapters import METHODS, NETWORKS, Method
 from minildm.data.open import DataSettings
 from minildm.data.prompts import prompts_for
 from minildm.data.splits import SPLITS, classes_of, split_by_patient
+from minildm.distributed import from_first
 from minildm.errors import InputError
 from minildm.loading import is_embedded
 from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
@@ -82,7 +83,7 @@ def parse(arguments):
         raise InputError("--resume takes its settings from the run; leave --preset out")
     if "out" in given and "resume" in given:
         raise InputError(f"--resume {given['resume']} continues in its own folder; leave --out {given['out']} out")
-    stored = read_record(given["resume"])["settings"] if "resume" in given else {}
+    stored = from_first(lambda: read_record(given["resume"])["settings"]) if "resume" in given else {}
     preset = given.get("preset")
     if preset is None and not stored and _on_embedded_base(given.get("base")):
         preset = "tiny"

@@ -29,15 +29,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from minildm import __version__
 from minildm.config import SAMPLER_NAMES, SamplingSettings
 from minildm.data.cache import latent_cache, weights_fingerprint
-from minildm.data.loader import SampleSequence
+from minildm.data.loader import SampleSequence, batches_of
 from minildm.data.reading import Transform
 from minildm.data.records import Record
 from minildm.data.splits import SPLITS, split_by_patient
+from minildm.distributed import count, turns, wait_for_all
 from minildm.errors import InputError
 from minildm.files import writable_folder, written_beside
 from minildm.images import parameters_text, save_png
@@ -128,12 +129,21 @@ def sample_class_images(model, settings, size, seed, cache):
         path.write_text(recipe + "\n", encoding="utf-8")
     paths = [folder / f"{i:05d}.png" for i in range(n)]
     print(f"class images: {n:,} of {prompt!r}, in {folder}")
-    with Progress("sampling class images", "image", n) as bar:
-        for first in range(0, n, IMAGES_AT_A_TIME):
-            batch = paths[first : first + IMAGES_AT_A_TIME]
-            if not all(path.exists() for path in batch):
-                _sample_batch(model, prompt, asdict(sampling) | {"seed": first_seed + first}, batch)
+    batches = [range(first, min(first + IMAGES_AT_A_TIME, n)) for first in range(0, n, IMAGES_AT_A_TIME)]
+
+    def sample_missing(batches, bar):
+        for batch in batches:
+            if not all(paths[i].exists() for i in batch):
+                options = asdict(sampling) | {"seed": first_seed + batch.start}
+                _sample_batch(model, prompt, options, [paths[i] for i in batch])
             bar.update(len(batch))
+
+    with Progress("sampling class images", "image", sum(map(len, turns(batches)))) as bar:
+        sample_missing(turns(batches), bar)  # all of them, for a process alone
+    if count() > 1:
+        wait_for_all()
+        sample_missing(batches, Progress("", "image", hidden=True))  # nothing, unless hosts have caches of their own
+        wait_for_all()
     records = tuple(Record(path.name, path.name, path=path) for path in paths)
     latents = latent_cache(records, Transform(size), model.vae, cache)
     return Samples(records, (prompt,) * n, latents)
@@ -229,6 +239,4 @@ class DreamBooth(Finetuning):
         samples = InstanceAndClassSamples(
             self.pairs, self.class_pairs, size, self.n_instance, self.prior_weight, seed, self.classes
         )
-        ids = [range(step * size, (step + 1) * size) for step in range(first_step, last_step)]
-        pinned = torch.cuda.is_available()
-        return DataLoader(samples, batch_sampler=ids, num_workers=self.workers, pin_memory=pinned)
+        return batches_of(samples, size, first_step, last_step, self.workers)

@@ -16,6 +16,7 @@ from minildm.config import SPATIAL_FACTOR
 from minildm.data.cache import CachedLatents, context_cache
 from minildm.data.loader import TrainingPairs, training_batches
 from minildm.data.splits import classes_of
+from minildm.distributed import from_first, is_first
 from minildm.errors import InputError
 from minildm.images import contact_sheet, save_png
 from minildm.latent_diffusion import to_pil, usual_guidance
@@ -159,8 +160,6 @@ def finetune(task, method_class, settings, run, machine):
     Returns: (the loop's State, the method). The model has the weights of the last step, the run's result the best ones.
     """
     model, config = task.model, task.config
-    if torch.distributed.is_initialized():
-        raise InputError("training in several processes is not supported yet; start train.py without torchrun")
     if task.images_per_step > task.n_images:
         print(f"note: --batch-size {config.batch_size} exceeds the {task.n_images} training images: images repeat "
               "within a batch")  # fmt: skip
@@ -169,11 +168,11 @@ def finetune(task, method_class, settings, run, machine):
     if config.warmup >= task.steps:
         print(f"note: --warmup {config.warmup} is not over after the {task.steps} steps of the run: the learning rate "
               f"never reaches --lr {config.lr:g}")  # fmt: skip
-    probe = ForgettingProbe(model, run, task.image_size) if config.forgetting_probe else None
+    probe = ForgettingProbe(model, run, task.image_size) if config.forgetting_probe and is_first() else None
     method = method_class(model, settings, task.steps, config.seed)
     trains_text = any(name.startswith("text_encoder.") for name in method.trained())
     assert not (trains_text and task.contexts), "cached contexts would not follow the text encoder"
-    print_forecast(task, method, run)
+    from_first(lambda: print_forecast(task, method, run))
     if config.checkpointing:
         checkpoint_blocks(model.unet, model.text_encoder)
     method.compiled = machine.compile

@@ -10,11 +10,12 @@ import time
 
 import torch
 
-from minildm.distributed import sum_over_processes
+from minildm.distributed import on_any_process, require_same, sum_over_processes, wait_for_all
 from minildm.errors import InputError, is_out_of_memory
 from minildm.optimizer import clip_gradients
 from minildm.progress import Progress
 from minildm.seeds import to_device
+from minildm.torchrun import resumable
 from minildm.training.machine import helpful_out_of_memory, peak_memory_mb, stop_requests
 from minildm.training.state import State
 
@@ -62,10 +63,12 @@ def train(method, task, config, run, steps):
             if last and (found := method.finish(task.validate if interval is not None else None)):
                 run.log(step=step, **found)  # before the state is saved: a resumed run keeps it
         if (last or step % config.save_interval == 0) and not state.bad_steps:
+            require_same(state.trained.values())
             run.save_state(state.state_dict())
 
     begun, before = time.perf_counter(), state.seconds
     with (
+        resumable(run.continue_with),
         helpful_out_of_memory(config),
         stop_requests() as stops,
         Progress("training", "step", steps, initial=state.step) as bar,
@@ -83,14 +86,15 @@ def train(method, task, config, run, steps):
             if state.bad_steps >= config.max_bad_steps:
                 raise InputError(_not_finite(state, config, run))
             between_steps()
-            if stops and state.step < steps:
+            if state.step < steps and on_any_process(stops):
                 run.save_state(state.state_dict())
+                wait_for_all()  # a process that ends before the first has saved would end that one, too
                 bar.close()
                 print(
                     f"stopped at step {state.step} of {steps}; the state is saved. Continue with: {run.continue_with}"
                 )
                 raise KeyboardInterrupt
-    if stops:  # during the last step, whose state is saved
+    if on_any_process(stops):  # during the last step, whose state is saved
         print(f"stopped after the last step. For the rest: {run.continue_with}")
         raise KeyboardInterrupt
     return state

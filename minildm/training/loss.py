@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import default_collate
 
+from minildm.distributed import share, share_size, sum_over_processes
 from minildm.progress import Progress
 from minildm.seeds import seeded, to_device
 
@@ -132,13 +133,14 @@ def validation_loss(model, pairs, captions, config):
     count = min(max(config.validation_pairs, len(pairs)), 512)
     order = torch.randperm(count, generator=seeded(config.seed, "validation order"))
     spread = ((order + 0.5) / count * model.schedule.n_timesteps).long()
-    size = config.micro_batch or config.batch_size
+    mine, size = share(range(count)), config.micro_batch or share_size(config.batch_size)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for first in Progress("validating", "batch", iterable=range(0, count, size), leave=False):
-        ids = range(first, min(first + size, count))
+    for first in Progress("validating", "batch", iterable=range(0, len(mine), size), leave=False):
+        ids = mine[first : first + size]
         batch = default_collate([pairs[i % len(pairs)] for i in ids])
         shape = batch["mean"].shape[1:]
         randomness = sample_randomness(config.seed, "validation", ids, shape, model.schedule.n_timesteps)
-        randomness = randomness._replace(timesteps=spread[first : ids.stop])
+        randomness = randomness._replace(timesteps=spread[ids.start : ids.stop])
         total += denoising_losses(model, batch, randomness, captions, PlainLoss()).double().sum()
+    sum_over_processes([total])
     return total.item() / count

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,12 +17,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from minildm import kernels
+from minildm.distributed import count, from_first, share_size
 from minildm.errors import InputError, is_out_of_memory
 from minildm.layers import ResnetBlock, SpatialTransformer
 from minildm.record import machine_of
 from minildm.settings import Settings, setting
 from minildm.text_encoder import EncoderLayer
+from minildm.torchrun import launch, launched
 
+ECHO = 5.0  # seconds
 CACHE = Path.home() / ".cache" / "minildm"
 
 
@@ -42,7 +46,7 @@ class Machine(Settings):
         None. A resumed run keeps its choice."""
         if run.resume:
             return run.found("products")
-        faster = not (self.plain or self.compile) and kernels.float32_is_faster(dtype, device)
+        faster = from_first(lambda: not (self.plain or self.compile) and kernels.float32_is_faster(dtype, device))
         return "float32" if faster else None
 
 
@@ -75,7 +79,7 @@ def forecast(model, one_sample_loss, config):
     kept, inputs, largest = activations(model, one_sample_loss)
     sample = inputs + largest if config.checkpointing else kept
     copies = 4 if config.ema_decay else 3  # gradient, Adam's two means, and the moving average
-    needed = weights + copies * trained + SPARE * (config.micro_batch or config.batch_size) * sample
+    needed = weights + copies * trained + SPARE * (config.micro_batch or share_size(config.batch_size)) * sample
     return int(needed), free_memory(model.device, weights)
 
 
@@ -168,7 +172,7 @@ def helpful_out_of_memory(config):
 
 def memory_advice(config):
     """The flags that lower the memory of a step, those that keep the result first."""
-    at_a_time = config.micro_batch or config.batch_size
+    at_a_time = config.micro_batch or share_size(config.batch_size)
     flags = [f"--micro-batch {max(at_a_time // 2, 1)} (same result)"] * (at_a_time > 1)
     flags += ["--checkpointing (same result, slower)"] * (not config.checkpointing)
     return "what helps: " + ", ".join([*flags, "in a new run --dtype bfloat16", "a smaller --size"])
@@ -182,6 +186,7 @@ def session_facts(device, command):
     if device.type == "cuda" and (watts := _power_limit(device)):
         facts["machine"]["power_limit_watts"] = watts
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts |= {"processes": count(), "launch": launch()} if count() > 1 else {}
     return {"started": started, "command": command, "python": platform.python_version(), **facts}
 
 
@@ -206,13 +211,13 @@ def _power_limit(device):
 @contextlib.contextmanager
 def stop_requests():
     """Ctrl-C and SIGTERM ask for an end between two steps: the yielded list is then not empty. A second one does not
-    wait."""
+    wait. (Under torchrun it may be the same one, which torchrun passes on: it counts after ECHO seconds.)"""
     requests, before = [], {}
 
     def request(number, frame):
-        if requests:
+        if requests and not (launched() and time.monotonic() < requests[0] + ECHO):
             raise KeyboardInterrupt
-        requests.append(number)
+        requests.append(time.monotonic())
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}

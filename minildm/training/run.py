@@ -10,12 +10,14 @@
     samples/             sheets of sample images
 
 Files are whole or absent (the log is appended to), and written by one process only: `.lock` is locked while it runs.
+Of several processes that train together (distributed.py), the first reads and writes the folder; the others are told.
 """
 
 import hashlib
 import json
 import math
 import os
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -24,8 +26,10 @@ import torch
 from safetensors import SafetensorError
 
 from minildm import __version__
+from minildm.distributed import from_first, is_first
 from minildm.errors import InputError, is_out_of_memory, one_line
 from minildm.files import locked, parse_json, read_json, writable_folder, written_beside
+from minildm.torchrun import launch, launched, launcher
 
 LOCKED = {}  # {(inode, device): open file} of the locks of this process' runs
 
@@ -41,36 +45,56 @@ class Run:
     """
 
     def __init__(self, folder, settings, resume=False, free=(), result="adapter.safetensors", continue_with=None):
-        self.continue_with = continue_with or f"python train.py --resume {folder}"
+        self.continue_with = continue_with or f"{launcher()} train.py --resume {folder}"
         self.folder, self.resume, self.log_bytes = Path(folder), resume, 0
         self.result = self.folder / result
         self.record = {"minildm": __version__, "settings": _as_json(settings)}
-        self.settings_before = None  # of a resumed run
-        if resume:
-            self.settings_before = read_record(self.folder)["settings"]
+        self.settings_before = None  # of a resumed run, and what it had found
+        self.settings_before, self.found_before = from_first(lambda: self._open(free))
+
+    def _open(self, free):
+        """Check the folder. Returns: of a resumed run, the settings and what was found, before."""
+        found = {}
+        if self.resume:
+            before = read_record(self.folder)
+            self.settings_before, found = before["settings"], before["found"]
             self._compare(self.settings_before, self.record["settings"], free)
         else:
             self._refuse_another_run()
         writable_folder(self.folder)
+        return self.settings_before, found
 
     def expect(self, **found):
         """Resuming, check a part of what `begin` will check, before the work that finds the rest."""
         if self.resume:
-            then = read_record(self.folder)["found"]
-            self._compare(*({name: facts[name] for name in found if name in then} for facts in (then, _as_json(found))))
+            then, now = self.found_before, _as_json(found)
+            self._compare(*({name: facts[name] for name in found if name in then} for facts in (then, now)))
 
     def begin(self, **found):
         """Write config.json; or, resuming, check that base and data are what they were (``found``: fingerprints)."""
+        self.found_before = from_first(self._claim)
+        self.record["found"] = _as_json(found)
+        self._compare_processes()
+        if self.resume:
+            self._compare(self.found_before, self.record["found"])
+        else:
+            self._write_record()
+
+    def _claim(self):
+        """Lock the folder, and make those in it. Returns: of a resumed run, what was found before."""
         self._lock()
         if not self.resume:
             self._refuse_another_run()  # one that began and ended since this process looked
         for name in ("last", "samples"):
             writable_folder(self.folder / name)
-        self.record["found"] = _as_json(found)
-        if self.resume:
-            self._compare(read_record(self.folder)["found"], self.record["found"])
-        else:
-            self._write_record()
+        return read_record(self.folder)["found"] if self.resume else {}
+
+    def _compare_processes(self):
+        """Raise InputError if this process has found other files than the first one, which may run on another host."""
+        theirs, ours = from_first(lambda: self.record["found"]), self.record["found"]
+        if different := [name for name in ours if ours[name] != theirs[name]]:
+            raise InputError(f"this process found {different[0]} = {ours[different[0]]!r}, the first one "
+                             f"{theirs[different[0]]!r}; give all hosts the same files and precision")  # fmt: skip
 
     def _refuse_another_run(self):
         if (self.folder / "log.jsonl").exists():  # without a log nothing was trained: a mistake that can be repaired
@@ -85,6 +109,8 @@ class Run:
             self._write_record()
 
     def _write_record(self):
+        if not is_first():
+            return
         with written_beside(self.folder / "config.json") as path:
             path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
 
@@ -94,7 +120,9 @@ class Run:
         path = self.folder / ".lock"
         if path.exists() and os.stat(path)[1:3] in LOCKED:
             return
-        file = locked(path)
+        end = time.monotonic() + (10 if launched() and self.resume else 0)  # readers of a killed process may linger
+        while (file := locked(path)) is None and time.monotonic() < end:
+            time.sleep(0.1)
         if file is None:
             raise InputError(f"another process is writing {self.folder}; wait for it to end, or give another --out")
         LOCKED[os.fstat(file.fileno())[1:3]] = file
@@ -111,7 +139,7 @@ class Run:
 
     def found(self, name):
         """What `begin` recorded as ``name`` when a resumed run was begun; None in a new run."""
-        return read_record(self.folder)["found"].get(name) if self.resume else None
+        return self.found_before.get(name)
 
     def start_session(self, **facts):
         """Append a line to sessions.jsonl: when and where this process trains, by which command."""
@@ -119,6 +147,8 @@ class Run:
 
     def save_summary(self, summary):
         """Write summary.json, a dict of what the end of the run says of it."""
+        if not is_first():
+            return
         with written_beside(self.folder / "summary.json") as path:
             path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
@@ -159,6 +189,9 @@ class Run:
 
     def load_state(self):
         """The saved state, or None; the log loses what was written after it."""
+        return from_first(self._load_state)
+
+    def _load_state(self):
         state = None
         if self.state.exists():
             try:
@@ -210,7 +243,10 @@ class Run:
         self._guarded(write, self.folder / "samples" / f"step-{step:06}.png", OSError)
 
     def _guarded(self, write, what, errors=(OSError, RuntimeError, SafetensorError)):
-        """``write(what)``, with an InputError for a full or failing disk, which torch reports as RuntimeError."""
+        """``write(what)``, with an InputError for a full or failing disk, which torch reports as RuntimeError. Only
+        the first of several processes writes."""
+        if not is_first():
+            return
         try:
             write(what)
         except errors as error:
@@ -223,6 +259,15 @@ class Run:
                 f"could not write to {self.folder} ({reason}); everything saved so far is intact; make "
                 f"room, then continue with: {self.continue_with}"
             ) from None
+
+
+def begun_by_this_launch(folder):
+    """Whether this start of torchrun has begun the run in ``folder``: a process failed, and all were started again."""
+    path = Path(folder) / "sessions.jsonl"
+    if not launched() or not (Path(folder) / "log.jsonl").exists() or not path.exists():
+        return False
+    own = f'"launch": {json.dumps(launch())}'.encode()
+    return any(own in line for line in path.read_bytes().splitlines())
 
 
 def _as_json(facts):
