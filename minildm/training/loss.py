@@ -75,7 +75,7 @@ class Captions:
         """batch["index"] (B,), rows (B,) of `rows` -> context (B, 77, D), on the model's device."""
         if self.contexts is None:
             return self.text_encoder(to_device(self.token_ids[rows], self.device))
-        context = batch["context"]  # of the whole captions
+        context = batch["context"].clone()  # of the whole captions
         for k in (rows != batch["index"]).nonzero()[:, 0].tolist():
             context[k] = self.contexts[int(rows[k]) % len(self.contexts)]
         return to_device(context, self.device, self.dtype)
