@@ -1,9 +1,9 @@
-"""What keeps findings from a chest adapter of the embedded model: python tests/benchmarks/bench_captions.py [ADAPTER ...]
+"""What keeps findings from a chest adapter? python tests/benchmarks/bench_captions.py [ADAPTER ...]
 
     difference   how much a word changes what the networks compute: the last positions of the context, and the U-Net's
                  prediction from one noisy latent at three timesteps, between prompts that differ in their diagnosis
     reading      (--read STEPS) an adapter on the text encoder alone learns to predict an image's code from its caption,
-                 as in pretraining's second stage; saved as OUT, to train on top of: train.py --on-top-of OUT --targets unet
+                 as in pretraining's second stage; to train on top of: train.py --on-top-of OUT --targets unet
 
 Prints numbers and asserts nothing. Not for clinical use.
 """
