@@ -57,6 +57,7 @@ def flags(place, out, **changes):
         "validation_interval": 6,
         "split": "70/10/20",
         "device": "cpu",
+        "dtype": "float32",  # bfloat16, the default on some CPUs, turns rounding into other weights
         "out": out,
     }
     return [word for name, value in (values | changes).items() for word in (f"--{name.replace('_', '-')}", str(value))]
