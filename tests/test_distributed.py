@@ -19,6 +19,7 @@ import work_together
 from made_data import folder as write_data
 from made_runs import small_model
 from peers import write_folder
+from test_training_runs import as_flags, flag_values
 from work_together import RUNS, short
 
 import train
@@ -45,22 +46,9 @@ def place(tmp_path_factory):
 
 
 def flags(place, out, **changes):
-    values = {
-        "base": place / "base",
-        "data": f"folder:{place / 'data'}",
-        "cache": place / "cache",
-        "batch_size": 3,
-        "steps": 12,
-        "expand_interval": 4,
-        "save_interval": 4,
-        "validation_pairs": 4,
-        "validation_interval": 6,
-        "split": "70/10/20",
-        "device": "cpu",
-        "dtype": "float32",  # bfloat16, the default on some CPUs, turns rounding into other weights
-        "out": out,
-    }
-    return [word for name, value in (values | changes).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    """A batch of 3, which 2 and 4 processes share unevenly, in float32: in bfloat16, the default on some CPUs, another
+    order of the same sums gives other weights."""
+    return as_flags(flag_values(place) | {"batch_size": 3, "seed": 0, "dtype": "float32", "out": out} | changes)
 
 
 def start(n, *words, options=(), **environment):
