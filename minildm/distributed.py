@@ -152,7 +152,7 @@ def own_first(items):
 def sum_over_processes(tensors):
     """Add up each tensor over the processes, in place, and to the same bits in all of them.
 
-    Tensors of one type travel as one flat buffer, or as several of up to 256 MB.
+    Tensors of one type travel as one flat buffer, or as several of up to 256 MiB.
     """
     if GROUP["count"] == 1:
         return
@@ -164,6 +164,24 @@ def sum_over_processes(tensors):
             torch.distributed.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in bucket])
         torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket)])
+        del flat, parts  # before the next bucket is joined
+
+
+def sum_gradients(parameters, others):
+    """Add up the parameters' gradients and the tensors ``others`` over the processes, in place. A parameter without a
+    gradient in any of them still has none afterwards, so the optimizer leaves it alone, as in one process."""
+    import torch
+
+    missing = [i for i, parameter in enumerate(parameters) if parameter.grad is None]
+    had = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    for i in missing:  # all processes sum the same tensors, whatever share of the batch each has
+        parameters[i].grad = torch.zeros_like(parameters[i])
+    had = had.to(parameters[0].device)
+    sum_over_processes([had, *others, *(parameter.grad for parameter in parameters)])
+    if missing:
+        for i, n in enumerate(had.tolist()):
+            if n == 0:
+                parameters[i].grad = None
 
 
 def buckets(tensors, most_bytes):

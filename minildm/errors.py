@@ -22,7 +22,7 @@ ADVICE = {
 }
 WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 WHEN_FAILED = []  # functions to call before a command that has failed exits
-REPORT = []  # at most one function: an error message -> what to print of it, or None (distributed.py)
+REPORT = []  # at most one function: an error message -> what to print of it, or None (torchrun.py)
 
 
 class InputError(ValueError):

@@ -196,6 +196,13 @@ def test_sums_are_exact_of_every_type_and_in_every_process(two):
     assert torch.equal(strided, 2 * torch.arange(40.0).view(8, 5))
 
 
+def test_a_parameter_without_a_gradient_in_any_process_still_has_none(two):
+    for index in (0, 1):
+        loss, both, one, none = torch.load(two / f"gradients-{index}.pt")
+        assert loss == 1 and none is None
+        assert torch.equal(both, torch.full((2,), 3.0)) and torch.equal(one, torch.ones(2))
+
+
 # --- the same images and measures ------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_processes_share_images_features_and_audit_and_change_no_number(place, tmp_path):

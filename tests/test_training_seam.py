@@ -7,6 +7,7 @@ import torch
 from made_runs import samples, settings, small_model, training_config
 from torch import nn
 
+from minildm import distributed
 from minildm.adapters import METHODS
 from minildm.adapters.method import Method
 from minildm.data.records import Record
@@ -122,7 +123,7 @@ def test_processes_sum_loss_gradients_and_statistics(network, monkeypatch):
 
     alone, _ = one_step(Counting(network), Fit(network), lr=0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(loop, "sum_over_processes", lambda tensors: [tensor.mul_(2) for tensor in tensors])
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda tensors: [tensor.mul_(2) for tensor in tensors])
     both, _ = one_step(Counting(network), Fit(network), lr=0)
     assert both["loss"] == pytest.approx(2 * alone["loss"]) and both["grad_norm"] == pytest.approx(
         2 * alone["grad_norm"]

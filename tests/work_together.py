@@ -90,7 +90,14 @@ def sums(folder):
     distributed.require_same(tensors[:1])
     with pytest.raises(InputError, match="weights have drifted apart"):
         distributed.require_same([tensors[0], torch.tensor([1.0 + index * 2**-23])])
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.full((2,), index + 1.0)
+    if index == 0:
+        parameters[1].grad = torch.ones(2)  # the third has none in any process
+    loss = torch.tensor(float(index))
+    distributed.sum_gradients(parameters, [loss])
     torch.save(tensors, folder / f"sums-{index}.pt")
+    torch.save([loss, *(parameter.grad for parameter in parameters)], folder / f"gradients-{index}.pt")
 
 
 def caches(folder):

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from minildm.distributed import on_any_process, require_same, sum_over_processes, wait_for_all
+from minildm.distributed import on_any_process, require_same, sum_gradients, wait_for_all
 from minildm.errors import InputError, is_out_of_memory
 from minildm.optimizer import clip_gradients
 from minildm.progress import Progress
@@ -114,9 +114,7 @@ def train_step(state, method, task, config, batch, lr):
             (part_loss * state.loss_scale).backward()
             loss = loss + part_loss.detach()
     if torch.distributed.is_initialized():
-        for parameter in parameters:  # all processes sum the same tensors, whatever share of the batch each has
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        sum_over_processes([loss, *(parameter.grad for parameter in parameters), *method.statistics()])
+        sum_gradients(parameters, [loss, *method.statistics()])
     measured = {"loss": loss}
     if method.penalty is not None:
         penalty = method.penalty()
