@@ -94,11 +94,16 @@ def _discard_output():
 def _fail(code, message):
     for undo in WHEN_FAILED:
         undo()
-    for report in REPORT:
-        message = report(message)
-    if message is not None:
+    if (message := reported(message)) is not None:
         print(one_line(message), file=sys.stderr)
     return code
+
+
+def reported(message):
+    """What to print of an error message; None if another process has printed the same."""
+    for report in REPORT:
+        message = report(message)
+    return message
 
 
 def one_line(message):

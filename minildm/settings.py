@@ -18,7 +18,7 @@ import types
 import typing
 from pathlib import Path
 
-from minildm.errors import InputError
+from minildm.errors import InputError, reported
 
 
 def setting(default, help, choices=None, at_least=None, above=None, at_most=None, below=None, metavar=None):
@@ -121,7 +121,8 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in found.items() if not name.startswith("_")}
 
     def error(self, message):
-        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+        message = reported(f"error: {message}; {self.prog} --help lists the flags")
+        self.exit(2, None if message is None else f"{message}\n")
 
 
 def usage_of(action):

@@ -389,8 +389,9 @@ def test_other_commands_refuse_torchrun(launched):
         command(["prompts", "phantom"])
 
 
-def test_a_mistake_of_the_user_is_printed_once(place, tmp_path):
-    said = finish(start(2, "train.py", *flags(place, tmp_path / "run", base="nowhere")), code=1)
+@pytest.mark.parametrize("mistake", [{"base": "nowhere"}, {"adapter": "nowhere"}])
+def test_a_mistake_of_the_user_is_printed_once(mistake, place, tmp_path):
+    said = finish(start(2, "train.py", *flags(place, tmp_path / "run", **mistake)), code=1)
     assert len(errors(said)) == 1 and "nowhere" in errors(said)[0]
 
 
