@@ -50,17 +50,17 @@ def weights_fingerprint(module):
 
 # --- rows on disk -----------------------------------------------------------------------------------------------------
 class Rows:
-    """A folder of shards: float16 rows of one shape, found by their 32-byte key.
+    """A folder of shards: rows of one shape and type, found by their 32-byte key.
 
     Args: folder: of all caches; recipe: text that names everything the rows depend on besides their key; row_shape: of
-        a row, None for a size that is not known yet.
+        a row, None for a size that is not known yet; dtype: of the rows on disk.
     Raises: InputError for a file that is no whole shard of such rows. Whether a row's numbers are finite is checked
         when the row is read, since a cache may be larger than the memory.
     """
 
-    def __init__(self, folder, recipe, row_shape):
-        self.row_shape = row_shape
-        self.folder = writable_folder(Path(folder) / _short_hash(recipe), "--cache")
+    def __init__(self, folder, recipe, row_shape, dtype=torch.float16):
+        self.row_shape, self.dtype = row_shape, dtype
+        self.folder = writable_folder(Path(folder) / short_hash(recipe), "--cache")
         if not (self.folder / "recipe.txt").is_file():
             with written_beside(self.folder / "recipe.txt") as path:
                 path.write_text(recipe + "\n", encoding="utf-8")
@@ -92,7 +92,7 @@ class Rows:
         fits = len(shape) == len(self.row_shape) and all(
             size == wanted or wanted is None for size, wanted in zip(shape, self.row_shape)
         )
-        if rows.dtype != torch.float16 or len(rows) != len(keys) or not fits:
+        if rows.dtype != self.dtype or len(rows) != len(keys) or not fits:
             raise ValueError(f"rows of {rows.dtype}, shape {tuple(rows.shape)}, for {len(keys)} keys")
 
     def __contains__(self, key):
@@ -111,13 +111,14 @@ class Rows:
 
     def add(self, keys, rows):
         """Write ``rows`` (n, ...) under ``keys`` as one shard."""
-        if not torch.isfinite(rows).all() or rows.abs().max() > torch.finfo(torch.float16).max:
-            raise InputError("the network returned values that float16 cannot hold; run it with --dtype float32")
+        if not torch.isfinite(rows).all() or rows.abs().max() > torch.finfo(self.dtype).max:
+            name = str(self.dtype).removeprefix("torch.")
+            raise InputError(f"the network returned values that {name} cannot hold; run it with --dtype float32")
         tensors = {
             "keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32).copy()),
-            "rows": rows.half().contiguous(),
+            "rows": rows.to(self.dtype).contiguous(),
         }
-        with written_beside(self.folder / f"{_short_hash(b''.join(keys))}.safetensors") as path:
+        with written_beside(self.folder / f"{short_hash(b''.join(keys))}.safetensors") as path:
             save_file(tensors, path)
         self.refresh()
 
@@ -137,8 +138,20 @@ class Rows:
         with file or contextlib.nullcontext():  # closing the file releases the lock
             yield file is not None
 
+    def fill(self, names, encode):
+        """Call encode(block) for each block of ``names`` {block: name of its lock}, holding the block's lock and seeing
+        the rows that other processes have written till then: first the blocks that no other process works on, then,
+        waiting for them, the others."""
+        for wait in (False, True):
+            for block in own_first(list(names)):
+                with self.locked(names[block], wait) as locked:
+                    if locked:
+                        self.refresh()
+                        encode(block)
+                        del names[block]
 
-def _short_hash(content):
+
+def short_hash(content):
     """The 24 hex digits that name a folder or file."""
     if isinstance(content, str):  # paths may hold bytes that are not UTF-8, as half pairs of surrogates
         content = content.encode(errors="surrogatepass")
@@ -185,12 +198,12 @@ def latent_cache(records, transform, vae, folder, batch_size=4, workers=2, skip_
         ThreadPoolExecutor(workers) as pool,
         Progress("caching latents", "image", sum(missing.values()), hidden=not missing) as progress,
     ):
-        for wait in (False, True):  # first the blocks that no other process works on, then wait for the others
-            for block in own_first(list(missing)):
-                with rows.locked(build.names[block], wait) as locked:
-                    if locked:
-                        encoded = build.encode(block, pool, progress)
-                        progress.update(missing.pop(block) - encoded)  # what another process has encoded
+
+        def encode(block):
+            encoded = build.encode(block, pool, progress)
+            progress.update(missing[block] - encoded)  # what another process has encoded
+
+        rows.fill({block: build.names[block] for block in missing}, encode)
     if build.errors and not skip_bad:
         first = [build.errors[i] for i in sorted(build.errors)[:5]]
         raise InputError(
@@ -208,7 +221,7 @@ class _LatentBuild:
         self.records, self.transform, self.vae, self.rows, self.batch_size = records, transform, vae, rows, batch_size
         starts = range(0, len(records), ROWS_PER_SHARD)
         self.blocks = [range(start, min(start + ROWS_PER_SHARD, len(records))) for start in starts]
-        self.names = {block: _short_hash("\n".join(_label(records[i]) for i in block)) for block in self.blocks}
+        self.names = {block: short_hash("\n".join(_label(records[i]) for i in block)) for block in self.blocks}
         self.keys = [None] * len(records)  # a record's key, once known
         self.errors = {}  # record's index -> why it cannot be decoded
 
@@ -216,19 +229,18 @@ class _LatentBuild:
         """Fill in the keys of the block's records whose file is unchanged. Returns: the indices of the others."""
         hashes = _load_hashes(self.rows.folder / f"{self.names[block]}.json")
         for i in block:
-            key = hashes.get(_state(self.records[i]))
+            key = hashes.get(image_state(self.records[i]))
             self.keys[i] = key if key in self.rows else None
         return [i for i in block if self.keys[i] is None and i not in self.errors]
 
     def encode(self, block, pool, progress):
         """Read the block's records that are still missing, encode those without a row, and write them as one shard.
         Returns: how many were missing."""
-        self.rows.refresh()  # another process may have encoded the block meanwhile
-        missing = self.look_up(block)
+        missing = self.look_up(block)  # another process may have encoded the block meanwhile
         states, new_keys, new_rows, batch = {}, [], [], []
 
         def load(i):
-            states[i] = _state(self.records[i])
+            states[i] = image_state(self.records[i])
             try:
                 pixels, _, key = read(self.records[i], self.transform)
                 return i, key, pixels
@@ -249,7 +261,7 @@ class _LatentBuild:
         if batch:
             new_rows.append(self._moments(batch))
         for i in missing:
-            if self.records[i].path is not None and i not in self.errors and _state(self.records[i]) != states[i]:
+            if self.records[i].path is not None and i not in self.errors and image_state(self.records[i]) != states[i]:
                 raise InputError(
                     f"{self.records[i].path} changed while the cache was being built; run again once the files no "
                     "longer change"
@@ -272,7 +284,7 @@ def _label(record):
     return record.name if record.path is None else str(record.path.absolute())
 
 
-def _state(record):
+def image_state(record):
     """Text that changes if the record's image does: the file's path, size, times and inode, or the recipe of a rendered
     image; None if there is no recipe. The change time (ctime) reveals a file that was replaced by one with the old
     modification time."""
@@ -300,7 +312,7 @@ def _save_hashes(path, keyed_records):
     states = {
         state: key.hex()
         for record, key in keyed_records
-        if key is not None and (state := _state(record)) is not None and _is_settled(record, now)
+        if key is not None and (state := image_state(record)) is not None and _is_settled(record, now)
     }
     with written_beside(path) as beside:
         beside.write_text(json.dumps(states), encoding="utf-8")
@@ -347,8 +359,11 @@ def context_cache(prompts, tokenize, text_encoder, folder, batch_size=16):
     shards = {start: missing[start : start + ROWS_PER_SHARD] for start in range(0, len(missing), ROWS_PER_SHARD)}
     with Progress("caching contexts", "prompt", len(missing), hidden=not missing) as progress:
 
-        def encode(shard):
-            contexts = []
+        def encode(start):
+            shard, contexts = shards[start], []
+            if all(key in rows for key, _ in shard):  # another process has encoded it
+                progress.update(len(shard))
+                return
             for first in range(0, len(shard), batch_size):
                 token_ids = torch.stack([ids for _, ids in shard[first : first + batch_size]])
                 with torch.no_grad():
@@ -356,14 +371,5 @@ def context_cache(prompts, tokenize, text_encoder, folder, batch_size=16):
                 progress.update(len(token_ids))
             rows.add([key for key, _ in shard], torch.cat(contexts))
 
-        for wait in (False, True):  # first the shards that no other process works on, then wait for the others
-            for start in own_first(list(shards)):
-                with rows.locked(_short_hash(b"".join(key for key, _ in shards[start])), wait) as locked:
-                    if locked:
-                        rows.refresh()
-                        shard = shards.pop(start)
-                        if all(key in rows for key, _ in shard):  # another process has encoded it
-                            progress.update(len(shard))
-                        else:
-                            encode(shard)
+        rows.fill({start: short_hash(b"".join(key for key, _ in shards[start])) for start in shards}, encode)
     return CachedContexts(rows, keys)

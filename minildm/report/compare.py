@@ -186,7 +186,9 @@ def make_cells(cells, flags, settings, device_name, device):
         except CellFailed as error:
             failed[cell.folder] = f"{cell.name}: {error}"
             continue
-        evaluator = evaluator or Evaluator(settings.base, device_name, settings.replicates, settings.utility)
+        evaluator = evaluator or Evaluator(
+            cell.folder.parent.parent / "features", settings.base, device_name, settings.replicates, settings.utility
+        )
         evaluator.measure(cell, data, generated)
         write_report([cell.folder], cell.folder / "report.html")
     return failed

@@ -1,7 +1,9 @@
 """The metrics of a comparison's cells: generated images against the run's own held-out images -> metrics.json.
 
 Held out are all images of the run's splits but the training split. All images, generated or not, are read as training
-reads them, at the run's size. Each image is described once by each network, whatever number of cells it serves.
+reads them, at the run's size. Each image is described once by each network, whatever number of cells it serves; what
+the networks say of real images is kept on disk, so that an interrupted comparison, or another share of its cells, does
+not describe them again.
 """
 
 import hashlib
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 
 import minildm
+from minildm.data.cache import ROWS_PER_SHARD, Rows, image_state, short_hash
 from minildm.data.prompts import prompts_for
 from minildm.data.splits import classes_of
 from minildm.errors import InputError
@@ -30,6 +33,7 @@ from minildm.metrics.inception import WEIGHTS_NAME
 from minildm.metrics.run_split import open_run_data, run_settings
 from minildm.metrics.sources import as_tensor, image_name, read_as_training, write_json
 from minildm.metrics.utility import usefulness
+from minildm.progress import Progress
 from minildm.report.read_run import read_run
 from minildm.teaching import ruler
 
@@ -83,11 +87,13 @@ class RunData:
 class Evaluator:
     """Describes images and measures cells.
 
-    Args: base: of FD-vae, as in `load`. device: of the networks. replicates: of the bootstrap. utility: caption field.
+    Args:
+        folder: where the features of real images are kept.
+        base: of FD-vae, as in `load`. device: of the networks. replicates: of the bootstrap. utility: caption field.
     """
 
-    def __init__(self, base=None, device=None, replicates=100, utility=None, batch_size=16):
-        self.base, self.device = base, usable_device(device)
+    def __init__(self, folder, base=None, device=None, replicates=100, utility=None, batch_size=16):
+        self.folder, self.base, self.device = folder, base, usable_device(device)
         self.replicates, self.utility_field, self.batch_size = replicates, utility, batch_size
         self.pixels, self.rows = {}, {}  # {key of an image: ...}, {(label, dim): {key: features}}
 
@@ -111,21 +117,61 @@ class Evaluator:
         }
 
     def describe(self, images, transform, title):
-        """Read and describe those of the images that are new."""
+        """Describe the generated images that are new."""
         for extractor in self.extractors:
-            deepest = self.rows.setdefault((extractor.label, max(extractor.dims)), {})
-            new = list({key_of(image): image for image in images if key_of(image) not in deepest}.values())
+            new = self._new(images, extractor)
+            described = self._features_of(new, extractor, transform, f"{title}, {extractor.label}")
+            for image, features in zip(new, described):
+                self._keep(image, extractor, features)
 
-            def prepare(image, extractor=extractor):
-                square = read_as_training(image, transform)
-                if key_of(image) not in self.pixels:
-                    self.pixels[key_of(image)] = detail(as_tensor(square))
-                return extractor.prepare(square)
+    def describe_real(self, records, transform):
+        """Describe the records that are new, or find what an earlier process has found of them."""
+        for extractor in self.extractors:
+            new = self._new(records, extractor)
+            keys = {one.name: hashlib.sha256(image_state(one).encode(errors="surrogatepass")).digest() for one in new}
+            known = self._described_before(new, keys, extractor, transform)
+            for record in new:
+                self._keep(record, extractor, known[keys[record.name]].numpy())
 
-            for start, batch in batches(new, extractor, self.batch_size, f"{title}, {extractor.label}", prepare):
-                for dim, values in batch.items():
-                    rows = self.rows.setdefault((extractor.label, dim), {})
-                    rows.update(zip(map(key_of, new[start : start + len(values)]), values))
+    def _described_before(self, records, keys, extractor, transform):
+        """Rows of the features of all depths, one after the other, of all the records: those that are missing on disk
+        are described in blocks, which several processes share among them.
+
+        Args: keys: {name of a record: 32 bytes that change if its image does}.
+        """
+        recipe = f"{extractor.label}, {extractor.dims}, {extractor.facts}, of {transform}"
+        known = Rows(self.folder, recipe, (sum(extractor.dims),), torch.float32)
+        missing = [record for record in records if keys[record.name] not in known]
+        blocks = [missing[start : start + ROWS_PER_SHARD] for start in range(0, len(missing), ROWS_PER_SHARD)]
+        names = {i: short_hash("".join(record.name for record in block)) for i, block in enumerate(blocks)}
+        with Progress(f"real images, {extractor.label}", "image", len(missing), hidden=not missing) as progress:
+
+            def describe(i):
+                new = [record for record in blocks[i] if keys[record.name] not in known]
+                if new:
+                    features = np.stack(list(self._features_of(new, extractor, transform)))
+                    known.add([keys[record.name] for record in new], torch.from_numpy(features))
+                progress.update(len(blocks[i]))
+
+            known.fill(names, describe)
+        return known
+
+    def _new(self, images, extractor):
+        deepest = self.rows.setdefault((extractor.label, max(extractor.dims)), {})
+        return list({key_of(image): image for image in images if key_of(image) not in deepest}.values())
+
+    def _features_of(self, images, extractor, transform, title=None):
+        """Yield each image's features of all depths, one after the other: (sum of dims,)."""
+
+        def prepare(image):
+            return extractor.prepare(read_as_training(image, transform))
+
+        for _, batch in batches(images, extractor, self.batch_size, title, prepare):
+            yield from np.concatenate([batch[dim] for dim in extractor.dims], axis=1)
+
+    def _keep(self, image, extractor, features):
+        for dim, values in zip(extractor.dims, np.split(features, np.cumsum(extractor.dims)[:-1])):
+            self.rows.setdefault((extractor.label, dim), {})[key_of(image)] = values
 
     def features(self, images, extractor):
         rows = {
@@ -137,9 +183,12 @@ class Evaluator:
             statistics[dim].add(values)
         return FeatureSet(len(images), statistics, rows, list(images))
 
-    def described(self, images):
+    def described(self, images, transform):
         """(pixels, features) for the audit, by the first extractor."""
         label, dim = self.extractors[0].label, max(self.extractors[0].dims)
+        for image in images:
+            if key_of(image) not in self.pixels:
+                self.pixels[key_of(image)] = detail(as_tensor(read_as_training(image, transform)))
         keys, rows = [key_of(image) for image in images], self.rows[label, dim]
         return torch.stack([self.pixels[key] for key in keys]), torch.from_numpy(np.stack([rows[key] for key in keys]))
 
@@ -160,7 +209,8 @@ class Evaluator:
         return self.fidelity(data.held_out.images, train)
 
     def audit(self, data, generated):
-        sets = [self.described(images) for images in (generated, data.splits["train"].images, data.held_out.images)]
+        images = (generated, data.splits["train"].images, data.held_out.images)
+        sets = [self.described(part, data.transform) for part in images]
         comparisons = compare_described(*sets, self.extractors[0].label)
         names = [image_name(image) for image in data.held_out.images]
         pictures = [{"generated": image_name(image)} for image in generated]
@@ -210,8 +260,7 @@ class Evaluator:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # small samples: the tables say how small
-            images = [*data.held_out.images, *data.splits["train"].images]
-            self.describe(images, data.transform, "real images")
+            self.describe_real([*data.held_out.images, *data.splits["train"].images], data.transform)
             self.describe(generated, data.transform, cell.name)
             content = {
                 "request": request,
