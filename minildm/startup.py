@@ -11,12 +11,15 @@ from minildm.torchrun import only_the_first_speaks
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_BLOCK = 1 << 30  # bytes
+SPIN_COUNT = "1000"  # turns of the loop; also GNU OpenMP's own choice where there are more threads than cores
 
 
 def prepare_process():
     """Threads: between two operations OpenMP's threads wait in a loop for the next one. Beside another busy process
-    that loop takes the very core that the work needs, which made sampling up to twenty times slower; so they sleep.
-    NumPy's matrix products are small here, and OpenBLAS's threads would compete with torch's; so it gets one.
+    that loop takes the very core that the work needs, which made sampling up to twenty times slower. To sleep at once
+    is no better where waking a thread takes longer than its work, as on some virtual machines. So they loop for some
+    microseconds, and then sleep. NumPy's matrix products are small here, and OpenBLAS's threads would compete with
+    torch's; so it gets one.
 
     Memory: glibc returns every block of more than 32 MB to the system at once, and the next step pays again for each of
     its pages; so blocks of up to 1 GB are kept, and large ones lie in large pages. The peak is a quarter higher.
@@ -25,7 +28,8 @@ def prepare_process():
     """
     only_the_first_speaks()
     if not {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for other OpenMP libraries; GNU's heeds the count
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:

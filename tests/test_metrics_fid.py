@@ -194,6 +194,11 @@ def test_bad_folders_are_answered_in_one_line(folders, tmp_path):
         assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_folders_are_looked_for_before_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match="folder does not exist"):
+        main(["fid", str(tmp_path / "folder"), str(tmp_path / "folder"), "--weights", str(tmp_path / "weights.pth")])
+
+
 def test_data_sets_are_read_as_training_reads_them(tmp_path):
     """Including more than 8 bits, which are an error in a plain folder of images."""
     folder = write_images(tmp_path / "set", 3, seed=0, modes=("L",))

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from made_data import folder
 from made_runs import short_run, small_model
 from peers import assert_says, edit_json, write_folder
@@ -21,11 +23,14 @@ from PIL import Image
 from scipy import stats
 from test_report import check_page, set_settings
 
+from minildm.data.open import open_data_set
+from minildm.data.reading import Transform
 from minildm.errors import InputError
 from minildm.images import save_png
 from minildm.report import comparison, figures, measures
 from minildm.report.cells import cells_of, share, variants
 from minildm.report.compare import CompareSettings, main, parse, remember, write_comparison
+from minildm.report.evaluate import Evaluator
 from minildm.report.read_run import Missing, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,6 +294,73 @@ def test_images_and_captions_need_the_flag_unless_the_data_is_procedural(out, mo
     assert "private" not in text and "data:image" not in text and "images are left out" in text
     compare(out, with_images=True)
     assert caption in check_page((out / "compare.html").read_text()).texts
+
+
+def test_a_suspended_machine_changes_no_time_per_step(out):
+    cell = out / "cells" / "lora-rank4-seed0"
+    steps = [0.2, 0.2, 0.4, 600.0, 0.2, 2.1]  # one tests, one is suspended, the last validates
+    clock = np.cumsum(steps)
+    entries = [{"step": i, "seconds": float(at)} for i, at in enumerate(clock, 1)]
+    (cell / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert comparison._per_step(read_run(cell)) == pytest.approx(0.25)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+class Brightness:
+    """An extractor of two depths that counts what it describes, and stops like a killed process after ``limit``."""
+
+    label, dims, facts = "FD-brightness", (3, 1), {"weights": "none"}
+
+    def __init__(self, limit=math.inf):
+        self.described, self.limit = 0, limit
+
+    def prepare(self, image):
+        return torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1) / 3
+
+    def network(self, x):
+        self.described += len(x)
+        if self.described > self.limit:
+            raise KeyboardInterrupt
+        mean = x.mean((2, 3))
+        return {3: mean, 1: mean.sum(1, keepdim=True)}
+
+
+def evaluator(tmp_path, monkeypatch, extractor):
+    one = Evaluator(tmp_path / "features", device="cpu", batch_size=4)
+    monkeypatch.setattr(one, "extractors", [extractor], raising=False)
+    return one
+
+
+def test_real_images_are_described_once_whatever_ends_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("minildm.report.evaluate.ROWS_PER_SHARD", 8)
+    records, transform = open_data_set("phantom:20").records, Transform(size=64)
+    whole = evaluator(tmp_path / "whole", monkeypatch, Brightness())
+    whole.describe_real(records, transform)
+    ended = evaluator(tmp_path, monkeypatch, Brightness(limit=12))
+    with pytest.raises(KeyboardInterrupt):
+        ended.describe_real(records, transform)
+    again = evaluator(tmp_path, monkeypatch, Brightness())
+    again.describe_real(list(reversed(records)), transform)
+    assert whole.extractors[0].described == 20 and again.extractors[0].described == 12
+    for dim in (3, 1):
+        for record in records:
+            ours, theirs = (one.rows["FD-brightness", dim][record.name] for one in (again, whole))
+            assert np.array_equal(ours, theirs) and ours.shape == (dim,)
+
+
+def test_features_on_disk_are_those_of_this_image_and_reading(tmp_path, monkeypatch):
+    folder(tmp_path / "data", 3)
+    spec = f"folder:{tmp_path / 'data'}"
+
+    def described(size=64):
+        one = evaluator(tmp_path, monkeypatch, Brightness())
+        one.describe_real(open_data_set(spec).records, Transform(size=size))
+        return one.extractors[0].described
+
+    assert described() == 3 and described() == 0 and described(size=32) == 3
+    record = open_data_set(spec).records[0]
+    Image.new("RGB", (64, 64), "white").save(record.path)
+    assert described() == 1
 
 
 # --- killed and continued --------------------------------------------------------------------------------------------

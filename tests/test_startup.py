@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+OURS = {
+    "GOMP_SPINCOUNT": "1000",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OPENBLAS_NUM_THREADS": "1",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 SHOW = f"import os; print({{name: os.environ.get(name) for name in {tuple(OURS)}}})"
 
 

@@ -38,12 +38,14 @@ def fid(real_dir, fake_dir, weights=None, dims=(2048, 192, 64), device="cpu", ba
 
 def gather(source, extractor, keep, batch_size=16, seed=0, progress=None):
     """A folder, run, data set or .npz -> FeatureSet. An .npz has the statistics of one dim and no rows."""
-    return measure_source(open_source(source, extractor.dims), extractor, keep, batch_size, seed, progress)
+    opened = open_source(source)
+    require_dims(opened, source, extractor.dims)
+    return measure_source(opened, extractor, keep, batch_size, seed, progress)
 
 
-def open_source(source, dims):
+def open_source(source):
     """What needs no image to be read: a folder, run, data set or run's split -> (images, Transform or None); an .npz ->
-    SavedStatistics. Raises: FileNotFoundError, InputError if there are too few images, or for other dims than ``dims``.
+    SavedStatistics. Raises: FileNotFoundError, InputError if there are too few images.
     """
     if is_run_split(source):
         split = open_run_split(source)
@@ -52,12 +54,15 @@ def open_source(source, dims):
         images = list_images(source)
         require_several(images)
         return images, None
-    saved = SavedStatistics(source)
-    if set(dims) != {saved.dim}:
+    return SavedStatistics(source)
+
+
+def require_dims(opened, source, dims):
+    """Raise InputError for statistics of other dims than ``dims``."""
+    if isinstance(opened, SavedStatistics) and set(dims) != {opened.dim}:
         raise InputError(
-            f"{source} holds statistics of {saved.dim} dims, expected {list(dims)}; give --dims {saved.dim}"
+            f"{source} holds statistics of {opened.dim} dims, expected {list(dims)}; give --dims {opened.dim}"
         )
-    return saved
 
 
 def measure_source(opened, extractor, keep, batch_size=16, seed=0, progress=None):
@@ -168,8 +173,11 @@ def main(argv):
     out = writable_file(_default_out(arguments.fake) if arguments.out is None else arguments.out)
 
     join()  # the other processes, if torchrun has started several
+    sources = (arguments.real, arguments.fake)
+    opened = [open_source(source) for source in sources]  # both, then weights, then images
     extractor = open_extractor(settings, arguments.dims)
-    opened = [open_source(source, extractor.dims) for source in (arguments.real, arguments.fake)]  # both, then images
+    for source, one in zip(sources, opened):
+        require_dims(one, source, extractor.dims)
     real, fake = (
         measure_source(source, extractor, arguments.keep, settings.batch_size, settings.seed, name)
         for name, source in zip(("real", "fake"), opened)

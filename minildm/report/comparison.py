@@ -4,6 +4,7 @@ The metrics of `measures.metrics_of` are the one list of what methods are compar
 differences and the curves all use it.
 """
 
+import itertools
 import statistics
 
 from minildm.adapters.inject import NETWORKS
@@ -14,6 +15,7 @@ from minildm.report.statistics import holm, interpolate, paired_difference, verd
 from minildm.report.tables import Table, Value, spread
 
 REFERENCE = "real: training images"  # the row that shows what real images reach
+LONG_STEP = 5  # times the median
 ONE_SEED = Missing("one seed gives no interval and no test; give at least 2 --seeds, better 5")
 
 
@@ -99,15 +101,24 @@ def cost_table(rows):
         body.append((row.variant.label, time[row.variant], hours, memory[row.variant], estimate, ratio))
     columns = ("method", "per step", "training", "peak memory", "estimate 1 + 1/t", "measured / LoRA")
     notes = (
-        "Times include validation. They vary with whatever else the machine does, so differences of a few percent mean "
-        "nothing. 1 + 1/t is the SeLoRA paper's estimate: one more pass every t steps.",
+        f"Per step: the mean of all steps but those of over {LONG_STEP} times the median, which validated, saved or "
+        "were suspended; the training's hours include them. Times vary with whatever else the machine does, so "
+        "differences of a few percent mean nothing. 1 + 1/t is the SeLoRA paper's estimate: one more pass every t "
+        "steps.",
     )
     return Table("Cost", columns, tuple(body), notes)
 
 
 def _per_step(run):
-    summary = summary_of(run)
-    return summary and summary["seconds"] / summary["steps"]
+    """Mean seconds of an ordinary step, SeLoRA's test included."""
+    if not run:
+        return run
+    clock = [0.0, *run.series("seconds")[1]]
+    steps = [after - before for before, after in itertools.pairwise(clock)]
+    if not steps:
+        return Missing("the log has no entry seconds")
+    longest = LONG_STEP * statistics.median(steps)
+    return statistics.fmean(seconds for seconds in steps if seconds <= longest)
 
 
 def _hours(run):

@@ -101,21 +101,24 @@ def machine(device="cpu"):
     import torch
     import transformers
 
+    from minildm import kernels
+
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     versions = f"diffusers {diffusers.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}"
     print(
         f"{time.strftime('%Y-%m-%d')}; {name}, {torch.get_num_threads()} threads; torch {torch.__version__}, {versions}"
     )
     for dtype in (torch.float32, torch.bfloat16):
-        size = 8192 if device == "cuda" else 2048
+        slow = dtype == torch.bfloat16 and not kernels.has_fast_bfloat16(torch.device(device))  # hundreds of times
+        size = 8192 if device == "cuda" else 256 if slow else 2048
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         x, w = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((2, 320, 64, 64), (320, 320, 3, 3)))
         x, w = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, w))
         product = fastest(lambda a=a, b=b: a @ b, device)
         convolution = fastest(lambda x=x, w=w: torch.conv2d(x, w, padding=1), device)
         print(
-            f"{str(dtype)[6:]}: matrix product of {size} cubed {2 * size**3 / product / 1e12:.3f} TFLOP/s, "
-            f"3x3 convolution of 2 x 320 x 64 x 64 {2 * 2 * 9 * 320**2 * 64**2 / convolution / 1e12:.3f} TFLOP/s"
+            f"{str(dtype)[6:]}: matrix product of {size} cubed {2 * size**3 / product / 1e12:.3g} TFLOP/s, "
+            f"3x3 convolution of 2 x 320 x 64 x 64 {2 * 2 * 9 * 320**2 * 64**2 / convolution / 1e12:.3g} TFLOP/s"
         )
     print(flush=True)
 
