@@ -239,10 +239,11 @@ def product_attention_pays(query, key):
 
 # --- bfloat16 on processors with and without instructions for it -----------------------------------------------------
 def has_fast_bfloat16(device):
-    """Whether products in bfloat16 are fast on ``device``: on GPUs, and on CPUs with instructions for them (AMX, or
-    AVX-512's), where they take about half as long as in float32. Other CPUs take up to ten times as long."""
+    """Whether products in bfloat16 are fast on ``device``: on GPUs from compute capability 8 (Ampere) on, and on CPUs
+    with instructions for them (AMX, or AVX-512's), where they take about half as long as in float32. Other CPUs take
+    ten to hundreds of times as long."""
     if device.type == "cuda":
-        return True
+        return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -11,14 +11,14 @@ from minildm.torchrun import only_the_first_speaks
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_BLOCK = 1 << 30  # bytes
-SPIN_COUNT = "1000"  # turns of the loop; also GNU OpenMP's own choice where there are more threads than cores
+SPIN_COUNT = "1000"  # turns of the loop; GNU OpenMP's default is 300,000, and 100 with more threads than cores
 
 
 def prepare_process():
     """Threads: between two operations OpenMP's threads wait in a loop for the next one. Beside another busy process
-    that loop takes the very core that the work needs, which made sampling up to twenty times slower. To sleep at once
-    is no better where waking a thread takes longer than its work, as on some virtual machines. So they loop for some
-    microseconds, and then sleep. NumPy's matrix products are small here, and OpenBLAS's threads would compete with
+    that loop takes the very core that the work needs, which made sampling up to twenty times slower. Sleeping at
+    once is no better where waking a thread takes longer than its work, as on some virtual machines. So they loop for
+    some microseconds, and then sleep. NumPy's matrix products are small here, and OpenBLAS's threads would compete with
     torch's; so it gets one.
 
     Memory: glibc returns every block of more than 32 MB to the system at once, and the next step pays again for each of
@@ -38,5 +38,5 @@ def prepare_process():
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # not glibc
         return
-    mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) or mallopt(M_MMAP_THRESHOLD, 1 << 25):  # older glibc: up to 32 MB
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

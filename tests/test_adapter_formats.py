@@ -583,14 +583,15 @@ def test_a_kohya_round_trip_keeps_every_bit_where_alphas_are_equal(model, tmp_pa
 
 
 def test_kohyas_file_has_one_alpha_and_technical_metadata_only(model, tmp_path):
-    about = {"settings": {"instance_prompt": "secret patient"}, "base": None, "on_top_of": []}
+    below = {"adapter": "d" * 64, "multiplier": 1.0, "path": f"{tmp_path}/secret/adapter.safetensors"}
+    about = {"settings": {"instance_prompt": "secret patient"}, "base": None, "on_top_of": [below]}
     write_adapter(mixed(model, (1.0,)), tmp_path / "a.safetensors", "selora", about, "kohya")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         names, metadata = list(file.keys()), file.metadata()
         alphas = {file.get_tensor(name).item() for name in names if name.endswith(".alpha")}
     assert len(alphas) == 1 and len(names) == 3 * len(mixed(model, (1.0,)))
     assert metadata["ss_network_dim"] == "Dynamic" and metadata["ss_network_module"] == "networks.lora"
-    assert "secret" not in str(metadata) and str(tmp_path) not in str(metadata)
+    assert "secret" not in str(metadata) and str(tmp_path) not in str(metadata) and "d" * 64 in str(metadata)
 
 
 @pytest.mark.parametrize("kind", ["lora", "selora", "adalora", "dylora"])

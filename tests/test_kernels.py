@@ -129,9 +129,11 @@ def test_attention_by_products_is_for_training_in_bfloat16_on_a_cpu():
         assert not kernels.product_attention_pays(x, x)
 
 
-def test_bfloat16_is_fast_on_gpus_and_on_cpus_with_instructions_for_it(monkeypatch):
+def test_bfloat16_is_fast_where_there_are_instructions_for_it(monkeypatch):
     for avx, amx in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         assert kernels.has_fast_bfloat16(CPU) == (avx or amx)
-        assert kernels.has_fast_bfloat16(torch.device("cuda"))
+    for capability, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):  # T4, A100, H100
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert kernels.has_fast_bfloat16(torch.device("cuda")) == fast

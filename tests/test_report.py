@@ -192,8 +192,8 @@ def test_images_of_patients_need_the_flag(runs, tmp_path):
     (run / "generated").mkdir()
     save_png(Image.new("RGB", (32, 32)), run / "generated" / "00000-seed0.png", "a private caption\nSteps: 2")
     assert "a private caption" in page_of([run], tmp_path)  # of procedural data: no patient
-    for change in ({"data": "folder:/patients"}, {"data": "phantom", "on_top_of": ["other"]}):
-        set_settings(run, **change)
+    for change in ({"data": "folder:/patients"}, {"on_top_of": ["other"]}, {"base": "RUN/model"}):
+        set_settings(run, **{"data": "phantom", "on_top_of": [], "base": None} | change)
         text = page_of([run], tmp_path)
         assert "data:image" not in text and "a private caption" not in text
         assert "images are left out" in text and "contains images" not in text
@@ -279,6 +279,7 @@ def test_energy_and_carbon_of_forty_hours_of_a_v100(runs):
     assert energy_line(run, EnergySettings()).startswith("12 kWh")
     run.sessions[-1]["processes"] = 4  # trained together, each on a device of its own
     assert energy_line(run, EnergySettings()).startswith("48 kWh")
+    assert energy_line(run, EnergySettings(power=300)).startswith("48 kWh")
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,12 @@ from minildm.data.open import open_data_set
 from minildm.data.reading import Transform
 from minildm.errors import InputError
 from minildm.images import save_png
-from minildm.report import comparison, figures, measures
-from minildm.report.cells import cells_of, share, variants
+from minildm.report import comparison, figures, forecast, measures
+from minildm.report.cells import CellFailed, cells_of, share, variants
 from minildm.report.compare import CompareSettings, main, parse, remember, write_comparison
-from minildm.report.evaluate import Evaluator
+from minildm.report.evaluate import Evaluator, spread_out
 from minildm.report.read_run import Missing, read_run
+from minildm.training.command_line import parse as parse_training
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
@@ -137,8 +138,12 @@ def made_cells(tmp_path_factory):
             for entry in lines:
                 if "validation" in entry:
                     entry["validation"] = float(rng.uniform(0.4, 0.8))
+                if "seconds" in entry:
+                    entry["seconds"] = 0.5 * entry["step"]
             (cell / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
-            edit_json(cell / "summary.json", parameters={"unet": [count, 10**6, count / 10**4]}, seconds=12.0)
+            best = min([entry["validation"], entry["step"]] for entry in lines if "validation" in entry)
+            counts = {"unet": [count, 10**6, count / 10**4]}
+            edit_json(cell / "summary.json", parameters=counts, seconds=12.0, best=best)
             write_metrics(cell, rng)
     return out
 
@@ -280,7 +285,8 @@ def test_images_and_captions_need_the_flag_unless_the_data_is_procedural(out, mo
 
         def __init__(self, run):
             record = cell / "generated" / "00000-seed0.png"
-            self.transform, self.held_out = None, type("Part", (), {"images": (record,) * 4, "prompts": (caption,) * 4})
+            self.transform, self.held_out = None, type("Part", (), {"images": (record,) * 4})
+            self.requests, self.prompts = (lambda n: [record] * n), (lambda n: [caption] * n)
 
     monkeypatch.setattr("minildm.report.compare.RunData", Opened)
     compare(out)
@@ -294,6 +300,37 @@ def test_images_and_captions_need_the_flag_unless_the_data_is_procedural(out, mo
     assert "private" not in text and "data:image" not in text and "images are left out" in text
     compare(out, with_images=True)
     assert caption in check_page((out / "compare.html").read_text()).texts
+
+
+def test_the_validation_loss_is_that_of_the_weights_that_were_kept(out):
+    """AdaLoRA's lowest loss may come before its ranks are decided, from weights that it may not keep."""
+    edit_json(out / "cells" / "adalora-seed0" / "summary.json", best=[0.9, 12])
+    assert measures.validation(read_run(out / "cells" / "adalora-seed0")) == 0.9
+
+
+@pytest.mark.parametrize("name", ["base", "pixels", "data"])
+def test_cells_on_different_bases_or_data_are_not_compared(name, out):
+    path = out / "cells" / "lora-rank4-seed1" / "config.json"
+    edit_json(path, found=json.loads(path.read_text())["found"] | {name: "other"})
+    with pytest.raises(InputError, match=f"lora-rank4-seed1 differ in their {name}"):
+        compare(out)
+
+
+def test_prompts_and_reference_are_spread_over_images_sorted_by_class():
+    items = [f"{kind}{i}" for kind in "ab" for i in range(5)]
+    assert spread_out(items, 4) == ["a0", "a2", "b0", "b2"]
+    assert spread_out(items, 12) == [*items, "a0", "a1"]
+
+
+def test_the_forecasts_flags_suit_a_split_without_validation(monkeypatch):
+    def only_parse(cell, flags, device):
+        parse_training([*flags, *cell.variant.flags, "--out", str(cell.folder)])
+        raise CellFailed("parsed")
+
+    monkeypatch.setattr(forecast, "train_cell", only_parse)
+    flags = ["--data", "phantom", "--split", "80/20"]
+    with pytest.raises(InputError, match=r"cannot be trained as planned \(parsed\)"):
+        forecast.forecast(variants(["lora"]), flags, [], (), 10, 4, 1, None)
 
 
 def test_a_suspended_machine_changes_no_time_per_step(out):
@@ -341,7 +378,7 @@ def test_real_images_are_described_once_whatever_ends_the_process(tmp_path, monk
         ended.describe_real(records, transform)
     again = evaluator(tmp_path, monkeypatch, Brightness())
     again.describe_real(list(reversed(records)), transform)
-    assert whole.extractors[0].described == 20 and again.extractors[0].described == 12
+    assert whole.extractors[0].described == len(records) and again.extractors[0].described == len(records) - 8
     for dim in (3, 1):
         for record in records:
             ours, theirs = (one.rows["FD-brightness", dim][record.name] for one in (again, whole))

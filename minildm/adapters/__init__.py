@@ -32,7 +32,8 @@ def add_adapter(model, kind="lora", rank=4, alpha=None, targets=NETWORKS, layers
     """Freeze the model and put a new adapter around its linear layers; the output does not change.
 
     Args:
-        kind: "lora"; "selora", whose rank can grow; "dylora", which can be used at every rank up to ``rank``.
+        kind: "lora"; "selora", whose rank can grow; "adalora", whose rank can shrink; "dylora", which can be used at
+            every rank up to ``rank``.
         rank: of every layer; SeLoRA's at the start.
         alpha: scale = alpha / rank, constant even if the rank grows; None = rank (scale 1).
         targets: networks to adapt. layers: "all-linear", "paper" or "attention".

@@ -61,7 +61,7 @@ def merge_file(model, path, multiplier=1.0, rank=None):
     merged = [_without_path(one) for one in model.merged]
     if missing := [one for one in about.get("on_top_of", []) if _without_path(one) not in merged]:
         names = ", ".join(f"{one.get('path', 'one')} (SHA-256 {one['adapter'][:10]})" for one in missing)
-        flags = " ".join(f"--adapter {one.get('path', 'PATH')}:{one['multiplier']:g}" for one in missing)
+        flags = " ".join(f"--adapter {one.get('path', 'PATH')}{_at_rank(one)}:{one['multiplier']!r}" for one in missing)
         warnings.warn(
             f"{path} was trained on top of other adapters, not merged here: {names}; without them its images are "
             f"wrong: give {flags} --adapter {path}",
@@ -75,6 +75,10 @@ def merge_file(model, path, multiplier=1.0, rank=None):
         layer.weight.data = (layer.weight.float() + change).to(layer.weight.dtype)
     model.merged.append({"adapter": digest, "multiplier": multiplier, **at_rank, "path": str(path)})
     return about
+
+
+def _at_rank(entry):
+    return f"@{entry['rank']}" if entry.get("rank") is not None else ""
 
 
 def _without_path(entry):

@@ -16,8 +16,8 @@ grow. ``expand_criterion expected`` (the mean over all K), ``max_rank`` and ``ma
 
 The authors' code (github.com/Yuchen20/SeLoRA) computes expanded / original, too, but squares the gradient of the batch
 instead of each sample's, takes the expanded score after the optimizer's step, inserts a new random row instead of the
-tested one, drops the layer's Adam state, starts lora_A six times wider in variance and uses alpha 8, so scale 8. Ratios
-depend on start and scale: a lambda tuned there does not carry over.
+tested one, drops the layer's Adam state, gives lora_A six times the initial variance and uses alpha 8, so scale 8.
+Ratios depend on start and scale: a lambda tuned there does not carry over.
 """
 
 import contextlib

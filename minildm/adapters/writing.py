@@ -124,4 +124,5 @@ def _diffusers(factors, kind, about):
 
 def _origin(kind, about):
     """What minildm reads again: which method, base and adapters below."""
-    return {ORIGIN: json.dumps({"kind": kind, "base": about.get("base"), "on_top_of": about.get("on_top_of") or []})}
+    below = [{key: value for key, value in one.items() if key != "path"} for one in about.get("on_top_of") or []]
+    return {ORIGIN: json.dumps({"kind": kind, "base": about.get("base"), "on_top_of": below})}

@@ -113,7 +113,10 @@ class Rows:
         """Write ``rows`` (n, ...) under ``keys`` as one shard."""
         if not torch.isfinite(rows).all() or rows.abs().max() > torch.finfo(self.dtype).max:
             name = str(self.dtype).removeprefix("torch.")
-            raise InputError(f"the network returned values that {name} cannot hold; run it with --dtype float32")
+            raise InputError(
+                f"the network returned values that {name} cannot hold: NaN, infinite or too large; its weights may be "
+                "damaged, or, for a text encoder, try --dtype float32"
+            )
         tensors = {
             "keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32).copy()),
             "rows": rows.to(self.dtype).contiguous(),
@@ -223,13 +226,15 @@ class _LatentBuild:
         self.blocks = [range(start, min(start + ROWS_PER_SHARD, len(records))) for start in starts]
         self.names = {block: short_hash("\n".join(_label(records[i]) for i in block)) for block in self.blocks}
         self.keys = [None] * len(records)  # a record's key, once known
+        self.states = [None] * len(records)  # the image_state that the key belongs to
         self.errors = {}  # record's index -> why it cannot be decoded
 
     def look_up(self, block):
         """Fill in the keys of the block's records whose file is unchanged. Returns: the indices of the others."""
         hashes = _load_hashes(self.rows.folder / f"{self.names[block]}.json")
         for i in block:
-            key = hashes.get(image_state(self.records[i]))
+            self.states[i] = image_state(self.records[i])
+            key = hashes.get(self.states[i])
             self.keys[i] = key if key in self.rows else None
         return [i for i in block if self.keys[i] is None and i not in self.errors]
 
@@ -237,10 +242,10 @@ class _LatentBuild:
         """Read the block's records that are still missing, encode those without a row, and write them as one shard.
         Returns: how many were missing."""
         missing = self.look_up(block)  # another process may have encoded the block meanwhile
-        states, new_keys, new_rows, batch = {}, [], [], []
+        new_keys, new_rows, batch = [], [], []
 
         def load(i):
-            states[i] = image_state(self.records[i])
+            self.states[i] = image_state(self.records[i])
             try:
                 pixels, _, key = read(self.records[i], self.transform)
                 return i, key, pixels
@@ -261,14 +266,19 @@ class _LatentBuild:
         if batch:
             new_rows.append(self._moments(batch))
         for i in missing:
-            if self.records[i].path is not None and i not in self.errors and image_state(self.records[i]) != states[i]:
+            if (
+                self.records[i].path is not None
+                and i not in self.errors
+                and image_state(self.records[i]) != self.states[i]
+            ):
                 raise InputError(
                     f"{self.records[i].path} changed while the cache was being built; run again once the files no "
                     "longer change"
                 )
         if new_rows:
             self.rows.add(new_keys, torch.cat(new_rows))
-        _save_hashes(self.rows.folder / f"{self.names[block]}.json", [(self.records[i], self.keys[i]) for i in block])
+        known = [(self.records[i], self.states[i], self.keys[i]) for i in block]
+        _save_hashes(self.rows.folder / f"{self.names[block]}.json", known)
         return len(missing)
 
     def _moments(self, batch):
@@ -306,13 +316,13 @@ def _load_hashes(path):
         return {}
 
 
-def _save_hashes(path, keyed_records):
-    """Remember the content hashes of (record, key) pairs, except of files that changed moments ago."""
+def _save_hashes(path, known):
+    """Remember the content hashes of (record, state, key), except of files that have changed since or moments ago."""
     now = time.time()
     states = {
         state: key.hex()
-        for record, key in keyed_records
-        if key is not None and (state := image_state(record)) is not None and _is_settled(record, now)
+        for record, state, key in known
+        if None not in (state, key) and state == image_state(record) and _is_settled(record, now)
     }
     with written_beside(path) as beside:
         beside.write_text(json.dumps(states), encoding="utf-8")

@@ -160,7 +160,8 @@ def run_script(script, words, cell):
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
-        raise CellFailed(f"{script} ended with code {code}; its last lines are in {cell.folder / 'output.txt'}")
+        where = "printed above" if errors is None else f"at the end of {cell.folder / 'output.txt'}"
+        raise CellFailed(f"{script} ended with code {code}; its error is {where}")
 
 
 def _end_with_parent():

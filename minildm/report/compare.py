@@ -201,6 +201,7 @@ def write_comparison(out, variants, cells, settings, command, with_images, faile
     runs = [run for row in rows for run in row.runs.values() if run]
     if not runs:
         return
+    require_alike(runs)
     metrics = metrics_of(rows)
     tables = [
         comparison.quality_table(rows, metrics),
@@ -252,6 +253,21 @@ def write_comparison(out, variants, cells, settings, command, with_images, faile
             beside.write_text(text, encoding="utf-8")
 
 
+def require_alike(runs):
+    """Raise InputError for runs on different bases, or for different images with the same seed: where several machines
+    made the cells, each has looked for its own."""
+    for name in ("base", "vae", "pixels", "data"):
+        seen = {}
+        for run in runs:
+            seed = run.settings.get("seed") if name == "data" else None
+            other = seen.setdefault(seed, run)
+            if run.found.get(name) != other.found.get(name):
+                raise InputError(
+                    f"{other.folder} and {run.folder} differ in their {name}, and cannot be compared; delete one of "
+                    "them, and run this command again where --base and --data are those of the other"
+                )
+
+
 def _run_of(cell, failed):
     if cell.folder in failed:
         return Missing(f"failed: {failed[cell.folder]}")
@@ -271,12 +287,12 @@ def qualitative_grid(rows, settings, with_images):
         data = RunData(first)
     except (InputError, OSError) as error:
         return Missing(f"the data cannot be opened here ({error})")
-    n = min(GRID_ROWS, settings.samples, len(data.held_out.images))
+    asked = list(zip(data.requests(settings.samples), data.prompts(settings.samples)))
     lines = []
-    for i, (record, prompt) in enumerate(zip(data.held_out.images[:n], data.held_out.prompts)):
+    for i, (record, prompt) in enumerate(asked[: min(GRID_ROWS, len(data.held_out.images))]):
         cells = [("real image", image_uri(read_as_training(record, data.transform), IMAGE_PIXELS))]
         for label, run in columns:
-            path = generated_paths(run.folder, n)[i]
+            path = generated_paths(run.folder, settings.samples)[i]
             cells.append((label, data_uri(path, IMAGE_PIXELS) if path.is_file() else Missing("not generated yet")))
         lines.append((prompt, cells))
     return ["real image", *(label for label, _ in columns)], lines

@@ -31,7 +31,10 @@ def quality_table(rows, metrics):
             read = fidelity(label, int(dim), part="reference")
             by_seed = {}  # the same for all variants of a seed
             for row in rows:
-                by_seed |= {seed: read(run) for seed, run in row.runs.items() if not isinstance(run, Missing)}
+                found = {seed: read(run) for seed, run in row.runs.items() if run}
+                by_seed |= {
+                    seed: one for seed, one in found.items() if seed not in by_seed or not isinstance(one, Missing)
+                }
             value = spread(list(by_seed.values()), metric.digits, of=metric.name)
         reference.append(value)
     body.append((REFERENCE, "-", *reference))
@@ -168,7 +171,7 @@ def equal_parameters_table(rows, metrics):
     sweep = [row for row in rows if row.variant.rank is not None]
     others = [row for row in rows if row.variant.flags[1] not in ("lora", "full")]
     if len(sweep) < 2 or not others:
-        return Missing("it takes LoRA at two or more --ranks and another adapter")
+        return Missing("needs LoRA at two or more --ranks, and another adapter")
     body = []
     for metric in metrics:
         tested = []

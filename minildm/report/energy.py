@@ -14,7 +14,7 @@ from minildm.settings import Settings, setting
 @dataclass(frozen=True)
 class EnergySettings(Settings):
     power: float | None = setting(
-        None, "watts of the device that trained (default: a GPU's power limit, where the run recorded it)", above=0
+        None, "watts of a device that trained (default: a GPU's power limit, where the run recorded it)", above=0
     )
     intensity: float | None = setting(None, "kg of CO2 per kWh of your electricity, for the carbon line", at_least=0)
 
@@ -32,9 +32,10 @@ def energy_line(run, settings):
     if watts is None:
         machines = [session.get("machine") for session in run.sessions]
         limits = [machine.get("power_limit_watts") if isinstance(machine, dict) else None for machine in machines]
-        watts = limits[-1] * _processes(run.sessions[-1]) if limits and all(map(is_number, limits)) else None
+        watts = limits[-1] if limits and all(map(is_number, limits)) else None
     if watts is None:
         return Missing("the power of the device is not known; give --power WATTS")
+    watts *= _processes(run.sessions[-1]) if run.sessions else 1
     kwh = energy(run.summary["seconds"], watts)
     text = f"{kwh:.3g} kWh ({run.summary['seconds'] / 3600:.3g} h at {watts:g} W)"
     if settings.intensity is None:

@@ -75,13 +75,20 @@ class RunData:
         return Part(*(tuple(x for part in parts for x in getattr(part, name)) for name in ("images", "prompts")))
 
     def requests(self, n):
-        """The held-out records whose prompts the n images of a cell show, in turn."""
+        """The held-out records whose prompts the n images of a cell show."""
         if not self.held_out.images:
             raise InputError("the split leaves no held-out image to take prompts from; give another --split")
-        return [self.held_out.images[i % len(self.held_out.images)] for i in range(n)]
+        return spread_out(self.held_out.images, n)
 
     def prompts(self, n):
-        return [self.held_out.prompts[i % len(self.held_out.prompts)] for i in range(n)]
+        return spread_out(self.held_out.prompts, n)
+
+
+def spread_out(items, n):
+    """n of the items, evenly spaced, since names may be sorted by class; or all of them, again and again."""
+    if n >= len(items):
+        return [items[i % len(items)] for i in range(n)]
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 class Evaluator:
@@ -128,7 +135,7 @@ class Evaluator:
         """Describe the records that are new, or find what an earlier process has found of them."""
         for extractor in self.extractors:
             new = self._new(records, extractor)
-            keys = {one.name: hashlib.sha256(image_state(one).encode(errors="surrogatepass")).digest() for one in new}
+            keys = {record.name: key_on_disk(record) for record in new}
             known = self._described_before(new, keys, extractor, transform)
             for record in new:
                 self._keep(record, extractor, known[keys[record.name]].numpy())
@@ -137,7 +144,7 @@ class Evaluator:
         """Rows of the features of all depths, one after the other, of all the records: those that are missing on disk
         are described in blocks, which several processes share among them.
 
-        Args: keys: {name of a record: 32 bytes that change if its image does}.
+        Args: keys: {name of a record: its `key_on_disk`}.
         """
         recipe = f"{extractor.label}, {extractor.dims}, {extractor.facts}, of {transform}"
         known = Rows(self.folder, recipe, (sum(extractor.dims),), torch.float32)
@@ -150,6 +157,8 @@ class Evaluator:
                 new = [record for record in blocks[i] if keys[record.name] not in known]
                 if new:
                     features = np.stack(list(self._features_of(new, extractor, transform)))
+                    if changed := [record for record in new if key_on_disk(record) != keys[record.name]]:
+                        raise InputError(f"{changed[0].path} changed while it was described; run again")
                     known.add([keys[record.name] for record in new], torch.from_numpy(features))
                 progress.update(len(blocks[i]))
 
@@ -205,8 +214,8 @@ class Evaluator:
 
     def reference(self, data, n):
         """The same distances of as many training images: what real images reach."""
-        train = data.splits["train"].images[:n]
-        return self.fidelity(data.held_out.images, train)
+        train = data.splits["train"].images
+        return self.fidelity(data.held_out.images, spread_out(train, min(n, len(train))))
 
     def audit(self, data, generated):
         images = (generated, data.splits["train"].images, data.held_out.images)
@@ -280,6 +289,11 @@ class Evaluator:
 def key_of(image):
     """A path, or the name of a record, which is the same whenever its data set is opened."""
     return image if isinstance(image, Path) else image.name
+
+
+def key_on_disk(record):
+    """32 bytes that change if the record's image does."""
+    return hashlib.sha256(image_state(record).encode(errors="surrogatepass")).digest()
 
 
 def or_reason(part, *arguments):

@@ -21,7 +21,7 @@ def forecast(variants, train_flags, sampling, device, steps, samples, n_seeds, l
     """
     lines, seconds, size = [], 0.0, 0
     short = [*train_flags, "--steps", str(STEPS), "--warmup", "1", "--limit", str(min(limit or LIMIT, LIMIT))]
-    short += ["--validation-pairs", "1", "--sample-interval", "0"]
+    short += ["--sample-interval", "0"]
     for variant in Progress("measuring", "method", iterable=variants):
         with tempfile.TemporaryDirectory() as folder:
             cell = Cell(variant, 0, Path(folder) / "cell")
@@ -48,7 +48,8 @@ def forecast(variants, train_flags, sampling, device, steps, samples, n_seeds, l
             f"{disk / 1e6:.0f} MB per cell"
         )
     lines.append(
-        f"together about {seconds / 3600:.2f} h and {size / 1e9:.2f} GB, without caching images and evaluation"
+        f"together about {seconds / 3600:.2f} h and {size / 1e9:.2f} GB, without caching images, validation during "
+        "training, and evaluation"
     )
     return lines
 

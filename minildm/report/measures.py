@@ -35,8 +35,12 @@ class Row:
 
 # --- what is read from a run -----------------------------------------------------------------------------------------
 def validation(run):
-    best = run.best()
-    return best if isinstance(best, Missing) else best[0]
+    """Of the saved result. The log may hold a lower one, of weights that could not be kept (`Method.may_be_best`)."""
+    summary = summary_of(run)
+    if not summary:
+        return summary
+    best = summary.get("best")
+    return best[0] if best else Missing("no validation loss was finite, or there was no validation")
 
 
 def fidelity(label, dim, key="distance", part="fidelity"):

@@ -145,7 +145,7 @@ def sessions_table(runs):
 
 
 def command(run):
-    """The command line that makes the run again."""
+    """The command line that repeats the run."""
     commands = [session["command"] for session in run.sessions if isinstance(session.get("command"), str)]
     return commands[0] if commands else Missing("the run does not record its command (no sessions.jsonl)")
 

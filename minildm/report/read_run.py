@@ -49,7 +49,8 @@ class RunFiles:
     @property
     def shows_no_patient(self):
         """Whether the run's images can show no patient: its data is procedural, and so is all that it builds on."""
-        return str(self.settings.get("data")).partition(":")[0] in BUILT_IN and not self.settings.get("on_top_of")
+        builds_on = self.settings.get("base") or self.settings.get("on_top_of")  # trained on nobody knows what
+        return str(self.settings.get("data")).partition(":")[0] in BUILT_IN and not builds_on
 
     def series(self, key):
         """The numbers of the log's entry ``key``: (steps, values), two lists of equal length."""

@@ -30,7 +30,8 @@ def _rows(path, content):
     name = path.rpartition("/")[2]
     if name == "metrics.json":  # of a comparison's cell: several results in one file
         for part, of_part in _READERS.items():
-            for result in content.get(part, []) if part == "fidelity" else [content.get(part)]:
+            found = content.get(part)
+            for result in found if isinstance(found, list) else [found]:
                 if isinstance(result, dict):
                     missing = result.get("missing")
                     yield from [(part, *[Missing(missing)] * 3, path)] if missing else of_part(result, path)

@@ -21,7 +21,7 @@ from minildm.training.state import State
 
 
 def train(method, task, config, run, steps):
-    """Train from the run's saved state on, to step ``steps``.
+    """Train to step ``steps``, from the run's saved state if there is one.
 
     With ``config.ema_decay``, validation, sample sheets and the saved result see the averaged weights.
     Returns: State. Raises: InputError when losses stay not finite, memory runs out or the disk is full;

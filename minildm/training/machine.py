@@ -31,7 +31,7 @@ CACHE = Path.home() / ".cache" / "minildm"
 
 @dataclass(frozen=True)
 class Machine(Settings):
-    """What may differ when a run is resumed."""
+    """What a run takes from its machine. All but ``plain`` may differ when it is resumed."""
 
     device: str | None = setting(None, "cpu, cuda, ... (default: a GPU where there is one)")
     workers: int = setting(0, "processes that read ahead", at_least=0)

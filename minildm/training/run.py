@@ -4,7 +4,7 @@
                          share both
     log.jsonl            one JSON object per step, validation and change of ranks
     sessions.jsonl       one JSON object per process that trained: when, where, by which command
-    summary.json         what the end of the run says of it; absent before the end
+    summary.json         the final numbers; written when the run ends
     adapter.safetensors  the best on validation (full fine-tuning: model/, a checkpoint folder)
     last/state.pt        everything that an exact continuation needs
     samples/             sheets of sample images
@@ -103,8 +103,7 @@ class Run:
             )
 
     def adopt_settings(self):
-        """Resuming, write the settings that differ from those of the begin into config.json: the next session's
-        defaults."""
+        """When a resumed run has other settings, rewrite config.json, so that the next session starts from them."""
         if self.resume and self.settings_before != self.record["settings"]:
             self._write_record()
 
