@@ -13,6 +13,7 @@ Files are whole or absent (the log is appended to), and written by one process o
 Of several processes that train together (distributed.py), the first reads and writes the folder; the others are told.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -252,11 +253,14 @@ class Run:
             if is_out_of_memory(error):
                 raise
             reason = _first_line(error)
+            full = getattr(error, "errno", None) in (errno.EDQUOT, errno.EFBIG) or "No space left" in reason
             if "inline_container" in reason:  # torch.save's words for it
-                reason = "the disk is full, or the file too large"
+                reason, full = "the disk is full, or the file too large", True
+            elif isinstance(error, RuntimeError):
+                raise  # not of the disk
             raise InputError(
-                f"could not write to {self.folder} ({reason}); everything saved so far is intact; make "
-                f"room, then continue with: {self.continue_with}"
+                f"could not write to {self.folder} ({reason}); everything saved so far is intact; "
+                f"{'make room' if full else 'repair that'}, then continue with: {self.continue_with}"
             ) from None
 
 
