@@ -117,8 +117,8 @@ class FisherProbe:
 
 
 def fisher_probe(model, generator=None, expected=False, batch_size=None):
-    """Measure the live adapter (LoRA, SeLoRA or DyLoRA; the score of AdaLoRA's triplets is another) while one ordinary forward and backward (or several, whose
-    samples add up) run inside the block.
+    """Measure the live adapter (LoRA, SeLoRA or DyLoRA; the score of AdaLoRA's triplets is another) while one ordinary
+    forward and backward (or several, whose samples add up) run inside the block.
 
     Args:
         generator: samples the tested rows; None = seeded with 0.
