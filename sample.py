@@ -42,7 +42,7 @@ def parse(arguments):
         default=(),
         metavar="FILE[@RANK][:0.6]",
         help="adapter file or run folder, with the rank to use (DyLoRA) and a multiplier; may be repeated (default: "
-        "none, but with weights/tiny the adapter that comes with it; --adapter none: not even that)",
+        "none; with weights/tiny, the adapter that comes with it. --adapter none turns that off, too)",
     )
     add("--prediction", choices=("epsilon", "v"), help="what a single file's U-Net predicts; v for SD v2.x at 768 px")
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
@@ -85,8 +85,6 @@ def main(arguments):
         lambda: sampling.float32_wanted(model, args.products)
     ):
         model.compute_in_float32()
-    at_a_time = min(args.batch_size, len(prompts) * args.n)
-    sampling.check_size(settings, model.config, at_a_time, model.dtype.itemsize, free_memory(model.device, 0))
     if args.compile:
         model.compile_networks()
     print(
@@ -102,6 +100,8 @@ def main(arguments):
         print(f"{skipped} images are already in {args.out}; {len(planned)} to generate")
     repeated = like.batch_like(request, planned)
     batches = sampling.split_batches(planned, args.batch_size) if repeated is None else [repeated]
+    at_a_time = max(map(len, batches), default=0)
+    sampling.check_size(settings, model.config, at_a_time, model.dtype.itemsize, free_memory(model.device, 0))
     init_images = None if init_image is None else init_image.tensor(settings.height, settings.width)
     description = SYNTHETIC if init_image is None else FROM_IMAGE
     own = distributed.turns(list(enumerate(batches)))

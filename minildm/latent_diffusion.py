@@ -24,6 +24,9 @@ EARLIEST_START = 0.9  # share of the schedule; `_check_start` warns of sampling 
 LARGEST_PIXEL = 8  # far beyond the [-1, 1] of images and what filters and decoders make of it, far below 8 bits
 
 
+IN_FLOAT32 = "try --dtype float32 (load(..., dtype=torch.float32))"
+
+
 def usual_guidance(config):
     """The default guidance scale for a ModelConfig: 7.5, or 3 for models smaller than any Stable Diffusion (context
     width below 768), such as the embedded one, whose images are over-saturated at 7.5."""
@@ -243,8 +246,8 @@ class LatentDiffusion(nn.Module):
         z = torch.cat([gaussians[i % len(gaussians)].sample(g) for i, g in enumerate(generators)])
         if not z.isfinite().all():
             raise InputError(
-                f"the VAE gave non-finite latents for the initial image in {z.dtype}; try --dtype float32 "
-                "(load(..., dtype=torch.float32))"
+                f"the VAE gave non-finite latents for the initial image in {z.dtype}; "
+                + (IN_FLOAT32 if z.dtype != torch.float32 else "check the base and its VAE")
             )
         return self._scaled(z.float())
 
@@ -252,8 +255,9 @@ class LatentDiffusion(nn.Module):
         """Raise InputError unless the sampler's result is finite."""
         if not latents.isfinite().all():
             raise InputError(
-                f"the U-Net gave non-finite latents in {self.dtype}; try --dtype float32 (load(..., "
-                "dtype=torch.float32)), or check the base and the adapters"
+                f"the U-Net gave non-finite latents in {self.dtype}; "
+                + (f"{IN_FLOAT32}, or " if self.dtype != torch.float32 else "")
+                + "check the base and the adapters"
             )
 
     def _check_sample(self, settings, prompts, negatives, init_images, latents, output):

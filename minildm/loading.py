@@ -10,6 +10,7 @@ import torch
 from minildm import checkpoint
 from minildm.adapters.files import merge_file
 from minildm.adapters.reading import adapter_file, read_adapter
+from minildm.data.folders import is_left_behind
 from minildm.errors import InputError
 from minildm.files import sha256
 from minildm.latent_diffusion import LatentDiffusion
@@ -187,7 +188,9 @@ def find_base(*folders):
         published = [
             path
             for path in sorted(folder.glob("*"))
-            if path.name != "tiny" and (path.suffix in (".safetensors", ".ckpt") or (path / "unet").is_dir())
+            if path.name != "tiny"
+            and not is_left_behind(path.name)
+            and (path.suffix in (".safetensors", ".ckpt") or (path / "unet").is_dir())
         ]
         if len(published) > 1:
             raise InputError(

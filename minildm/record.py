@@ -4,7 +4,7 @@ The same prompt, seed and settings give the same image, but the same bits need m
 differently for another number of rows, on another number of CPU threads and with another torch. So the record also
 holds the size of the batch, the image's row in it and the threads. What the other rows hold does not matter; to make
 one image again, the batch is filled with copies of it. Paths are recorded as given, so they may say more than you want
-to share.
+to share; of a file that was not given, only the name.
 
 This module does not import torch, so that a mistake on the command line is reported at once.
 """
@@ -99,7 +99,7 @@ class Request:
 
 
 def _describe_file(path, digest, given=True):
-    return {"path": str(path), "given": given, "sha256": digest}
+    return {"path": str(path) if given else path.name, "given": given, "sha256": digest}
 
 
 def _describe_adapters(adapters, given):

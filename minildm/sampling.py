@@ -188,7 +188,7 @@ def plan_images(prompts, n, seed, folder, continues, parameters):
 def save_planned(png, continues, image, parameters, *texts):
     """Save the Pillow ``image`` of a PlannedImage; nothing that another process has made meanwhile is replaced.
 
-    Args: continues: as in `plan_images`: the name is fixed, and who has taken it made the same image. texts: see
+    Args: continues: as in `plan_images`: the name is fixed, and a file that has it must be the same image. texts: see
         `save_png`.
     Returns: the PlannedImage, with the path it has now: its number goes up until the name is free.
     Raises: InputError if an image of other settings has taken a fixed name.

@@ -159,6 +159,11 @@ def test_excluded_images_are_left_out(tmp_path):
     assert names(data_set) == ["images/000.png", "images/001.png", "images/003.png"]
     listed.write_text("\ufeffimages/002.png \r\n\r\nimages/003.png\n", encoding="utf-8")
     assert names(open_data_set(spec, DataSettings(exclude=str(listed)))) == ["images/000.png", "images/001.png"]
+    table = tmp_path / "views" / "metadata.csv"
+    made_data.folder(tmp_path / "views", 2)
+    table.write_text("file_name,text,view\nimages/000.png,a,PA\nimages/001.png,b,L\n")
+    listed.write_text("images/001.png\n")
+    assert names(open_data_set(f"folder:{tmp_path / 'views'}", DataSettings(exclude=str(listed)))) == ["images/000.png"]
     listed.write_text("elsewhere.png\n")
     with pytest.raises(InputError, match=r"none of the 1 names in .* is in the data set"):
         open_data_set(spec, DataSettings(exclude=str(listed)))

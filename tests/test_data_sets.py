@@ -332,6 +332,17 @@ def test_a_report_in_an_unknown_encoding_is_named(tmp_path):
             open_data_set(f"iu-xray:{tmp_path}")
 
 
+def test_images_of_one_patient_are_linked_in_either_direction(tmp_path):
+    made_data.montgomery(tmp_path)
+    readings = next(tmp_path.rglob("ClinicalReadings"))
+    for stem, links in (("MCUCXR_0900_0", ("0902",)), ("MCUCXR_0901_0", ()), ("MCUCXR_0902_0", ("0901",))):
+        text = "".join(f"normal (same pt as MCUCXR_{link}_0)\n" for link in links) or "normal\n"
+        (readings / f"{stem}.txt").write_text(f"Patient's Sex: F\nPatient's Age: 027Y\n{text}")
+    listed, _ = montgomery.records(tmp_path)
+    patients = {record.name: record.patient for record in listed}
+    assert {patients[f"MCUCXR_090{i}_0.png"] for i in range(3)} == {"0900"}
+
+
 def test_a_montgomery_reading_with_blank_or_odd_entries_is_read(tmp_path):
     made_data.montgomery(tmp_path)
     reading = next(tmp_path.rglob("MCUCXR_0001_0.txt"))

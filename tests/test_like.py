@@ -281,6 +281,7 @@ def test_a_base_that_was_found_by_default_must_be_found_again(folder, tmp_path, 
     monkeypatch.setenv("MINILDM_WEIGHTS", str(weights))
     path = run(tmp_path / "out", "a", *QUICK, "--device", "cpu")
     assert read_record(path)["base"]["given"] is False
+    assert "/" not in read_record(path)["base"]["path"]  # where minildm is installed is nobody's business
     assert np.array_equal(pixels(run(tmp_path / "again", "--like", path)), pixels(path))
     peers.write_folder(peers.random_model(ModelConfig.tiny(), seed=9), weights / "sd")
     error = refused("--like", path, "--out", tmp_path / "again")

@@ -65,6 +65,19 @@ def test_clip_score_matches_open_clip_by_hand(generated, clip_weights):
     assert result.n == 5 and result.cut == 1 and result.model == MODEL
 
 
+def test_one_prompt_for_all_images_leaves_nothing_to_compare_with(generated, clip_weights, tmp_path, capsys):
+    paths, _ = generated
+    result = clip_score(paths[:2], ["chest x-ray"] * 2, MODEL, clip_weights)
+    assert result.mismatched is None and result.low < result.score
+    assert clip_score(paths[:1], ["chest x-ray"], MODEL, clip_weights).low is None
+    table = tmp_path / "prompts.csv"
+    table.write_text("file,prompt\n" + "".join(f"{path.name},chest x-ray\n" for path in paths))
+    words = ["--prompts", table, "--clip-model", MODEL, "--clip-pretrained", clip_weights, "--out", tmp_path / "c.json"]
+    assert main(["clip-score", str(paths[0].parent), *map(str, words)]) == 0
+    assert "all prompts are the same" in capsys.readouterr().out
+    assert "NaN" not in (tmp_path / "c.json").read_text()
+
+
 def test_prompts_come_from_the_pngs_themselves(generated):
     paths, prompts = generated
     assert read_prompts(paths) == prompts

@@ -142,9 +142,9 @@ class Rows:
             yield file is not None
 
     def fill(self, names, encode):
-        """Call encode(block) for each block of ``names`` {block: name of its lock}, holding the block's lock and seeing
-        the rows that other processes have written till then: first the blocks that no other process works on, then,
-        waiting for them, the others."""
+        """Call encode(block) for each block of ``names`` {block: name of its lock}, holding the block's lock, after
+        loading the rows that other processes have written. Blocks that no other process works on come first; then it
+        waits for the rest."""
         for wait in (False, True):
             for block in own_first(list(names)):
                 with self.locked(names[block], wait) as locked:

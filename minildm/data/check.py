@@ -5,6 +5,7 @@ Every image is decoded and every prompt tokenized as a run would do it. The repo
 ``flagged.txt``, the suspicious images (name, tab, reasons), which can be edited and passed to ``--exclude``.
 """
 
+import dataclasses
 import json
 import re
 import statistics
@@ -46,6 +47,9 @@ def main(arguments):
     transform = settings.transform(DEFAULT_SIZE)
 
     images, broken = examine(data_set.records, transform, arguments.workers)
+    if settings.skip_bad:  # a run divides among its splits only what it can read
+        data_set = dataclasses.replace(data_set, records=tuple(data_set.records[i] for i in images))
+        images = dict(enumerate(images.values()))
     suspects = find_suspects(data_set.records, images)
     report = make_report(data_set, settings, arguments.seed, images, broken, suspects)
     readable = [data_set.records[i] for i in images]

@@ -1,8 +1,8 @@
 """DICOM -> 8-bit images (extra ``dicom``), in the standard's order (DICOM PS3.3): stored values -> padding set aside ->
 Modality LUT (C.11.1) -> VOI LUT or window (C.11.2) -> MONOCHROME1 inverted -> padding black.
 
-Real headers hold attributes that are empty or make no sense. Such an attribute counts as absent, and what the standard
-says for an absent one is done; ``DecodedImage.greys`` says what was used. Not covered: several frames, palettes.
+Real headers hold attributes that are empty or make no sense. Such an attribute is treated as absent, as the standard
+prescribes; ``DecodedImage.greys`` says what was used. Not covered: several frames, palettes.
 """
 
 import contextlib

@@ -81,7 +81,7 @@ def open_data_set(spec, settings=None, seed=0, captioned=True):
     if settings.views == "frontal":
         _require_known_views(records, source)
     template = prompt if settings.prompt_template is None else settings.prompt_template
-    reasons = [_not_frontal, _unknown_view, _pediatric, _too_young, _excluded, _missing]
+    reasons = [_excluded, _not_frontal, _unknown_view, _pediatric, _too_young, _missing]
     if captioned and template is not None:
         reasons.insert(-1, lambda records, _: _promptless(records, template))
     if root is not None:

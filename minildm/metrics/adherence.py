@@ -25,7 +25,7 @@ class Agreement:
     share: float  # of the images that show what their own prompt asks for
     low: float  # 95 % interval of the share (Wilson)
     high: float
-    chance: float  # that share with every other image's prompt: what ignoring the prompt gives
+    chance: float | None  # that share with every other image's prompt: what ignoring the prompt gives; None: no other
     n: int  # images whose prompt asks for a value of this field
 
 
@@ -51,7 +51,7 @@ def prompt_adherence(images, wanted, measure, obeys):
             for j, verdict in enumerate(row)
             if i != j and name in verdict
         ]
-        chance = float(np.mean(mismatched)) if mismatched else float("nan")
+        chance = float(np.mean(mismatched)) if mismatched else None
         share = float(np.mean(matched))
         result[name] = Agreement(share, *wilson(share, len(matched)), chance, len(matched))
     return result
@@ -103,7 +103,7 @@ def main(argv):
         raise InputError(
             f"{arguments.images} is a data set; adherence expects generated images, which hold their prompts"
         )
-    prompts = [png_prompt(path) for path in images]
+    prompts = [png_prompt(path, "adherence reads prompts from PNG files of sample.py") for path in images]
     out = writable_file(images[0].parent / "adherence.json" if arguments.out is None else arguments.out)
     if settings.classifier is None:
         measure, obeys, wanted, name = ruler.measure, ruler.obeys, phantom_fields, "the phantom's ruler"
@@ -127,7 +127,8 @@ def main(argv):
     print(f"{len(images)} images, by {name}:")
     for field, found in result.items():
         interval = f"95 % interval {found.low:.1%} to {found.high:.1%}, n = {found.n}"
-        print(f"  {field:<10} as asked {found.share:.1%} ({interval}); by chance {found.chance:.1%}")
+        chance = "unknown" if found.chance is None else f"{found.chance:.1%}"
+        print(f"  {field:<10} as asked {found.share:.1%} ({interval}); by chance {chance}")
     fields = {field: asdict(found) for field, found in result.items()}
     write_json(out, {"fields": fields, "ruler": name, "minildm": minildm.__version__})
     print(f"wrote {out}")

@@ -1,6 +1,6 @@
 """A user's classifier as a ruler: does an image show the class that its prompt names?
 
-Two forms, both programs of their author, to be used only if you trust them:
+Two forms. Both are programs: use them only if you trust their author.
 - ``FILE.py`` with a class ``Classifier(torch.nn.Module)``, and its weights as .safetensors. Python code is executed.
 - ``FILE.pt``, TorchScript. It can do anything that TorchScript can, such as writing files.
 Either maps images (B, 3, s, s) float32 in [0, 1] to logits (B, classes), the classes in the order of --classes.

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from minildm.errors import InputError, naming
 from minildm.files import input_file, writable_file
+from minildm.images import read_parameters, split_parameters
 from minildm.loading import usable_device
 from minildm.metrics.extractors import FeatureSettings, load_clip
 from minildm.metrics.sources import list_images, open_rgb, write_json
@@ -29,9 +29,9 @@ from minildm.tables import read_columns
 @dataclass(frozen=True)
 class ClipScore:
     score: float
-    low: float  # 95 % interval of the mean, normal approximation
-    high: float
-    mismatched: float  # mean over all pairs of an image with another image's (different) prompt; nan without any
+    low: float | None  # 95 % interval of the mean, normal approximation; None for one image
+    high: float | None
+    mismatched: float | None  # mean over all pairs of an image with another image's (different) prompt; None: no pair
     n: int
     cut: int  # prompts longer than the text encoder's context, cut at its end
     model: str
@@ -60,12 +60,12 @@ def clip_score(images, prompts, model_name="ViT-L-14", pretrained="openai", devi
     matched = scores.diagonal()
     different = torch.tensor([[one != other for other in prompts] for one in prompts])
     mean = matched.mean().item()
-    half = 1.96 * (matched.std() / len(matched) ** 0.5).item() if len(matched) > 1 else float("nan")
+    half = 1.96 * (matched.std() / len(matched) ** 0.5).item() if len(matched) > 1 else None
     return ClipScore(
         score=mean,
-        low=mean - half,
-        high=mean + half,
-        mismatched=scores[different].mean().item(),
+        low=None if half is None else mean - half,
+        high=None if half is None else mean + half,
+        mismatched=scores[different].mean().item() if different.any() else None,
         n=len(matched),
         cut=cut,
         model=model_name,
@@ -105,16 +105,16 @@ def _prompt_of(path, rows, table):
     return prompts.pop() if prompts else None
 
 
-def png_prompt(path):
-    """The prompt that a PNG was generated with, from its ``parameters`` text in AUTOMATIC1111's form (the prompt,
-    ``Negative prompt: ...``, ``Steps: ...``)."""
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get("parameters")
+def png_prompt(path, advice="give a CSV of file,prompt with --prompts"):
+    """The prompt that a PNG was generated with, from its ``parameters`` text in AUTOMATIC1111's form.
+
+    Raises: InputError where there is none, with the ``advice``.
+    """
+    text = read_parameters(path)
     if not text:
-        raise InputError(f"{path} holds no prompt (PNG text 'parameters'); give a CSV of file,prompt with --prompts")
-    lines = text.splitlines()
-    ends = [i for i, line in enumerate(lines) if i > 0 and line.startswith(("Negative prompt:", "Steps:"))]
-    return "\n".join(lines[: ends[0]] if ends else lines)
+        raise InputError(f"{path} holds no prompt (PNG text 'parameters'); {advice}")
+    prompt, _, settings = split_parameters(text)
+    return prompt if settings else text.partition("\nNegative prompt:")[0]
 
 
 def main(argv):
@@ -150,10 +150,11 @@ def main(argv):
         settings.batch_size,
         progress="images",
     )
-    print(
-        f"CLIP score ({result.model}, {result.pretrained}): {result.score:.3f}, 95 % interval {result.low:.3f} - "
-        f"{result.high:.3f}, n = {result.n}; with other images' prompts: {result.mismatched:.3f}"
-    )
+    interval = "no interval" if result.low is None else f"95 % interval {result.low:.3f} - {result.high:.3f}"
+    others = "nothing to compare with, as all prompts are the same"
+    if result.mismatched is not None:
+        others = f"with other images' prompts: {result.mismatched:.3f}"
+    print(f"CLIP score ({result.model}, {result.pretrained}): {result.score:.3f}, {interval}, n = {result.n}; {others}")
     if result.cut:
         print(f"warning: {result.cut} of {result.n} prompts are too long for the text encoder; their ends were cut")
     write_json(out, asdict(result))

@@ -8,7 +8,7 @@ import minildm
 from minildm.distributed import is_first, join
 from minildm.errors import InputError
 from minildm.files import writable_file
-from minildm.metrics.extractors import FeatureSettings, feature_settings, inception_extractor, open_extractor
+from minildm.metrics.extractors import WITH_DIMS, FeatureSettings, feature_settings, inception_extractor, open_extractor
 from minildm.metrics.features import FeatureSet, collect, require_several
 from minildm.metrics.frechet import SavedStatistics
 from minildm.metrics.inception import DIMS
@@ -39,7 +39,7 @@ def fid(real_dir, fake_dir, weights=None, dims=(2048, 192, 64), device="cpu", ba
 def gather(source, extractor, keep, batch_size=16, seed=0, progress=None):
     """A folder, run, data set or .npz -> FeatureSet. An .npz has the statistics of one dim and no rows."""
     opened = open_source(source)
-    require_dims(opened, source, extractor.dims)
+    require_dims(opened, source, extractor)
     return measure_source(opened, extractor, keep, batch_size, seed, progress)
 
 
@@ -57,11 +57,14 @@ def open_source(source):
     return SavedStatistics(source)
 
 
-def require_dims(opened, source, dims):
-    """Raise InputError for statistics of other dims than ``dims``."""
-    if isinstance(opened, SavedStatistics) and set(dims) != {opened.dim}:
+def require_dims(opened, source, extractor):
+    """Raise InputError for statistics of other dims than the extractor's."""
+    if isinstance(opened, SavedStatistics) and set(extractor.dims) != {opened.dim}:
+        deep = opened.dim in DIMS and extractor.label.startswith(("FID", "FD-random"))
+        advice = f"give --dims {opened.dim}" if deep else "give the --features that they were made with"
         raise InputError(
-            f"{source} holds statistics of {opened.dim} dims, expected {list(dims)}; give --dims {opened.dim}"
+            f"{source} holds statistics of {opened.dim} dims, expected {list(extractor.dims)} of {extractor.label}; "
+            f"{advice}"
         )
 
 
@@ -94,6 +97,10 @@ def measure(real, fake, extractor, replicates=100, seed=0, progress=False):
         result["warnings"].append(
             "no interval, floor or extrapolation: they need the features of every image "
             "(folders, not .npz; at most --keep images per side)"
+        )
+    elif fewest < FEWEST_FOR_INTERVALS:
+        result["warnings"].append(
+            f"no interval, floor or extrapolation: they need {FEWEST_FOR_INTERVALS} images on either side"
         )
     deepest = max(extractor.dims)
     if deepest in real.rows and deepest in fake.rows:
@@ -164,7 +171,7 @@ def main(argv):
     if arguments.save_stats is not None:
         if arguments.save_stats.suffix != ".npz":
             raise InputError(f"--save-stats {arguments.save_stats} is not the name of a file; give FILE.npz")
-        if len(arguments.dims) > 1:
+        if settings.features in WITH_DIMS and len(arguments.dims) > 1:
             raise InputError(f"--save-stats writes one depth, and --dims gives {len(arguments.dims)}; give one number "
                              "to --dims")  # fmt: skip
         if Path(arguments.real).suffix == ".npz":
@@ -177,7 +184,7 @@ def main(argv):
     opened = [open_source(source) for source in sources]  # both, then weights, then images
     extractor = open_extractor(settings, arguments.dims)
     for source, one in zip(sources, opened):
-        require_dims(one, source, extractor.dims)
+        require_dims(one, source, extractor)
     real, fake = (
         measure_source(source, extractor, arguments.keep, settings.batch_size, settings.seed, name)
         for name, source in zip(("real", "fake"), opened)
@@ -202,7 +209,7 @@ def main(argv):
     write_json(out, result)
     print(f"wrote {out}")
     if arguments.save_stats is not None:
-        real.statistics[arguments.dims[0]].save(arguments.save_stats)
+        real.statistics[extractor.dims[0]].save(arguments.save_stats)
         print(f"wrote {arguments.save_stats}")
     return 0
 

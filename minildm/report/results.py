@@ -61,8 +61,10 @@ def _fidelity(result, path):
 
 def _clip(result, path):
     manifest = f"{path}: {result.get('model')}, {result.get('pretrained')}"
+    others = result["mismatched"]
+    others = Missing("all prompts are the same") if others is None else Value(others)
     yield "CLIP score", Value(result["score"]), _interval(result), str(result.get("n")), manifest
-    yield "the same, other images' prompts", Value(result["mismatched"]), NO_INTERVAL, str(result.get("n")), manifest
+    yield "the same, other images' prompts", others, NO_INTERVAL, str(result.get("n")), manifest
 
 
 def _audit(result, path):
@@ -83,7 +85,8 @@ def _audit(result, path):
 
 def _adherence(result, path):
     for name, entry in result.get("fields", {}).items():
-        metric = f"prompt adherence, {name} (by chance {100 * entry['chance']:.1f} %)"
+        chance = "unknown" if entry["chance"] is None else f"{100 * entry['chance']:.1f} %"
+        metric = f"prompt adherence, {name} (by chance {chance})"
         scaled = {key: 100 * entry[key] for key in ("low", "high") if key in entry}
         value = Value(100 * entry["share"], digits=1, unit="%")
         yield metric, value, _interval(scaled, 1), str(entry["n"]), f"{path}: {result.get('ruler', 'unknown ruler')}"
@@ -100,7 +103,7 @@ _READERS = {"fidelity": _fidelity, "clip_score": _clip, "adherence": _adherence,
 
 
 def _interval(entry, digits=3):
-    if "low" not in entry:
+    if entry.get("low") is None:
         return NO_INTERVAL
     return f"{entry['low']:,.{digits}f} to {entry['high']:,.{digits}f}"
 

@@ -22,10 +22,19 @@ def records(root):
         raise not_found(root, LOOKED_FOR)
     images = {path.name: path for path in paths_below(root, ".png") if path.parent.name == "CXR_png"}
     linked = [_record(path, images.get(f"{path.stem}.png", root / f"{path.stem}.png")) for path in readings.values()]
-    patient_of = {}  # number of the image -> number of the patient's first image
-    for record, links in sorted(linked, key=lambda pair: pair[0].name):
-        patient_of[record.patient] = min([record.patient, *(patient_of.get(link, link) for link in links)])
-    return [dataclasses.replace(record, patient=patient_of[record.patient]) for record, _ in linked], []
+    same = {}  # number of an image -> a smaller number of the same patient
+
+    def first(number):
+        while number in same:
+            number = same[number]
+        return number
+
+    for record, links in linked:
+        for link in links:
+            low, high = sorted((first(record.patient), first(link)))
+            if low != high:
+                same[high] = low
+    return [dataclasses.replace(record, patient=first(record.patient)) for record, _ in linked], []
 
 
 def _record(path, image):
