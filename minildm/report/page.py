@@ -44,7 +44,9 @@ def _environment():
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.finalize = _printable
-    environment.globals.update(Missing=Missing, version=__version__, css=Markup((TEMPLATES / "page.css").read_text()))
+    environment.globals.update(
+        Missing=Missing, grouped=grouped, version=__version__, css=Markup((TEMPLATES / "page.css").read_text())
+    )
     environment.tests["missing"] = lambda thing: isinstance(thing, Missing)
     environment.filters["svg"] = Markup  # made by figures.py, whose texts matplotlib has escaped
     return environment
@@ -97,6 +99,15 @@ def compared(runs, facts):
         known = {cell for cell in cells if not isinstance(cell, Missing)}
         rows.append((name, cells, len(known) > 1 or (len(known) == 1 and len(cells) > cells.count(*known))))
     return rows
+
+
+def grouped(cells, runs):
+    """[(a text or Missing, names of the runs that have it)], the commonest first: a row of `compared`, where a column
+    for each of many runs would be wider than a page."""
+    names = {}
+    for cell, run in zip(cells, runs):
+        names.setdefault(cell, []).append(run.name)
+    return sorted(names.items(), key=lambda pair: -len(pair[1]))
 
 
 def facts(run):
