@@ -140,7 +140,7 @@ def test_windows_paths_are_found(tmp_path):
 
 def test_names_that_are_not_utf8_can_be_printed_and_written(tmp_path, capsys):
     root = tmp_path / "data"
-    for i in range(12):
+    for i in range(14):
         made_data.save(root / f"{i:03}.png", i)
     os.rename(os.fsencode(root / "000.png"), os.fsencode(root) + b"/R\xf6ntgen.png")
     Path(os.fsdecode(os.fsencode(root) + b"/R\xf6ntgen.txt")).write_text("a caption")

@@ -322,7 +322,10 @@ def test_a_killed_process_ends_the_others_with_one_clear_error(place, whole, tmp
     assert time.monotonic() - begun < 30
     assert said.count("memory: about") == 1  # only the first speaks
     found = sorted(errors(said))
-    assert len(found) == 2 and [line.partition(" (")[0] for line in found] == ["process 1 of 3", "process 3 of 3"]
+    named = [
+        line.partition(" (")[0] for line in found
+    ]  # torchrun may end one before it has said that the other has gone
+    assert named and len(set(named)) == len(named) and {*named} <= {"process 1 of 3", "process 3 of 3"}
     for line in found:
         assert "error: lost the connection to another process, which has ended or cannot be reached" in line
         assert f"continue with: torchrun --nproc-per-node 3 train.py --resume {run}" in line
