@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from peers import random_model
 
+from minildm import kernels
 from minildm.adapters import METHODS, adapter_layers
 from minildm.config import ModelConfig
 from minildm.data.cache import CachedLatents
@@ -108,6 +109,8 @@ def full_size_run(folder):
     run.begin()
     method, config = settings(steps=3, batch_size=1, expand_interval=2, checkpointing=True, save_interval=3)
     machine = Machine(cache=Path(folder).parent / "cache")
+    if machine.products(torch.bfloat16, model.device, run):  # as train.py does; without it, hours on some processors
+        kernels.products_in_float32(model)
     task = Finetuning(model, samples(2, side=28), samples(0), config)
     state, _ = finetune(task, METHODS["selora"], method, run, machine)
     assert state.skipped == 0
