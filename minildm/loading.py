@@ -9,6 +9,7 @@ import torch
 
 from minildm import checkpoint
 from minildm.adapters.files import merge_file
+from minildm.adapters.metadata import rank_flag
 from minildm.adapters.reading import adapter_file, read_adapter
 from minildm.data.folders import is_left_behind
 from minildm.errors import InputError
@@ -70,8 +71,7 @@ def with_those_below(adapters):
             found = None if entry["adapter"] in there else _find_adapter(entry)
             if found is not None:
                 there.add(entry["adapter"])
-                rank = "" if entry.get("rank") is None else f"@{entry['rank']}"
-                stack.append(f"{found}{rank}:{entry['multiplier']!r}")
+                stack.append(f"{found}{rank_flag(entry)}:{entry['multiplier']!r}")
         stack.append(adapter)
     return stack
 

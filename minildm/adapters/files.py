@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from minildm.adapters.inject import adapter_layers
+from minildm.adapters.metadata import rank_flag, without_path
 from minildm.adapters.reading import FAMILIES, Factors, context_width, read_adapter
 from minildm.adapters.writing import check_format, write_adapter
 from minildm.errors import InputError
@@ -58,10 +59,12 @@ def merge_file(model, path, multiplier=1.0, rank=None):
             f"{path} was trained on another base ({about['base'][:10]}) than this one ({model.base_hash[:10]})",
             stacklevel=2,
         )
-    merged = [_without_path(one) for one in model.merged]
-    if missing := [one for one in about.get("on_top_of", []) if _without_path(one) not in merged]:
+    merged = [without_path(one) for one in model.merged]
+    if missing := [one for one in about.get("on_top_of", []) if without_path(one) not in merged]:
         names = ", ".join(f"{one.get('path', 'one')} (SHA-256 {one['adapter'][:10]})" for one in missing)
-        flags = " ".join(f"--adapter {one.get('path', 'PATH')}{_at_rank(one)}:{one['multiplier']!r}" for one in missing)
+        flags = " ".join(
+            f"--adapter {one.get('path', 'PATH')}{rank_flag(one)}:{one['multiplier']!r}" for one in missing
+        )
         warnings.warn(
             f"{path} was trained on top of other adapters, not merged here: {names}; without them its images are "
             f"wrong: give {flags} --adapter {path}",
@@ -75,15 +78,6 @@ def merge_file(model, path, multiplier=1.0, rank=None):
         layer.weight.data = (layer.weight.float() + change).to(layer.weight.dtype)
     model.merged.append({"adapter": digest, "multiplier": multiplier, **at_rank, "path": str(path)})
     return about
-
-
-def _at_rank(entry):
-    return f"@{entry['rank']}" if entry.get("rank") is not None else ""
-
-
-def _without_path(entry):
-    """What identifies an entry of ``on_top_of`` or ``model.merged``: a file may lie somewhere else today."""
-    return {key: value for key, value in entry.items() if key != "path"}
 
 
 def check_rank(rank, adapter, flag):

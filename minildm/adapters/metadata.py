@@ -182,3 +182,13 @@ def stated_json(file, key, kind=dict):
     """
     text = file.metadata.get(key)
     return None if text is None else parse_json(text, f"{file.path}: metadata {key}", kind)
+
+
+def rank_flag(entry):
+    """The rank of an entry of ``on_top_of`` as in a flag, "@2"; empty where all of its rank was merged."""
+    return "" if entry.get("rank") is None else f"@{entry['rank']}"
+
+
+def without_path(entry):
+    """What identifies an entry of ``on_top_of`` or ``model.merged``: a file may lie somewhere else today."""
+    return {key: value for key, value in entry.items() if key != "path"}

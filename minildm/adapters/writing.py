@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from minildm.adapters.formats import DIFFUSERS, KOHYA, NATIVE, kohya_name
-from minildm.adapters.metadata import FORMAT, ORIGIN
+from minildm.adapters.metadata import FORMAT, ORIGIN, without_path
 from minildm.adapters.reading import Factors, context_width
 from minildm.errors import InputError
 from minildm.files import written_beside
@@ -124,5 +124,5 @@ def _diffusers(factors, kind, about):
 
 def _origin(kind, about):
     """What minildm reads again: which method, base and adapters below."""
-    below = [{key: value for key, value in one.items() if key != "path"} for one in about.get("on_top_of") or []]
+    below = [without_path(one) for one in about.get("on_top_of") or []]
     return {ORIGIN: json.dumps({"kind": kind, "base": about.get("base"), "on_top_of": below})}
