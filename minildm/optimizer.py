@@ -101,13 +101,23 @@ class AdamW:
         shapes = [p.shape for p in self.parameters]
         if any([m.shape for m in state[name]] != shapes for name in ("means", "squares")):
             raise ValueError("another list of parameters")
-        if len(state["ages"]) != len(shapes) or not all(isinstance(a, (int, tuple)) for a in state["ages"]):
+        if len(state["ages"]) != len(shapes) or not all(map(_is_age, state["ages"], shapes)):
             raise ValueError("ages of other parameters")
         device = {i: parameter.device for i, parameter in enumerate(self.parameters)}
         self.ages = [(a[0], a[1].to(device[i])) if isinstance(a, tuple) else a for i, a in enumerate(state["ages"])]
         if self.means:
             torch._foreach_copy_(self.means, state["means"])
             torch._foreach_copy_(self.squares, state["squares"])
+
+
+def _is_age(age, shape):
+    """Whether ``age`` counts the steps of a parameter of this ``shape``, or of its rows: from 0 to 10^9."""
+    if type(age) is int:
+        return 0 <= age <= 10**9
+    if not (isinstance(age, tuple) and len(age) == 2 and age[0] in (0, 1) and isinstance(age[1], torch.Tensor)):
+        return False
+    dim, rows = age
+    return rows.dtype == torch.float64 and rows.shape == shape[dim : dim + 1] and bool(((rows >= 0) & (rows <= 1e9)).all())
 
 
 def _scale(tensors, factors):
@@ -144,7 +154,15 @@ class FusedAdamW:
         return self.torch.state_dict()
 
     def load_state_dict(self, state):
-        self.torch.load_state_dict(state)
+        """Continue from ``state``, for the same parameters in the same order. Raises: ValueError for others."""
+        own = self.torch.state_dict()["param_groups"]
+        ordered = [p for group in self.torch.param_groups for p in group["params"]]
+        for i, kept in state["state"].items():
+            if [kept[name].shape for name in ("step", "exp_avg", "exp_avg_sq")] != [(), *2 * (ordered[i].shape,)]:
+                raise ValueError("another list of parameters")
+            if not _is_age(int(kept["step"]), ()):
+                raise ValueError("ages of other parameters")
+        self.torch.load_state_dict({"state": state["state"], "param_groups": own})
 
 
 class MovingAverage:

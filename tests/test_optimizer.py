@@ -107,6 +107,27 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+@pytest.mark.parametrize("age", [-1, 10**10, 1.0, (0, torch.ones(3)), (2, torch.ones(3, dtype=torch.float64)), None])
+def test_a_state_with_impossible_ages_is_refused(age):
+    optimizer = AdamW(parameters())
+    state = optimizer.state_dict()
+    state["ages"][0] = age
+    with pytest.raises(ValueError, match="ages of other parameters"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name, value", [("step", torch.tensor(-3.0)), ("exp_avg", torch.zeros(()))])
+def test_a_state_of_other_parameters_is_refused_by_fused_adamw(name, value):
+    ours = parameters()
+    fused = FusedAdamW(ours)
+    give_gradients(0, ours)
+    fused.step(1e-2)
+    state = fused.state_dict()
+    state["state"][0][name] = value
+    with pytest.raises(ValueError, match="other parameters|another list of parameters"):
+        FusedAdamW(ours).load_state_dict(state)
+
+
 def test_clipping_really_clips_and_tells_the_norm_before():
     ours, theirs = parameters(), parameters()
     give_gradients(0, ours, theirs)

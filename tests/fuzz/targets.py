@@ -193,7 +193,7 @@ def resumed(folder, method):
 
 
 def run_state(folder, rng):
-    methods = ("selora", "adalora")
+    methods = ("selora", "adalora", "dylora", "full")
     for name in methods:
         trained(folder / name, resume=False, method=name)
     states = {name: torch.load(folder / name / "last" / "state.pt", weights_only=True) for name in methods}
