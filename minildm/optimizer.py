@@ -117,7 +117,8 @@ def _is_age(age, shape):
     if not (isinstance(age, tuple) and len(age) == 2 and age[0] in (0, 1) and isinstance(age[1], torch.Tensor)):
         return False
     dim, rows = age
-    return rows.dtype == torch.float64 and rows.shape == shape[dim : dim + 1] and bool(((rows >= 0) & (rows <= 1e9)).all())
+    fits = rows.dtype == torch.float64 and rows.shape == shape[dim : dim + 1]
+    return fits and bool(((rows >= 0) & (rows <= 1e9)).all())
 
 
 def _scale(tensors, factors):

@@ -124,7 +124,7 @@ def test_a_state_of_other_parameters_is_refused_by_fused_adamw(name, value):
     fused.step(1e-2)
     state = fused.state_dict()
     state["state"][0][name] = value
-    with pytest.raises(ValueError, match="other parameters|another list of parameters"):
+    with pytest.raises(ValueError, match=r"other parameters|another list of parameters"):
         FusedAdamW(ours).load_state_dict(state)
 
 

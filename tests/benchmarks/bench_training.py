@@ -49,10 +49,10 @@ def data_of(model, batch, pixels):
     return latents, noise, timesteps, model.tokenize(["chest x-ray, age 47 male, view PA"] * batch).to(model.device)
 
 
-def mean_loss(model, unet, text_encoder, data):
+def mean_loss(schedule, dtype, unet, text_encoder, data):
     """``unet`` and ``text_encoder``: functions of tensors, ours or the peer's."""
     latents, noise, timesteps, token_ids = data
-    noisy = model.schedule.add_noise(latents, noise, timesteps).to(model.dtype)
+    noisy = schedule.add_noise(latents, noise, timesteps).to(dtype)
     return (unet(noisy, timesteps, text_encoder(token_ids)).float() - noise).square().mean()
 
 
@@ -68,13 +68,17 @@ def our_step(model, data, kind="lora", rank=4):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters)
 
+    def loss():
+        with kernels.lean():  # as in training
+            return mean_loss(model.schedule, model.dtype, model.unet, model.text_encoder, data)
+
     def step(test=False, expected=False):
         if test:
             with fisher_probe(model, expected=expected) as probe:
-                mean_loss(model, model.unet, model.text_encoder, data).backward()
+                loss().backward()
             probe.scores()
         else:
-            mean_loss(model, model.unet, model.text_encoder, data).backward()
+            loss().backward()
         clip_gradients(parameters, CLIP).item()
         optimizer.step(LR)
         for parameter in parameters:
@@ -101,12 +105,13 @@ def peer_step(model, data):
                 parameter.data = parameter.data.float()
                 parameters.append(parameter)
     optimizer = torch.optim.AdamW(parameters, lr=LR)
-    half = model.dtype != torch.float32
+    schedule, dtype, device = model.schedule, model.dtype, model.device  # and not the model: its weights would stay
 
     def step():
-        with torch.autocast(model.device.type, model.dtype, enabled=half):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = mean_loss(
-                model,
+                schedule,
+                dtype,
                 lambda *inputs: unet(*inputs, return_dict=False)[0],
                 lambda token_ids: text_encoder(token_ids, return_dict=False)[0],
                 data,

@@ -6,6 +6,7 @@ sees the other's memory, threads or settings, and other load on the machine meet
 its commands do (`minildm.startup.prepare_process`); the peer's begin as Python does.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -159,6 +160,7 @@ def memory_mb(device, reset=False):
         return torch.cuda.max_memory_allocated() / 1e6
     if reset:
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: what building the networks has freed goes back to the system
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident now
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
