@@ -22,6 +22,7 @@ import weakref
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 _transformed = weakref.WeakKeyDictionary()  # layer -> (its weight, the weight's version, G g G^T)
 
@@ -38,6 +39,12 @@ def winograd_weight(layer):
         transformed = (G @ rows).view(4, 4, *weight.shape[1::-1]).transpose(0, 1).reshape(16, *weight.shape[1::-1])
         kept = _transformed[layer] = (weight.detach(), weight._version, transformed)
     return kept[2]
+
+
+def transformed_bytes(model):
+    """Bytes of the transformed weights that are kept for the model's layers."""
+    kept = (_transformed.get(layer) for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    return sum(entry[2].nbytes for entry in kept if entry is not None)
 
 
 class WinogradConvolution(torch.autograd.Function):

@@ -24,7 +24,7 @@ from minildm.layers import (
     to_map,
     to_tokens,
 )
-from minildm.winograd import winograd, winograd_gradient, winograd_weight
+from minildm.winograd import transformed_bytes, winograd, winograd_gradient, winograd_weight
 
 
 @pytest.mark.parametrize("dim", [2, 32, 320])
@@ -192,7 +192,9 @@ def test_winograd_runs_where_it_pays_and_is_within_parity_there():
     assert kernels.winograd_pays(layer, x)
     with kernels.plain():
         plain = layer(x)
+    assert transformed_bytes(torch.nn.Sequential(layer)) == 0
     assert not torch.equal(layer(x), plain) and relative_error(layer(x), plain) <= PARITY
+    assert transformed_bytes(torch.nn.Sequential(layer)) == 16 * 320 * 320 * 4
     assert not kernels.winograd_pays(layer, x[:, :, :4, :4])
     assert not kernels.winograd_pays(layer, x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):

@@ -168,23 +168,23 @@ def finetune(task, method_class, settings, run, machine):
     if config.warmup >= task.steps:
         print(f"note: --warmup {config.warmup} is not over after the {task.steps} steps of the run: the learning rate "
               f"never reaches --lr {config.lr:g}")  # fmt: skip
-    probe = ForgettingProbe(model, run, task.image_size) if config.forgetting_probe and is_first() else None
-    method = method_class(model, settings, task.steps, config.seed)
-    trains_text = any(name.startswith("text_encoder.") for name in method.trained())
-    assert not (trains_text and task.contexts), "cached contexts would not follow the text encoder"
-    from_first(lambda: print_forecast(task, method, run))
-    if config.checkpointing:
-        checkpoint_blocks(model.unet, model.text_encoder)
-    method.compiled = machine.compile
-    if machine.compile:
-        torch._dynamo.config.recompile_limit = 64  # at 8 it would give up, silently, as layers grow
-        model.unet.compile()
-        model.text_encoder.compile()
     with kernels.plain() if machine.plain else kernels.lean():
+        probe = ForgettingProbe(model, run, task.image_size) if config.forgetting_probe and is_first() else None
+        method = method_class(model, settings, task.steps, config.seed)
+        trains_text = any(name.startswith("text_encoder.") for name in method.trained())
+        assert not (trains_text and task.contexts), "cached contexts would not follow the text encoder"
+        from_first(lambda: print_forecast(task, method, run))
+        if config.checkpointing:
+            checkpoint_blocks(model.unet, model.text_encoder)
+        method.compiled = machine.compile
+        if machine.compile:
+            torch._dynamo.config.recompile_limit = 64  # at 8 it would give up, silently, as layers grow
+            model.unet.compile()
+            model.text_encoder.compile()
         state = train(method, task, config, run, task.steps)
-    if probe is not None:
-        with state.averaged():
-            probe.measure(state.step)
+        if probe is not None:
+            with state.averaged():
+                probe.measure(state.step)
     run.save_summary(summary_facts(state, method))
     return state, method
 

@@ -24,6 +24,7 @@ from minildm.record import machine_of
 from minildm.settings import Settings, setting
 from minildm.text_encoder import EncoderLayer
 from minildm.torchrun import launch, launched
+from minildm.winograd import transformed_bytes
 
 ECHO = 5.0  # seconds
 CACHE = Path.home() / ".cache" / "minildm"
@@ -71,7 +72,8 @@ SPARE = 1.15  # activations: allowance for allocator and kernel overhead
 def forecast(model, one_sample_loss, config):
     """(bytes of a step at its peak, bytes that are free): free is None where the system does not say.
 
-    One sample's forward is run, and the activations that autograd would keep are counted, not kept.
+    One sample's forward is run, and the activations that autograd would keep are counted, not kept. The weights that
+    Winograd's algorithm transforms for it (`kernels.lean` says which) stay, and count.
     Args: one_sample_loss: () -> the loss of one sample. Call before `checkpoint_blocks`.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -80,6 +82,7 @@ def forecast(model, one_sample_loss, config):
     sample = inputs + largest if config.checkpointing else kept
     copies = 4 if config.ema_decay else 3  # gradient, Adam's two means, and the moving average
     needed = weights + copies * trained + SPARE * (config.micro_batch or share_size(config.batch_size)) * sample
+    needed += transformed_bytes(model)
     return int(needed), free_memory(model.device, weights)
 
 
