@@ -50,9 +50,14 @@ def _quoted(value):
 
 
 def split_parameters(text):
-    """Undo `parameters_text`: (prompt, negative prompt, {key: value}), values as text. A prompt with a line that starts
-    with "Negative prompt:" is cut there: the format cannot tell."""
-    *lines, last = text.split("\n")
+    """Undo `parameters_text`: (prompt, negative prompt, {key: value}), values as text.
+
+    The settings are the last line that starts with "Steps:" (other tools write lines after it); without one there are
+    none. A prompt with a line that starts with "Negative prompt:" is cut there: the format cannot tell.
+    """
+    lines = text.split("\n")
+    end = next((i for i in reversed(range(len(lines))) if lines[i].startswith("Steps:")), len(lines))
+    lines, last = lines[:end], "".join(lines[end : end + 1])
     pairs = {key.strip(): value.strip() for key, value in PAIR.findall(last)}
     for key, value in pairs.items():
         if value.startswith('"'):

@@ -16,7 +16,8 @@ from torch import nn
 from minildm.winograd import WinogradConvolution, winograd_weight
 
 enabled = True
-winograd_limit = None  # `convolution` by Winograd's algorithm for layers of up to so many output channels; None = all
+lean_enabled = False
+LEAN_CHANNELS = 640  # see `lean`
 
 
 @contextlib.contextmanager
@@ -32,14 +33,15 @@ def plain(wanted=True):
 
 @contextlib.contextmanager
 def lean():
-    """Inside this block, Winograd's algorithm only for layers of up to 640 output channels. Theirs are the large maps;
-    the widest layers have most of the weights, a copy of which would be 3 GB more of SD v1.5's U-Net (of these 0.5)."""
-    global winograd_limit
-    before, winograd_limit = winograd_limit, 640
+    """Inside this block, as wherever gradients are computed, Winograd's algorithm only for layers of up to 640 output
+    channels. Theirs are the large maps; the widest layers have most of the weights, and their transformed copies take
+    3 GB of SD v1.5's U-Net (those of the others 0.5)."""
+    global lean_enabled
+    before, lean_enabled = lean_enabled, True
     try:
         yield
     finally:
-        winograd_limit = before
+        lean_enabled = before
 
 
 def convolution(layer, x):
@@ -61,6 +63,7 @@ def eligible(layer, x):
         and x.dtype == layer.weight.dtype
         and type(x) is torch.Tensor
         and not layer.weight.requires_grad
+        and not (layer.bias is not None and layer.bias.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
@@ -72,7 +75,7 @@ def winograd_pays(layer, x):
     return (
         x.dtype == torch.float32
         and min(layer.weight.shape[:2]) >= 320
-        and (winograd_limit is None or layer.weight.shape[0] <= winograd_limit)
+        and (layer.weight.shape[0] <= LEAN_CHANNELS or not (lean_enabled or torch.is_grad_enabled()))
         and x.shape[2] * x.shape[3] > 16
         and eligible(layer, x)
     )

@@ -40,6 +40,8 @@ def flags_like(args):
 
 
 def _flags_of_record(args, record):
+    from minildm.adapters.metadata import rank_flag  # with torch
+
     base, vae, init_image, adapters = (record[key] for key in ("base", "vae", "init_image", "adapters"))
     flags = {
         "prompt": record["prompt"],
@@ -63,13 +65,10 @@ def _flags_of_record(args, record):
         flags["init_image"] = Path(init_image["path"])
     if not adapters:
         flags["adapter"] = ("none",)
-    elif not args.adapter and all(adapter["given"] for adapter in adapters):
-        for adapter in adapters:
+    elif not args.adapter and (given := [adapter for adapter in adapters if adapter["given"]]):
+        for adapter in given:  # those below them are found as they were then
             _require(args.like, "adapter", adapter, "--adapter", contents=True)
-        flags["adapter"] = tuple(
-            f"{one['path']}{'' if one['rank'] is None else '@' + str(one['rank'])}:{one['multiplier']!r}"
-            for one in adapters
-        )
+        flags["adapter"] = tuple(f"{one['path']}{rank_flag(one)}:{one['multiplier']!r}" for one in given)
     return flags
 
 
@@ -134,7 +133,7 @@ def batch_like(request, planned):
     record = request.record(image, planned)
     for what in ("base", "vae", "adapters"):
         if what not in args.explicit:
-            _require_same(args.like, what, record[what], recorded[what])
+            _require_same(args.like, what, record[what], recorded[what], request.files[what])
     if len(planned) > 1:
         return None
     new, old = _decisive(record), _decisive(recorded)
@@ -173,8 +172,8 @@ def compare(image, path):
     return f"not the same as {image}: {n:,} of {n_all:,} values differ, by up to {differences.max()} of 255"
 
 
-def _require_same(image, what, ours, theirs):
-    """Raise InputError unless the files that were found are those of the record."""
+def _require_same(image, what, ours, theirs, files):
+    """Raise InputError unless the files that were found, ``files`` as flags name them, are those of the record."""
     found, wanted = ([file["sha256"] for file in _files(part)] for part in (ours, theirs))
     if found != wanted:
         flag = {"base": "--base", "vae": "--vae", "adapters": "--adapter"}[what]
@@ -184,7 +183,7 @@ def _require_same(image, what, ours, theirs):
         )
         raise InputError(
             f"{image} was made with another {flag.lstrip('-')}, {wanted}, than the one found, {found}; give the right "
-            f"one with {flag}, or {flag} {_files(ours)[0]['path'] if ours else 'none'} to use this one all the same"
+            f"one with {flag}, or {flag} {' '.join(files) or 'none'} to use this one all the same"
         )
 
 

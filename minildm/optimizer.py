@@ -161,7 +161,7 @@ class FusedAdamW:
         for i, kept in state["state"].items():
             if [kept[name].shape for name in ("step", "exp_avg", "exp_avg_sq")] != [(), *2 * (ordered[i].shape,)]:
                 raise ValueError("another list of parameters")
-            if not _is_age(int(kept["step"]), ()):
+            if not (kept["step"].isfinite() and _is_age(int(kept["step"]), ())):
                 raise ValueError("ages of other parameters")
         self.torch.load_state_dict({"state": state["state"], "param_groups": own})
 

@@ -64,7 +64,13 @@ class Request:
     def __init__(self, args, settings, model, adapters, init_image):
         self.args, self.settings, self.model, self.init_image = args, settings, model, init_image
         self.adapter_text = describe_adapters(adapters)
-        self.adapters = _describe_adapters(adapters, given=bool(args.adapter))
+        self.adapters = _describe_adapters(adapters, args.adapter)
+        vae_path = model.files.vae_path
+        self.files = {  # as flags name them
+            "base": [str(model.files.path)],
+            "vae": [] if vae_path is None else [str(vae_path)],
+            "adapters": list(adapters),
+        }
         self.hashing = threading.Thread(target=lambda: model.base_hash, daemon=True)
         self.hashing.start()  # takes seconds for a large base, so it runs during the sampling
 
@@ -103,12 +109,15 @@ def _describe_file(path, digest, given=True):
 
 
 def _describe_adapters(adapters, given):
+    """``given``: those of the adapters that flags name; others come with the base, or lie below a given one."""
     from minildm.loading import parse_adapter
 
-    return [
-        _describe_file(path, sha256(path), given) | {"multiplier": multiplier, "rank": rank}
-        for path, multiplier, rank in map(parse_adapter, adapters)
-    ]
+    described = []
+    for adapter in adapters:
+        path, multiplier, rank = parse_adapter(adapter)
+        file = _describe_file(path, sha256(path), given=adapter in given)
+        described.append(file | {"multiplier": multiplier, "rank": rank})
+    return described
 
 
 def dtype_name(dtype):

@@ -23,6 +23,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 _transformed = weakref.WeakKeyDictionary()  # layer -> (its weight, the weight's version, G g G^T)
 
@@ -56,6 +57,7 @@ class WinogradConvolution(torch.autograd.Function):
         return winograd(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return winograd_gradient(dy, ctx.weight, ctx.shape), None, None
 

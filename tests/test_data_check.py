@@ -57,6 +57,14 @@ def test_all_faults_and_suspicious_images_are_found_at_once(tmp_path, capsys):
     assert run(tmp_path, f"folder:{root}", "--skip-bad")[0] == 0
 
 
+def test_a_data_set_without_a_readable_image_is_a_fault(tmp_path):
+    root = made_data.folder(tmp_path / "data", 5)
+    for image in (root / "images").iterdir():
+        image.write_bytes(b"")
+    code, report = run(tmp_path, f"folder:{root}", "--skip-bad")
+    assert code == 1 and "no image can be decoded" in report["faults"]
+
+
 def test_leaks_across_patients_are_reported(tmp_path):
     root = made_data.folder(tmp_path / "data", 30)
     for i in range(1, 30):

@@ -1,6 +1,5 @@
 """The building blocks and the faster kernels, one by one, against their definitions."""
 
-import contextlib
 import math
 
 import peers
@@ -174,16 +173,27 @@ def test_winograds_gradient_is_the_convolutions(shape, tiles):
     assert ours.shape == x_shape and relative_error(ours, exact) <= PARITY
 
 
-@pytest.mark.parametrize("lean, c_out, runs", [(False, 640, True), (True, 640, True), (True, 641, False)])
-def test_winograd_trains_layers_of_up_to_640_channels(lean, c_out, runs):
+@pytest.mark.parametrize("c_out, runs", [(640, True), (641, False)])
+def test_winograd_trains_layers_of_up_to_640_channels(c_out, runs):
     layer, x, dy = conv3x3(320, c_out), noise(1, 320, 6, 7).requires_grad_(), noise(1, c_out, 6, 7)
     with kernels.plain():
         (exact,) = torch.autograd.grad(layer(x), x, dy)
-    with kernels.lean() if lean else contextlib.nullcontext():
-        y = layer(x)
+    y = layer(x)
     (ours,) = torch.autograd.grad(y, x, dy)
     assert (y.grad_fn.name() == "WinogradConvolutionBackward") == runs
     assert relative_error(ours, exact) <= PARITY
+    with torch.no_grad():
+        assert kernels.winograd_pays(layer, x)
+        with kernels.lean():
+            assert kernels.winograd_pays(layer, x) == runs
+
+
+@pytest.mark.parametrize("shape", [(640, 640, 4, 4), (320, 320, 6, 6)])
+def test_a_bias_that_is_trained_gets_its_gradient(shape):
+    layer = conv3x3(*shape[:2])
+    layer.bias.requires_grad_(True)
+    layer(noise(1, shape[0], *shape[2:])).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((shape[1],), float(shape[2] * shape[3])))
 
 
 @torch.no_grad()

@@ -296,6 +296,19 @@ def test_a_base_that_was_found_by_default_must_be_found_again(folder, tmp_path, 
     assert np.array_equal(pixels(again), pixels(path))
 
 
+def test_an_adapter_below_a_given_one_is_recorded_by_name_alone_and_found_again(folder, tmp_path, capsys):
+    model = minildm.load(folder / "base", [folder / "a.safetensors"], device="cpu")
+    for layer in add_adapter(model, "lora", rank=1).values():
+        layer.lora_B.data.fill_(0.1)
+    save_adapter(model, tmp_path / "b.safetensors")
+    words = ["chest x-ray", *QUICK, "--device", "cpu", "--base", folder / "base"]
+    path = run(tmp_path / "out", *words, "--adapter", tmp_path / "b.safetensors")
+    below, given = read_record(path)["adapters"]
+    assert (below["path"], below["given"]) == ("a.safetensors", False)
+    assert (given["path"], given["given"]) == (str(tmp_path / "b.safetensors"), True)
+    assert np.array_equal(pixels(run(tmp_path / "again", "--like", path)), pixels(path))
+
+
 def test_another_machine_or_version_is_warned_of(folder, tmp_path):
     path = make(folder, tmp_path / "out")
     edit_record(path, lambda record: record | {"versions": record["versions"] | {"torch": "2.6.0"}})

@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from minildm.__main__ import main
 from minildm.errors import InputError
+from minildm.images import save_png
 from minildm.metrics.clip import clip_score, png_prompt, read_prompts
 from minildm.metrics.extractors import FeatureSettings, open_extractor
 from minildm.metrics.features import collect
@@ -155,6 +156,20 @@ def test_cmmd_is_given_with_clip_features(generated, clip_weights):
     assert extractor.label == "FD-clip" and extractor.dims == (256,)
     result = measure(first, second, extractor, replicates=3)
     assert result["cmmd"]["value"] > 0
+
+
+@pytest.mark.parametrize(
+    "text, prompt",
+    [
+        ("Findings: normal heart, clear lungs", "Findings: normal heart, clear lungs"),
+        ("chest x-ray\nview: PA", "chest x-ray\nview: PA"),
+        ("chest x-ray\nNegative prompt: blurry", "chest x-ray"),
+        ("chest x-ray\nSteps: 20, Seed: 3\nTemplate: {prompt}", "chest x-ray"),
+    ],
+)
+def test_prompts_of_other_tools_are_whole(text, prompt, tmp_path):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "image.png", text)
+    assert png_prompt(tmp_path / "image.png") == prompt
 
 
 def test_mistakes_are_answered_in_one_line(generated, clip_weights, tmp_path):

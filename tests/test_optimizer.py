@@ -1,5 +1,7 @@
 """AdamW and clipping: against PyTorch's, and what rows that come later need."""
 
+import math
+
 import pytest
 import torch
 
@@ -116,7 +118,9 @@ def test_a_state_with_impossible_ages_is_refused(age):
         optimizer.load_state_dict(state)
 
 
-@pytest.mark.parametrize("name, value", [("step", torch.tensor(-3.0)), ("exp_avg", torch.zeros(()))])
+@pytest.mark.parametrize(
+    "name, value", [("step", torch.tensor(-3.0)), ("step", torch.tensor(math.inf)), ("exp_avg", torch.zeros(()))]
+)
 def test_a_state_of_other_parameters_is_refused_by_fused_adamw(name, value):
     ours = parameters()
     fused = FusedAdamW(ours)

@@ -187,13 +187,17 @@ def test_html_in_texts_appears_as_text(runs, tmp_path):
     assert "b" not in [tag for tag, _ in page.tags]
 
 
-def test_images_of_patients_need_the_flag(runs, tmp_path):
+def test_images_of_patients_need_the_flag(runs, tmp_path, monkeypatch):
     run = runs / "selora"
+    base = json.loads((run / "config.json").read_text())["found"].get("base")
+    monkeypatch.setattr("minildm.report.read_run.embedded_hash", lambda: base)
     (run / "generated").mkdir()
     save_png(Image.new("RGB", (32, 32)), run / "generated" / "00000-seed0.png", "a private caption\nSteps: 2")
     assert "a private caption" in page_of([run], tmp_path)  # of procedural data: no patient
-    for change in ({"data": "folder:/patients"}, {"on_top_of": ["other"]}, {"base": "RUN/model"}):
-        set_settings(run, **{"data": "phantom", "on_top_of": [], "base": None} | change)
+    for change in ({"data": "folder:/patients"}, {"on_top_of": ["other"]}, {}):
+        set_settings(run, **{"data": "phantom", "on_top_of": []} | change)
+        if not change:
+            monkeypatch.setattr("minildm.report.read_run.embedded_hash", lambda: "another base's")
         text = page_of([run], tmp_path)
         assert "data:image" not in text and "a private caption" not in text
         assert "images are left out" in text and "contains images" not in text

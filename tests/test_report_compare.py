@@ -28,7 +28,7 @@ from minildm.data.reading import Transform
 from minildm.errors import InputError
 from minildm.images import save_png
 from minildm.report import comparison, figures, forecast, measures
-from minildm.report.cells import CellFailed, cells_of, share, variants
+from minildm.report.cells import CellFailed, cells_of, generated_paths, sample_cell, share, variants
 from minildm.report.compare import CompareSettings, main, parse, remember, write_comparison
 from minildm.report.evaluate import Evaluator, spread_out
 from minildm.report.read_run import Missing, read_run
@@ -37,6 +37,19 @@ from minildm.training.command_line import parse as parse_training
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 COUNTS = {"selora": 2000, "lora-rank1": 1000, "lora-rank4": 4000, "adalora": 9000}
+
+
+# --- the cells --------------------------------------------------------------------------------------------------------
+def test_images_of_other_prompts_are_not_taken_for_these(tmp_path):
+    (cell,) = cells_of(variants(["lora"]), [0], tmp_path)
+    images = generated_paths(cell.folder, 2)
+    images[0].parent.mkdir(parents=True)
+    for image in images:
+        image.touch()
+    (cell.folder / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert sample_cell(cell, ["a", "b"], []) == images
+    with pytest.raises(InputError, match="images of other prompts"):
+        sample_cell(cell, ["a", "c"], [])
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -161,6 +174,7 @@ def no_data_and_no_drawing(request, monkeypatch):
         raise InputError("the data is not here")
 
     monkeypatch.setattr("minildm.report.compare.RunData", absent)
+    monkeypatch.setattr("minildm.report.read_run.embedded_hash", lambda: None)  # these runs record no base
     if "page" not in request.node.name:
 
         def undrawn(id, title, across, up, curves, words=None, log_x=False):

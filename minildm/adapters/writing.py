@@ -8,7 +8,7 @@
 
 Where the layers' own scales differ from that, the rest is multiplied into B, in float32 or wider; where they do not,
 each value keeps its bits. Layers of rank 0 (AdaLoRA's) are left out of the other tools' files: they change nothing. No
-captions, prompts or paths: they may be patient text.
+file holds captions or prompts, which may be patient text; a native one names the adapters below it by path, as given.
 """
 
 import json

@@ -240,6 +240,8 @@ def describe_classes(records, field):
 
 def describe_captions(data_set, template):
     """Token counts (with begin and end), what is cut at 77 tokens, repeats, and marks left by de-identification."""
+    if not data_set.records:
+        raise InputError("no image can be decoded")
     prompts, tokenizer = prompts_for(data_set, template), Tokenizer()
     counts = Counter(prompts)
     lengths = {prompt: len(tokenizer.encode(prompt)) + 2 for prompt in counts}

@@ -197,7 +197,11 @@ def _standardised(x):
 
 def feature_distances(a, b, itself=False):
     """Euclidean distances between features (n, d) and (m, d): (n, m); inf on the diagonal if b is a (``itself``)."""
-    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # exact: copies are at tiny distances
+    # By matrix products, whose rounding grows with the features' length, not with the distance: copies are at tiny
+    # distances, hence in float64.
+    a = a.double()
+    parts = (torch.cdist(a, part.double(), compute_mode="use_mm_for_euclid_dist") for part in b.split(8192))
+    distances = torch.cat([part.float() for part in parts], dim=1)
     return distances.fill_diagonal_(torch.inf) if itself else distances
 
 

@@ -113,8 +113,7 @@ def png_prompt(path, advice="give a CSV of file,prompt with --prompts"):
     text = read_parameters(path)
     if not text:
         raise InputError(f"{path} holds no prompt (PNG text 'parameters'); {advice}")
-    prompt, _, settings = split_parameters(text)
-    return prompt if settings else text.partition("\nNegative prompt:")[0]
+    return split_parameters(text)[0]
 
 
 def main(argv):

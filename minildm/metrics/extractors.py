@@ -88,11 +88,12 @@ def open_extractor(settings, dims=DIMS):
 def inception_extractor(weights=None, dims=DIMS, device="cpu"):
     """The FID network; by default with the file that ``python -m minildm fetch inception`` gets. Weights whose hash is
     not the published file's are labelled as unverified."""
+    named = weights  # a path that the user has not given stays out of results
     weights = find_weights(WEIGHTS_NAME) if weights is None else weights
     network = InceptionV3.from_file(weights).to(device)
     digest = sha256(weights)
     label = "FID" if digest == WEIGHTS_SHA256 else "FID (unverified weights)"
-    facts = {"weights": str(weights), "sha256": digest, "resize": "299 x 299 bilinear, no antialias"}
+    facts = {"weights": str(named or weights.name), "sha256": digest, "resize": "299 x 299 bilinear, no antialias"}
     return Extractor(label, tuple(dims), _for_inception, lambda x: network.features(x, dims), facts)
 
 

@@ -107,11 +107,16 @@ def sample_cell(cell, prompts, settings, device=()):
     Args: settings: flags of sample.py. The images' seeds are 0, 1, 2, ... in every cell.
     """
     images = generated_paths(cell.folder, len(prompts))
+    table, text = cell.folder / "prompts.jsonl", "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
     if all(path.is_file() for path in images):
+        if not table.is_file() or table.read_text(encoding="utf-8") != text:
+            raise InputError(
+                f"{images[0].parent} holds images of other prompts, perhaps of an earlier version of minildm; give "
+                "another --out, or remove that folder to generate them again"
+            )
         return images
-    table = cell.folder / "prompts.jsonl"
     with written_beside(table) as beside:
-        beside.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
     run = read_run(cell.folder)
     model = cell.folder / "model"
     result = model if model.is_dir() else cell.folder / "adapter.safetensors"

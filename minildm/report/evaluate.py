@@ -134,33 +134,40 @@ class Evaluator:
     def describe_real(self, records, transform):
         """Describe the records that are new, or find what an earlier process has found of them."""
         for extractor in self.extractors:
-            new = self._new(records, extractor)
-            keys = {record.name: key_on_disk(record) for record in new}
-            known = self._described_before(new, keys, extractor, transform)
+            if not (new := self._new(records, extractor)):
+                continue
+            keys = {record.name: key_on_disk(record) for record in records}
+            known = self._described_before(records, keys, extractor, transform)
             for record in new:
                 self._keep(record, extractor, known[keys[record.name]].numpy())
 
     def _described_before(self, records, keys, extractor, transform):
         """Rows of the features of all depths, one after the other, of all the records: those that are missing on disk
-        are described in blocks, which several processes share among them.
+        are described in blocks, which several processes share among them. Blocks are cut from all records by name, so
+        they are the same in every process, whatever the split and whatever is missing.
 
         Args: keys: {name of a record: its `key_on_disk`}.
         """
         recipe = f"{extractor.label}, {extractor.dims}, {extractor.facts}, of {transform}"
         known = Rows(self.folder, recipe, (sum(extractor.dims),), torch.float32)
-        missing = [record for record in records if keys[record.name] not in known]
-        blocks = [missing[start : start + ROWS_PER_SHARD] for start in range(0, len(missing), ROWS_PER_SHARD)]
-        names = {i: short_hash("".join(record.name for record in block)) for i, block in enumerate(blocks)}
-        with Progress(f"real images, {extractor.label}", "image", len(missing), hidden=not missing) as progress:
+        ordered = sorted(records, key=lambda record: record.name)
+        blocks = [ordered[start : start + ROWS_PER_SHARD] for start in range(0, len(ordered), ROWS_PER_SHARD)]
+
+        def missing(block):
+            return [record for record in block if keys[record.name] not in known]
+
+        counts = {i: n for i, block in enumerate(blocks) if (n := len(missing(block)))}
+        names = {i: short_hash("".join(record.name for record in blocks[i])) for i in counts}
+        total = sum(counts.values())
+        with Progress(f"real images, {extractor.label}", "image", total, hidden=not total) as progress:
 
             def describe(i):
-                new = [record for record in blocks[i] if keys[record.name] not in known]
-                if new:
+                if new := missing(blocks[i]):
                     features = np.stack(list(self._features_of(new, extractor, transform)))
                     if changed := [record for record in new if key_on_disk(record) != keys[record.name]]:
                         raise InputError(f"{changed[0].path} changed while it was described; run again")
                     known.add([keys[record.name] for record in new], torch.from_numpy(features))
-                progress.update(len(blocks[i]))
+                progress.update(counts[i])
 
             known.fill(names, describe)
         return known

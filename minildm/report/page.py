@@ -28,7 +28,8 @@ TEMPLATES = Path(__file__).parent
 SHEET_PIXELS, IMAGE_PIXELS = 1000, 320  # a side, at most, on the page
 MOST_SHEETS, MOST_GENERATED = 6, 12  # of a run; of many runs there are fewer sheets
 WITHHELD = Missing(
-    "images are left out, because those of this data may show patients or resemble them; --with-images puts them in"
+    "images are left out, because those of this data or base may show patients or resemble them; --with-images puts "
+    "them in"
 )
 
 
@@ -162,8 +163,8 @@ def command(run):
 
 
 def setting_texts(run):
-    """{setting: text}"""
-    return {name: _text(value) for name, value in run.settings.items()}
+    """{setting: text}, without the cache's folder, which says nothing about the run."""
+    return {name: _text(value) for name, value in run.settings.items() if name != "cache"}
 
 
 def _text(value):

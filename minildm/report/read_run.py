@@ -4,6 +4,7 @@ What a file would have told but does not is `Missing`, with the reason: a report
 blank. Nothing here reads an image or a caption.
 """
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from minildm.adapters.rank_map import is_layer
 from minildm.data.records import BUILT_IN
 from minildm.errors import InputError
-from minildm.files import parse_json, read_json
+from minildm.files import parse_json, read_json, sha256
 
 # Results of the metrics' commands, wherever in the run's folder they are.
 RESULTS = ("metrics.json", "fid.json", "clip_score.json", "audit.json", "adherence.json")
@@ -28,6 +29,14 @@ class Missing:
 
     def __bool__(self):
         return False
+
+
+@functools.cache
+def embedded_hash():
+    """What runs record as the hash of the embedded model (`LatentDiffusion.base_hash`)."""
+    from minildm.loading import EMBEDDED
+
+    return sha256(EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,10 @@ class RunFiles:
 
     @property
     def shows_no_patient(self):
-        """Whether the run's images can show no patient: its data is procedural, and so is all that it builds on."""
-        builds_on = self.settings.get("base") or self.settings.get("on_top_of")  # trained on nobody knows what
-        return str(self.settings.get("data")).partition(":")[0] in BUILT_IN and not builds_on
+        """Whether the run's images can show no patient: its data is procedural, and so is what the embedded base, on
+        which it must build, was trained on."""
+        builds_on_embedded = self.found.get("base") == embedded_hash() and not self.settings.get("on_top_of")
+        return str(self.settings.get("data")).partition(":")[0] in BUILT_IN and builds_on_embedded
 
     def series(self, key):
         """The numbers of the log's entry ``key``: (steps, values), two lists of equal length."""
@@ -162,7 +172,7 @@ def _json_lines(path):
 def _summary(folder):
     path = folder / "summary.json"
     if not path.is_file():
-        return Missing(f"the run has not ended (no summary.json); to continue: python train.py --resume {folder}")
+        return Missing("the run has not ended (no summary.json); train.py --resume continues it")
     summary = read_json(path)
     counts = summary.get("parameters")
     rows = list(counts.values()) if isinstance(counts, dict) else [None]

@@ -78,7 +78,7 @@ class TrainingConfig(Settings):
         None, "steps between validations (default: an epoch, or several if they are short)", at_least=1
     )
     validation_pairs: int = setting(
-        64, "(timestep, noise) pairs; one per image if there are more images, up to 512", at_least=1, at_most=512
+        64, "(timestep, noise) pairs; one per image if there are more images; 512 at most are used", at_least=1
     )
     sample_interval: int = setting(0, "steps between sheets of sample images; 0 = none", at_least=0)
     samples: int = setting(4, "images on a sheet", at_least=1)

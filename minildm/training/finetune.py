@@ -23,7 +23,14 @@ from minildm.latent_diffusion import to_pil, usual_guidance
 from minildm.progress import Progress
 from minildm.training.forgetting import ForgettingProbe, forgetting_line
 from minildm.training.loop import exported_name, train
-from minildm.training.loss import Captions, caption_texts, denoising_losses, sample_randomness, validation_loss
+from minildm.training.loss import (
+    MOST_PAIRS,
+    Captions,
+    caption_texts,
+    denoising_losses,
+    sample_randomness,
+    validation_loss,
+)
 from minildm.training.machine import checkpoint_blocks, disk_forecast, forecast, memory_advice
 from minildm.training.run import data_fingerprint
 from minildm.training.task import Task
@@ -168,6 +175,8 @@ def finetune(task, method_class, settings, run, machine):
     if config.warmup >= task.steps:
         print(f"note: --warmup {config.warmup} is not over after the {task.steps} steps of the run: the learning rate "
               f"never reaches --lr {config.lr:g}")  # fmt: skip
+    if config.validation_pairs > MOST_PAIRS:
+        print(f"note: validation uses {MOST_PAIRS} pairs, not the {config.validation_pairs:,} of --validation-pairs")
     with kernels.plain() if machine.plain else kernels.lean():
         probe = ForgettingProbe(model, run, task.image_size) if config.forgetting_probe and is_first() else None
         method = method_class(model, settings, task.steps, config.seed)

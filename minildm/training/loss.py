@@ -117,6 +117,9 @@ def denoising_losses(model, batch, randomness, captions, config):
     return losses
 
 
+MOST_PAIRS = 512  # of a validation
+
+
 class PlainLoss(NamedTuple):
     """What validation measures, whatever is trained on."""
 
@@ -130,7 +133,7 @@ class PlainLoss(NamedTuple):
 def validation_loss(model, pairs, captions, config):
     """The mean loss over fixed (image, timestep, noise) triples: the same at every call, so that differences are the
     model's. Timesteps are spread evenly over the schedule; captions stay, and no weight is applied."""
-    count = min(max(config.validation_pairs, len(pairs)), 512)
+    count = min(max(config.validation_pairs, len(pairs)), MOST_PAIRS)
     order = torch.randperm(count, generator=seeded(config.seed, "validation order"))
     spread = ((order + 0.5) / count * model.schedule.n_timesteps).long()
     mine, size = share(range(count)), config.micro_batch or share_size(config.batch_size)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 import warnings
 import zipfile
@@ -254,8 +255,10 @@ class Run:
                 raise
             reason = _first_line(error)
             full = getattr(error, "errno", None) in (errno.EDQUOT, errno.EFBIG) or "No space left" in reason
-            if "inline_container" in reason:  # torch.save's words for it
-                reason, full = "the disk is full, or the file too large", True
+            if "inline_container" in reason:  # torch.save's words; it says why only where a file cannot be opened
+                why = re.search(r"strerror: (.+)", reason)
+                reason = why[1] if why else "the disk is full, or the file too large"
+                full = why is None or "No space left" in reason
             elif isinstance(error, RuntimeError):
                 raise  # not of the disk
             raise InputError(
