@@ -143,6 +143,7 @@ class DyLoRA(LoRA):
 
     settings_class = DyLoRASettings
     layer_class = DyLoRALinear
+    reads_captions = False  # at its full rank, while lower ranks must work, too
 
     def __init__(self, model, settings, steps, seed):
         super().__init__(model, settings, steps, seed)

@@ -30,6 +30,7 @@ class Method:
         float32_weights: load the base in float32, and use the run's precision for products only (autocast).
         result: name of the file or folder in the run's folder that `save` writes.
         compiled: whether the networks are compiled, so that a change of shapes is expensive; set by the caller.
+        reads_captions: whether --read-captions suits the method.
         follows_end: names of schedules that depend on the number of steps, for a resumed run that gets another.
     """
 
@@ -38,6 +39,7 @@ class Method:
     float32_weights = False
     result = "adapter.safetensors"
     compiled = False
+    reads_captions = True
     follows_end = ()
 
     def __init__(self, model, settings, steps, seed):

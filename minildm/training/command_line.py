@@ -109,7 +109,7 @@ def parse(arguments):
     dreambooth, config = from_flags(DreamBoothSettings, args), from_flags(TrainingConfig, args)
     _check_dreambooth(dreambooth, config, given)
     if dreambooth.instance_prompt is not None:
-        config = dataclasses.replace(config, caption_cut=0.0)  # of a preset
+        config = dataclasses.replace(config, caption_cut=0.0, read_captions=0)  # of a preset
     if config.save_format != "native" and method.export is Method.export:
         raise InputError(f"--save-format {config.save_format} is for adapters; --adapter {name} writes a checkpoint, "
                          "which needs none: leave it out")  # fmt: skip
@@ -205,6 +205,9 @@ def _check_dreambooth(dreambooth, config, given):
         raise InputError(
             "--caption-cut shortens captions, and --instance-prompt gives all images one prompt; leave one of them out"
         )
+    if dreambooth.instance_prompt is not None and "read_captions" in given:
+        raise InputError("--read-captions learns from what captions tell apart, and --instance-prompt gives all images "
+                         "one prompt; leave one of them out")  # fmt: skip
     if dreambooth.n_class_images and config.batch_size < 2:
         raise InputError(f"--batch-size {config.batch_size} has no room for both an instance and a class image; give "
                          "at least 2, or leave --class-prompt out")  # fmt: skip
@@ -221,10 +224,13 @@ def _refuse_unused(plan, given):
     unused = {
         "samples": (not config.sample_interval, "there are no sheets of sample images; give --sample-interval, too"),
         "text_encoder_rate": ("text_encoder" not in targets, "the text encoder is not trained; name it in --targets"),
+        "read_captions": ("text_encoder" not in targets, "the text encoder is not trained; name it in --targets"),
     }
     if "validation" not in SPLITS[plan.data.split]:
         reason = f"--split {plan.data.split} has no images for validation; give another --split"
         unused |= dict.fromkeys(("validation_interval", "validation_pairs"), (True, reason))
+    if config.read_captions and not plan.method.reads_captions:
+        raise InputError(f"--read-captions does not suit --adapter {plan.goal.adapter}; leave it out")
     for name, (is_unused, reason) in unused.items():
         if is_unused and name in given:
             raise InputError(f"{flag(name)} would change nothing: {reason}, or leave {flag(name)} out")

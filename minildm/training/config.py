@@ -70,6 +70,12 @@ class TrainingConfig(Settings):
     caption_cut: float = setting(
         0.0, "share of captions that are cut at a random comma, so that short prompts work, too", at_least=0, at_most=1
     )
+    read_captions: int = setting(
+        0,
+        "steps before the denoising in which the text encoder learns to predict an image's code from its caption, for "
+        "words that it has never seen; 0 = none",
+        at_least=0,
+    )
     min_snr_gamma: float = setting(0.0, "min-SNR weighting of the loss, 5 is usual; 0 = off", at_least=0)
     noise_offset: float = setting(0.0, "offset noise, 0.1 is usual; 0 = off", at_least=0)
     seed: int = setting(0, "random seed of the whole run", at_least=0)

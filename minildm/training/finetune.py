@@ -32,6 +32,7 @@ from minildm.training.loss import (
     validation_loss,
 )
 from minildm.training.machine import checkpoint_blocks, disk_forecast, forecast, memory_advice
+from minildm.training.reading import read_captions
 from minildm.training.run import data_fingerprint
 from minildm.training.task import Task
 
@@ -190,6 +191,8 @@ def finetune(task, method_class, settings, run, machine):
             torch._dynamo.config.recompile_limit = 64  # at 8 it would give up, silently, as layers grow
             model.unet.compile()
             model.text_encoder.compile()
+        if config.read_captions and trains_text and not run.state.exists():
+            read_captions(task, method, config.read_captions)
         state = train(method, task, config, run, task.steps)
         if probe is not None:
             with state.averaged():

@@ -1,0 +1,91 @@
+"""--read-captions: the text encoder's adapter learns from captions alone, before the denoising."""
+
+import pytest
+import torch
+from made_runs import same_bits, short_run
+from peers import assert_says
+
+from minildm.adapters import METHODS, adapter_layers
+from minildm.errors import InputError
+from minildm.training import finetune, reading
+from minildm.training.command_line import parse
+
+READING = {"read_captions": 12, "steps": 6}
+
+
+@pytest.mark.parametrize("kind", ["selora", "lora", "adalora"])
+def test_only_the_text_encoder_reads_and_its_error_falls(tmp_path, monkeypatch, kind):
+    found, read = {}, reading.read_captions
+
+    def recording(task, method, steps):
+        errors = []
+        kept = torch.Tensor.backward
+
+        def backward(loss, *arguments, **options):
+            errors.append(loss.item())
+            return kept(loss, *arguments, **options)
+
+        before = {name: parameter.detach().clone() for name, parameter in method.trained().items()}
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        read(task, method, steps)
+        monkeypatch.setattr(torch.Tensor, "backward", kept)
+        changed = {name for name, p in method.trained().items() if not torch.equal(p, before[name])}
+        found.update(errors=errors, changed=changed, text={n for n in before if n.startswith("text_encoder.")})
+
+    monkeypatch.setattr(finetune, "read_captions", recording)
+    short_run(tmp_path / "run", adapter=kind, **(READING | {"read_captions": 60}))
+    assert sum(found["errors"][-5:]) < 0.7 * sum(found["errors"][:5])
+    assert found["changed"] and found["changed"] <= found["text"]
+
+
+def test_a_run_that_stops_while_reading_or_later_is_the_same_in_the_end(tmp_path, monkeypatch):
+    model, _, run, _ = short_run(tmp_path / "whole", save_interval=2, **READING)
+    read, steps = reading._read, []
+
+    def interrupted(*arguments):
+        read(*arguments)
+        raise KeyboardInterrupt
+
+    def stopping_at(state, *arguments):
+        steps.append(state.step)
+        if state.step == 3:
+            raise RuntimeError("stopped")
+        return ordinary(state, *arguments)
+
+    monkeypatch.setattr(reading, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        short_run(tmp_path / "parts", save_interval=2, **READING)
+    monkeypatch.setattr(reading, "_read", read)
+    ordinary = finetune.train.__globals__["train_step"]
+    monkeypatch.setitem(finetune.train.__globals__, "train_step", stopping_at)
+    with pytest.raises(RuntimeError, match="stopped"):
+        short_run(tmp_path / "parts", resume=True, save_interval=2, **READING)
+    monkeypatch.setitem(finetune.train.__globals__, "train_step", ordinary)
+    monkeypatch.setattr(reading, "_read", None)  # a saved state holds what was read
+    other, *_, parts, _ = short_run(tmp_path / "parts", resume=True, save_interval=2, **READING)
+    assert same_bits(model, other) and run.result.read_bytes() == parts.result.read_bytes()
+
+
+def test_nothing_is_read_where_the_text_encoder_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "read_captions", None)
+    model, *_ = short_run(tmp_path / "run", adapter="lora", targets=("unet",), **READING)
+    assert all(path.startswith("unet.") for path in adapter_layers(model))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--adapter", "lora", "--targets", "unet"], "--read-captions would change nothing"),
+        (["--adapter", "dylora"], "--read-captions does not suit --adapter dylora"),
+        (["--adapter", "lora", "--instance-prompt", "a chest"], "--read-captions learns from what captions tell apart"),
+        (["--adapter", "lora", "--read-captions", "-1"], "--read-captions must be a number at least 0"),
+    ],
+)
+def test_reading_that_makes_no_sense_is_refused(words, message):
+    with pytest.raises(InputError) as error:
+        parse(["--read-captions", "5", *words])
+    assert_says(error.value, message)
+
+
+def test_only_dylora_does_not_read():
+    assert [name for name, method in METHODS.items() if not method.reads_captions] == ["dylora"]
