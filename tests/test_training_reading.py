@@ -89,3 +89,24 @@ def test_reading_that_makes_no_sense_is_refused(words, message):
 
 def test_only_dylora_does_not_read():
     assert [name for name, method in METHODS.items() if not method.reads_captions] == ["dylora"]
+
+
+def test_a_rising_held_out_error_brings_back_the_best_weights(tmp_path, monkeypatch, capsys):
+    errors, kept, read = iter([3.0, 1.0, 2.0, 4.0]), {}, reading._read
+
+    def held_out_error(task, reader):
+        kept[len(kept)] = [parameter.detach().clone() for parameter in found]
+        return next(errors)
+
+    def recording(task, trained, steps):
+        found.extend(trained)
+        read(task, trained, steps)
+        kept["end"] = [parameter.detach().clone() for parameter in trained]
+
+    found = []
+    monkeypatch.setattr(reading, "VALIDATIONS", 4)
+    monkeypatch.setattr(reading, "_held_out_error", held_out_error)
+    monkeypatch.setattr(reading, "_read", recording)
+    short_run(tmp_path / "run", **READING)
+    assert "best after 6 of 12 steps" in capsys.readouterr().out
+    assert all(map(torch.equal, kept["end"], kept[1])) and not all(map(torch.equal, kept["end"], kept[3]))

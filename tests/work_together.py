@@ -47,8 +47,8 @@ def short(folder, name, resume=False, **changes):
     elif name == "full":  # Adam makes a step of lr even of a gradient that is rounding: that moves zeros
         model, *_ = short_run(folder, adapter=name, **changes | {"lr": 1e-5})
     else:
-        sheets = {"sample_interval": 6, "samples": 1} if name == "lora" else {}
-        model, *_ = short_run(folder, adapter=name, resume=resume, **changes | sheets)
+        more = {"sample_interval": 6, "samples": 1, "read_captions": 4} if name == "lora" else {}
+        model, *_ = short_run(folder, adapter=name, resume=resume, **changes | more)
     found = distributed.gather_to_first(weights_fingerprint(model))
     assert found is None or len(set(found)) == 1, "processes have different weights"
 

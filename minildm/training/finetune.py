@@ -92,6 +92,7 @@ class Finetuning(Task):
         self.pairs, self.captions = self._pairs(training, cut=config.caption_cut > 0)
         self.latent_shape = self.pairs[0]["mean"].shape  # (4, h, w)
         self.classes = None if balance is None else classes_of(training.records, balance)
+        self.validation_pairs = None
         if validation.records:
             self.validation_pairs, self.validation_captions = self._pairs(validation)
             self.validation_interval = config.steps_between_validations(self.n_images, self.images_per_step)

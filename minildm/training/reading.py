@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import default_collate
 
 from minildm.distributed import alone, is_first, sum_over_processes
 from minildm.errors import InputError
@@ -18,9 +19,10 @@ from minildm.layers import Attention, FeedForward, to_map
 from minildm.optimizer import AdamW, clip_gradients
 from minildm.progress import Progress
 from minildm.seeds import seeded, to_device
-from minildm.training.loss import sample_randomness
+from minildm.training.loss import MOST_PAIRS, sample_randomness
 
 RATE, WARMUP = 1e-3, 50  # of a cosine schedule: the reader's learning rate; steps
+VALIDATIONS = 10
 ADAPTER = 10  # an adapter's, and a whole text encoder's, as a multiple of it: B starts at zero
 
 
@@ -61,7 +63,8 @@ class CaptionReader(nn.Module):
 def read_captions(task, method, steps):
     """Train the method's parameters in the text encoder for ``steps`` batches of the task; print how it went.
 
-    Of several processes the first one reads, and the others receive what it has learned.
+    Where the held-out error rises, as it does on a few hundred images, they return to their best values. Of several
+    processes the first one reads, and the others receive what it has learned.
     """
     trained = [parameter for name, parameter in method.trained().items() if name.startswith("text_encoder.")]
     if is_first():
@@ -73,27 +76,51 @@ def read_captions(task, method, steps):
 
 
 def _read(task, trained, steps):
-    model, seed = task.model, task.config.seed
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded(seed, "weights", "caption reader").initial_seed())
-        config = model.text_encoder.config
-        reader = CaptionReader(config.width, config.n_heads, task.latent_shape[-1]).to(model.device)
+    reader = _new_reader(task)
     parameters = [*trained, *reader.parameters()]
     optimizer = AdamW(parameters, [ADAPTER] * len(trained) + [1] * (len(parameters) - len(trained)))
-
-    def errors(batch, captions, rows):
-        """(B,): the mean squared error of each sample's predicted code."""
-        code = to_device(batch["mean"] * model.config.vae.scaling_factor, model.device)
-        with task.products():
-            predicted = reader(captions(batch, rows).float())
-        return (predicted.float() - code).square().mean((1, 2, 3))
-
+    best, best_step, kept = math.inf, 0, None
     for step, batch in enumerate(Progress("reading captions", "step", steps, task.batches(0, steps))):
-        u = sample_randomness(seed, "caption", batch["id"], (1, 1, 1), 1).caption
-        errors(batch, task.captions, task.captions.rows(batch["index"], u, task.config)).mean().backward()
+        u = sample_randomness(task.config.seed, "caption", batch["id"], (1, 1, 1), 1).caption
+        rows = task.captions.rows(batch["index"], u, task.config)
+        _errors(task, reader, batch, task.captions, rows).mean().backward()
         clip_gradients(parameters, 1.0)
         optimizer.step(RATE * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for parameter in parameters:
             parameter.grad = None
+        if task.validation_pairs and ((step + 1) % max(1, steps // VALIDATIONS) == 0 or step + 1 == steps):
+            error = _held_out_error(task, reader)
+            if error < best:
+                best, best_step, kept = error, step + 1, [parameter.detach().clone() for parameter in trained]
+    if kept is not None:
+        torch._foreach_copy_([parameter.data for parameter in trained], kept)
+        print(
+            f"captions read: held-out squared error of the code {best:.4f}, best after {best_step:,} of {steps:,} steps"
+        )
     if not all(parameter.isfinite().all() for parameter in trained):
         raise InputError("the text encoder's weights are not finite after --read-captions; use --dtype float32")
+
+
+def _new_reader(task):
+    config = task.model.text_encoder.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded(task.config.seed, "weights", "caption reader").initial_seed())
+        return CaptionReader(config.width, config.n_heads, task.latent_shape[-1]).to(task.model.device)
+
+
+def _errors(task, reader, batch, captions, rows):
+    """(B,): the mean squared error of each sample's predicted code."""
+    code = to_device(batch["mean"] * task.model.config.vae.scaling_factor, task.model.device)
+    with task.products():
+        predicted = reader(captions(batch, rows).float())
+    return (predicted.float() - code).square().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def _held_out_error(task, reader):
+    pairs, size, total = task.validation_pairs, task.batch_size, 0.0
+    count = min(len(pairs), MOST_PAIRS)
+    for first in range(0, count, size):
+        batch = default_collate([pairs[i] for i in range(first, min(first + size, count))])
+        total += _errors(task, reader, batch, task.validation_captions, batch["index"]).sum().item()
+    return total / count
