@@ -98,9 +98,9 @@ def test_a_rising_held_out_error_brings_back_the_best_weights(tmp_path, monkeypa
         kept[len(kept)] = [parameter.detach().clone() for parameter in found]
         return next(errors)
 
-    def recording(task, trained, steps):
+    def recording(task, trained, *arguments):
         found.extend(trained)
-        read(task, trained, steps)
+        read(task, trained, *arguments)
         kept["end"] = [parameter.detach().clone() for parameter in trained]
 
     found = []

@@ -23,7 +23,7 @@ from minildm.training.loss import MOST_PAIRS, sample_randomness
 
 RATE, WARMUP = 1e-3, 50  # of a cosine schedule: the reader's learning rate; steps
 VALIDATIONS = 10
-ADAPTER = 10  # an adapter's, and a whole text encoder's, as a multiple of it: B starts at zero
+ADAPTER_FACTOR = 10  # of the learning rate, for adapters: B starts at zero
 
 
 class CaptionReader(nn.Module):
@@ -69,16 +69,16 @@ def read_captions(task, method, steps):
     trained = [parameter for name, parameter in method.trained().items() if name.startswith("text_encoder.")]
     if is_first():
         with alone():
-            _read(task, trained, steps)
+            _read(task, trained, 1 if method.float32_weights else ADAPTER_FACTOR, steps)
     else:
         torch._foreach_zero_([parameter.data for parameter in trained])
     sum_over_processes([parameter.data for parameter in trained])
 
 
-def _read(task, trained, steps):
+def _read(task, trained, factor, steps):
     reader = _new_reader(task)
     parameters = [*trained, *reader.parameters()]
-    optimizer = AdamW(parameters, [ADAPTER] * len(trained) + [1] * (len(parameters) - len(trained)))
+    optimizer = AdamW(parameters, [factor] * len(trained) + [1] * (len(parameters) - len(trained)))
     best, best_step, kept = math.inf, 0, None
     for step, batch in enumerate(Progress("reading captions", "step", steps, task.batches(0, steps))):
         u = sample_randomness(task.config.seed, "caption", batch["id"], (1, 1, 1), 1).caption
