@@ -33,10 +33,11 @@ class Missing:
 
 @functools.cache
 def embedded_hash():
-    """What runs record as the hash of the embedded model (`LatentDiffusion.base_hash`)."""
+    """What runs record as the hash of the embedded model (`LatentDiffusion.base_hash`); no hash where it is absent."""
     from minildm.loading import EMBEDDED
 
-    return sha256(EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors")
+    unet = EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors"
+    return sha256(unet) if unet.is_file() else "absent"
 
 
 @dataclass(frozen=True)
