@@ -10,7 +10,7 @@ A 2 x 2 tile of the output from a 4 x 4 tile d of the input and the kernel g tak
           0  1  0 -1           0    0    1
 
 The products * are sums over the input channels: 16 matrix products, one for each of the 16 positions in a tile.
-All of it is linear in d, so the gradient is the same algorithm transposed,
+All of it is linear in d, so the gradient with respect to x is the same algorithm transposed,
 
     dd = B [ (G g G^T) * (A dY A^T) ] B^T
 
@@ -49,7 +49,7 @@ def transformed_bytes(model):
 
 
 class WinogradConvolution(torch.autograd.Function):
-    """A convolution by Winograd's algorithm, in both directions from one transformed weight."""
+    """The convolution of a frozen layer, in both directions from one transformed weight; only x gets a gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -88,7 +88,7 @@ def winograd_gradient(dy, weight, shape, tiles=2048):
 
 
 def _strips(out, tiles):
-    """Cut ``out``, (B, 2 rows, 2 columns, C), into rows of about ``tiles`` tiles: pairs of first row and end."""
+    """Cut ``out``, (B, 2 rows, 2 columns, C), into strips of about ``tiles`` tiles: pairs of first row and end."""
     rows = 2 * max(1, tiles // (len(out) * out.shape[2] // 2))
     return [(first, min(first + rows, out.shape[1])) for first in range(0, out.shape[1], rows)]
 
@@ -98,16 +98,16 @@ def _winograd_strip(x, weight, bias, out):
     batch, n, m = len(x), out.shape[1] // 2, out.shape[2] // 2
     d = [x[:, i : i + 2 * n : 2] for i in range(4)]  # row i of each tile, (B, n, 2 m + 2, C_in)
     half = x.new_empty(4, *d[0].shape)  # B^T d
-    _times_B(d, half)
+    _times_B_transposed(d, half)
     d = [half[:, :, :, j : j + 2 * m : 2] for j in range(4)]  # column j, (4, B, n, m, C_in)
     tiles = x.new_empty(4, 4, batch, n, m, x.shape[-1])  # B^T d B
-    _times_B(d, tiles.transpose(0, 1))
+    _times_B_transposed(d, tiles.transpose(0, 1))
     products = torch.bmm(tiles.view(16, -1, x.shape[-1]), weight).view(4, 4, batch, n, m, -1)
     del half, tiles, d
     half = products.new_empty(2, 4, *products.shape[2:])  # A^T times the products
-    _times_A(products, half)
+    _times_A_transposed(products, half)
     for i in range(2):
-        for j, column in enumerate(_times_A(half[i])):
+        for j, column in enumerate(_times_A_transposed(half[i])):
             out[:, i::2, j::2] = column if bias is None else column.add_(bias)
 
 
@@ -115,24 +115,24 @@ def _winograd_gradient_strip(dy, weight, dx):
     """dy (B, 2 n, 2 m, C_out) -> added to dx (B, 2 n + 2, 2 m + 2, C_in)."""
     batch, n, m, c_out = len(dy), dy.shape[1] // 2, dy.shape[2] // 2, dy.shape[3]
     half = dy.new_empty(4, batch, n, 2 * m, c_out)  # A dY
-    _times_A_transposed((dy[:, 0::2], dy[:, 1::2]), half)
+    _times_A((dy[:, 0::2], dy[:, 1::2]), half)
     tiles = dy.new_empty(4, 4, batch, n, m, c_out)  # A dY A^T
-    _times_A_transposed((half[:, :, :, 0::2], half[:, :, :, 1::2]), tiles.transpose(0, 1))
+    _times_A((half[:, :, :, 0::2], half[:, :, :, 1::2]), tiles.transpose(0, 1))
     products = torch.bmm(tiles.view(16, -1, c_out), weight.transpose(1, 2)).view(4, 4, batch, n, m, -1)
     del half, tiles
     half = products.new_empty(4, *products.shape[1:])  # B times the products; row i of each tile, columns still apart
-    _times_B_transposed(products, half)
+    _times_B(products, half)
     rows = half.new_zeros(4, batch, 2 * n + 2, m, half.shape[-1])  # rows put together
     for i in range(4):
         rows[:, :, i : i + 2 * n : 2] += half[i]
     del products, half
     columns = torch.empty_like(rows)  # times B^T
-    _times_B_transposed(rows, columns)
+    _times_B(rows, columns)
     for j in range(4):
         dx[:, :, j : j + 2 * m : 2] += columns[j]
 
 
-def _times_B(d, out):
+def _times_B_transposed(d, out):
     """The four rows of B^T d."""
     torch.sub(d[0], d[2], out=out[0])
     torch.add(d[1], d[2], out=out[1])
@@ -140,7 +140,7 @@ def _times_B(d, out):
     torch.sub(d[1], d[3], out=out[3])
 
 
-def _times_B_transposed(v, out):
+def _times_B(v, out):
     """The four rows of B v."""
     out[0] = v[0]
     torch.sub(v[1], v[2], out=out[1]).add_(v[3])
@@ -148,12 +148,12 @@ def _times_B_transposed(v, out):
     torch.neg(v[3], out=out[3])
 
 
-def _times_A(y, out=(None, None)):
+def _times_A_transposed(y, out=(None, None)):
     """The two rows of A^T y."""
     return (torch.add(y[0], y[1], out=out[0]).add_(y[2]), torch.sub(y[1], y[2], out=out[1]).sub_(y[3]))
 
 
-def _times_A_transposed(y, out):
+def _times_A(y, out):
     """The four rows of A y."""
     out[0] = y[0]
     torch.add(y[0], y[1], out=out[1])

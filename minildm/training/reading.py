@@ -1,7 +1,7 @@
 """Before the denoising (--read-captions): the text encoder learns words that it has never seen, by predicting an
-image's code from its caption. It is the second stage of pretraining, for the adapter of the text encoder alone.
+image's code (its latent) from its caption. It is pretraining's second stage, for the text encoder or its adapter.
 
-A denoising loss hardly teaches it words, because a noisy image mostly shows itself (docs/pretraining.md has the
+Denoising teaches it few words, because the noisy image gives most of the answer away (docs/pretraining.md has the
 experiments). Here only the words carry information: least squares between the image's code and what a `CaptionReader`,
 which is then discarded, predicts from the context.
 """
@@ -21,9 +21,9 @@ from minildm.progress import Progress
 from minildm.seeds import seeded, to_device
 from minildm.training.loss import MOST_PAIRS, sample_randomness
 
-RATE, WARMUP = 1e-3, 50  # of a cosine schedule: the reader's learning rate; steps
+RATE, WARMUP = 1e-3, 50  # the reader's highest learning rate, which then falls by a cosine; steps until it is reached
 VALIDATIONS = 10
-ADAPTER_FACTOR = 10  # of the learning rate, for adapters: B starts at zero
+ADAPTER_FACTOR = 10  # adapters learn faster by this factor, because B starts at zero
 
 
 class CaptionReader(nn.Module):
@@ -63,8 +63,8 @@ class CaptionReader(nn.Module):
 def read_captions(task, method, steps):
     """Train the method's parameters in the text encoder for ``steps`` batches of the task; print how it went.
 
-    Where the held-out error rises, as it does on a few hundred images, they return to their best values. Of several
-    processes the first one reads, and the others receive what it has learned.
+    With images to validate on, the values with the lowest held-out error are kept: on a few hundred images that error
+    soon rises. Of several processes the first one reads, and the others receive what it has learned.
     """
     trained = [parameter for name, parameter in method.trained().items() if name.startswith("text_encoder.")]
     if is_first():
