@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import torch
 
 from minildm import distributed, kernels, load
+from minildm.adapters.metadata import without_path
 from minildm.data.cache import latent_cache
 from minildm.data.open import open_data_set
 from minildm.data.prompts import prompts_for
@@ -71,7 +72,7 @@ def main(arguments):
     known = {
         "base": model.base_hash,
         "vae": goal.vae and [model.vae_hash, model.config.vae.scaling_factor],
-        "on_top_of": [{key: value for key, value in one.items() if key != "path"} for one in model.merged],
+        "on_top_of": [without_path(one) for one in model.merged],
         "dtype": _name(dtype),
         "pixels": transform.size,
         "texts": texts,

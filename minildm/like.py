@@ -183,7 +183,7 @@ def _require_same(image, what, ours, theirs, files):
         )
         raise InputError(
             f"{image} was made with another {flag.lstrip('-')}, {wanted}, than the one found, {found}; give the right "
-            f"one with {flag}, or {flag} {' '.join(files) or 'none'} to use this one all the same"
+            f"one with {flag}, or {flag} {f' {flag} '.join(files) or 'none'} to use this one all the same"
         )
 
 
