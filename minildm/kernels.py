@@ -8,6 +8,7 @@ Each fast path replaces plain code, its twin, which the docstring names; a test 
 import contextlib
 import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from minildm.winograd import WinogradConvolution, winograd_weight
 enabled = True
 lean_enabled = False
 LEAN_CHANNELS = 640  # see `lean`
+SMALL = 50_000_000  # parameters; see `side_by_side`
 
 
 @contextlib.contextmanager
@@ -162,6 +164,55 @@ def product_attention_pays(query, key):
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
+
+
+@contextlib.contextmanager
+def side_by_side(network):
+    """A function like ``network`` that cuts each batch in two and computes the halves at the same time, each with half
+    of the threads. Twin: the network itself, which is what runs where this does not pay.
+
+    In a small network many operations take hardly longer than dividing them among threads does, and each waits until
+    the slowest thread is done. Two halves wait for each other once: 1.2 times as fast for ``weights/tiny`` on two cores.
+
+    Args: network: (x (B, ...), timesteps (1,), context (B, ...)) -> (B, ...); called in inference mode.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        yield lambda x, timesteps, context: (
+            _in_halves(pool, network, x, timesteps, context)
+            if halves_pay(network, x)
+            else network(x, timesteps, context)
+        )
+
+
+def halves_pay(network, x):
+    """For networks smaller than any Stable Diffusion on a CPU; not where a compiler or autocast, which a new thread does
+    not know about, is on."""
+    return (
+        enabled
+        and x.device.type == "cpu"
+        and len(x) > 1
+        and torch.get_num_threads() > 1
+        and network._compiled_call_impl is None
+        and not torch.is_autocast_enabled("cpu")
+        and sum(parameter.numel() for parameter in network.parameters()) < SMALL
+    )
+
+
+def _in_halves(pool, network, x, timesteps, context):
+    threads = torch.get_num_threads()
+
+    def half(rows):
+        with torch.inference_mode():
+            torch.set_num_threads(max(1, threads // 2))
+            return network(x[rows], timesteps, context[rows])
+
+    middle = len(x) // 2
+    try:
+        other = pool.submit(half, slice(middle, None))
+        first = half(slice(middle))
+        return torch.cat([first, other.result()])
+    finally:
+        torch.set_num_threads(threads)  # of this thread
 
 
 # --- bfloat16 on processors with and without instructions for it -----------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from minildm import kernels
 from minildm.config import SPATIAL_FACTOR, STRENGTH, SamplingSettings
 from minildm.errors import InputError
 from minildm.files import sha256
@@ -202,10 +203,10 @@ class LatentDiffusion(nn.Module):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         sample_noise = functools.partial(self._sample_noise, generators, self._latent_shape(settings))
         guided = settings.guidance > 1
-        with torch.inference_mode():
+        with torch.inference_mode(), kernels.side_by_side(self.unet) as unet:
             context = self.encode_prompt(negatives + prompts if guided else prompts)
             latents = self._first_latents(settings, init_images, latents, generators, sample_noise)
-            denoise = guide(self.unet, context, settings.guidance)
+            denoise = guide(unet, context, settings.guidance)
             options = {"eta": eta} if sampler == "ddim" else {"karras": karras} if sampler == "dpm++" else {}
             trajectory = SAMPLERS[sampler](
                 denoise, latents, self.schedule, steps, sample_noise, settings.skipped_steps, **options

@@ -1,4 +1,4 @@
-"""bfloat16 on processors without instructions for it: products in float32, the choice stored and kept."""
+"""Fast paths against their twins: products in float32 where bfloat16 is slow, attention, halves side by side."""
 
 import copy
 
@@ -137,3 +137,69 @@ def test_bfloat16_is_fast_where_there_are_instructions_for_it(monkeypatch):
     for capability, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):  # T4, A100, H100
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert kernels.has_fast_bfloat16(torch.device("cuda")) == fast
+
+
+class Small(nn.Module):
+    """Records the batch sizes it is called with, and the number of threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = nn.Parameter(torch.ones(())), []
+
+    def forward(self, x, timesteps, context):
+        self.calls.append((len(x), torch.get_num_threads()))
+        if not x.isfinite().all():
+            raise ValueError("not finite")
+        return x * self.weight + timesteps + context
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2  # whatever ran left it as it was
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_two_halves_side_by_side_are_the_whole(two_threads, batch):
+    x, t, context = torch.randn(batch, 4), torch.tensor([7]), torch.randn(batch, 4)
+    with torch.inference_mode(), kernels.side_by_side(network := Small()) as run:
+        assert torch.equal(run(x, t, context), x + 7 + context)
+    assert sorted(network.calls) == [(1, 1), (batch - 1, 1)]
+
+
+def test_a_unet_in_halves_is_the_unet(two_threads):
+    unet = random_network(config := UNetConfig.tiny())
+    x, t, context = torch.randn(4, 4, 8, 8), torch.tensor([500]), torch.randn(4, 77, config.context_dim)
+    with torch.inference_mode(), kernels.side_by_side(unet) as run:
+        assert kernels.halves_pay(unet, x)
+        assert relative_error(run(x, t, context), unet(x, t, context)) < 5e-6
+
+
+@pytest.mark.parametrize("where", ["first", "second"])
+def test_an_error_in_either_half_arrives_and_the_threads_are_restored(two_threads, where):
+    x = torch.tensor([torch.inf, 0.0] if where == "first" else [0.0, torch.inf])
+    with torch.inference_mode(), kernels.side_by_side(Small()) as run, pytest.raises(ValueError, match="not finite"):
+        run(x, torch.tensor([7]), x)
+
+
+def test_halves_are_for_small_plain_networks_and_batches_on_several_threads(two_threads, monkeypatch):
+    network, x = Small(), torch.zeros(2)
+    assert kernels.halves_pay(network, x)
+    assert not kernels.halves_pay(network, x[:1])
+    assert not kernels.halves_pay(network, x.to("meta"))
+    with kernels.plain():
+        assert not kernels.halves_pay(network, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kernels.halves_pay(network, x)
+    compiled = Small()
+    compiled._compiled_call_impl = compiled.forward  # as nn.Module.compile sets it
+    assert not kernels.halves_pay(compiled, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "SMALL", 1)
+        assert not kernels.halves_pay(network, x)
+    torch.set_num_threads(1)
+    assert not kernels.halves_pay(network, x)
+    torch.set_num_threads(2)
