@@ -212,6 +212,34 @@ def test_ctrl_c_ends_tidily_and_resume_finishes(place, whole, capsys, monkeypatc
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_run_may_end_at_the_step_where_it_was_stopped(place, tmp_path, monkeypatch, validated):
+    from minildm.training import loop
+
+    def values(**changes):
+        every = flag_values(place) | changes
+        if not validated:
+            every = {k: v for k, v in every.items() if not k.startswith("validation")} | {"split": "80/20"}
+        return as_flags(every)
+
+    ordinary = loop.train_step
+
+    def step_with_signal(state, *arguments):
+        if state.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return ordinary(state, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train_step", step_with_signal)
+        train.main([*values(), "--out", str(tmp_path / "stopped")])
+    assert train.main(["--resume", str(tmp_path / "stopped"), "--steps", "7"]) == 0
+    assert train.main([*values(steps=7), "--out", str(tmp_path / "short")]) == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "short")
+    before = (tmp_path / "stopped" / "log.jsonl").read_bytes()
+    assert train.main(["--resume", str(tmp_path / "stopped")]) == 0  # it has ended: nothing is measured again
+    assert (tmp_path / "stopped" / "log.jsonl").read_bytes() == before
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("given", "words"),

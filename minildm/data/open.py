@@ -66,8 +66,8 @@ def open_data_set(spec, settings=None, seed=0, captioned=True):
     """Read a data set's tables and select its records. No image is opened.
 
     Args:
-        spec: "name:path", name one of DATA_SETS; "phantom" and "procedural" take no path, but may have a
-            number of images: "phantom:6000".
+        spec: "name:path", name one of DATA_SETS; the rendered ones, such as "phantom", take no path, but may
+            have a number of images: "phantom:6000".
         settings: DataSettings; None = the defaults. Splits and image size are not applied here.
         seed: of ``settings.limit``.
         captioned: leave out records without a prompt.

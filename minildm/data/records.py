@@ -9,7 +9,7 @@ import numpy as np
 from minildm.data import values
 from minildm.tables import present
 
-BUILT_IN = ("phantom", "procedural")  # data sets that are rendered on demand and need no path
+BUILT_IN = ("phantom", "procedural", "textures")  # data sets that are rendered on demand and need no path
 MOST_RENDERED = 10**6  # images of such a data set
 
 

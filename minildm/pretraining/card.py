@@ -22,7 +22,10 @@ def write_card(folder, command, plan, runs, seconds, psnr):
         f"- data: {plan.goal.data}, {plan.goal.size} px; seed {plan.shared.seed}; products in {plan.goal.dtype}; "
         f"PyTorch {torch.__version__.split('+')[0]}",
     ]
-    for stage, settings in plan.stages.items():
+    if plan.goal.decoder_of is not None:
+        lines.append(f"- encoder, text encoder and U-Net: those of {plan.goal.decoder_of}")
+    for stage in runs:
+        settings = plan.stages[stage]
         lines.append(f"- {STAGES[stage].title}: {settings.steps:,} steps of {settings.batch_size} images in "
                      f"{seconds[stage] / 60:.0f} min")  # fmt: skip
     lines += [f"- on {where}; PSNR {psnr:.2f} dB on held-out images", "", "Not for clinical use.", ""]

@@ -5,7 +5,7 @@ Rombach et al. 2022, arXiv:2112.10752, in four stages, each a task for the train
 1. autoencoder.py: images <-> codes of 4 numbers per 8 x 8 pixels; the codes are then whitened.
 2. text_encoder.py: the text encoder learns to predict the codes from captions, and is then frozen.
 3. The U-Net learns to denoise the codes, given their captions (the task of training/finetune.py).
-4. autoencoder.py: the decoder alone, on the same codes.
+4. autoencoder.py: the decoder alone, on the same codes. With --decoder-of, this stage alone, for a trained model.
 
 RUN/autoencoder, RUN/text_encoder, RUN/diffusion and RUN/decoder hold each stage's log, state and sample sheets (all but
 the U-Net's show images of the data set). RUN/model is the result in diffusers layout, with a card.
@@ -23,14 +23,14 @@ import torch
 
 from minildm import kernels
 from minildm.checkpoint import NETWORKS, save_folder
-from minildm.data.cache import latent_cache
+from minildm.data.cache import latent_cache, weights_fingerprint
 from minildm.data.loader import TrainingPairs
 from minildm.data.open import DataSettings, open_data_set
 from minildm.data.prompts import prompts_for
 from minildm.data.reading import read
 from minildm.data.splits import SPLITS, split_by_patient
 from minildm.errors import InputError
-from minildm.loading import usable_device
+from minildm.loading import load, usable_device
 from minildm.pretraining.autoencoder import Autoencoding, psnr, unit_scale, whiten_codes
 from minildm.pretraining.card import write_card
 from minildm.pretraining.models import SHAPES, new_model
@@ -59,6 +59,9 @@ MANY_EPOCHS = 100  # above this a note warns that the model may memorise images
 class Goal(Settings):
     shape: str = setting("tiny", "sizes of the networks: those of weights/tiny, or published ones", choices=(*SHAPES,))
     data: str = setting("procedural", "procedural, phantom, folder:..., padchest:..., ...", metavar="NAME:PATH")
+    decoder_of: str | None = setting(
+        None, "train only the decoder of this model, for sharper images from the same codes", metavar="MODEL"
+    )
     size: int = setting(128, "of the images in pixels, a multiple of 8", at_least=8, metavar="PIXELS")
     dtype: str | None = setting(
         None,
@@ -89,12 +92,13 @@ def parse(arguments):
     if given.resume:
         if given.out:
             raise InputError(f"--resume {given.resume} continues in its own folder; leave --out {given.out} out")
-        if not (given.resume / "autoencoder" / "config.json").is_file():
+        begun = next((stage for stage in STAGES if (given.resume / stage / "config.json").is_file()), None)
+        if begun is None:
             if (given.resume / "config.json").is_file() and "adapter" in read_record(given.resume)["settings"]:
                 raise InputError(f"{given.resume} is a run of train.py; python train.py --resume {given.resume} "
                                  "continues it")  # fmt: skip
             raise FileNotFoundError(f"{given.resume} holds no pretraining run to resume (no autoencoder/config.json)")
-        parser.set_defaults(**read_record(given.resume / "autoencoder")["settings"])
+        parser.set_defaults(**read_record(given.resume / begun)["settings"])
     args = parser.parse_args(arguments)
     machine = from_flags(Machine, args)
     device = usable_device(machine.device)
@@ -114,6 +118,8 @@ def parse(arguments):
     for stage, settings in plan.stages.items():
         if settings.lr == 0:
             raise InputError(f"{flag(STAGES[stage].prefix + 'lr')} 0 trains nothing; give a learning rate above 0")
+    if plan.goal.decoder_of is not None:
+        _refuse_other_stages(args)
     crop, size = plan.stages["autoencoder"].crop, plan.goal.size
     if crop is not None and (crop % 8 or crop > size):
         raise InputError(f"--vae-crop must be a multiple of 8, from 8 to --size {size}, got {crop}")
@@ -121,6 +127,16 @@ def parse(arguments):
         usable = ", ".join(split for split, shares in SPLITS.items() if "validation" in shares)
         raise InputError(f"--split {plan.data.split} leaves no image to validate on; choose one of: {usable}")
     return plan
+
+
+def _refuse_other_stages(args):
+    """Raise InputError for a flag that changes nothing where only a decoder is trained."""
+    parser = make_parser()
+    others = [name for name, stage in STAGES.items() if name != "decoder"]
+    names = [STAGES[name].prefix + field for name in others for field in STAGES[name].defaults.as_json()]
+    for name in ("shape", *names):
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"{flag(name)} would change nothing: --decoder-of trains only a decoder; leave it out")
 
 
 def make_parser():
@@ -151,7 +167,7 @@ def rebuild_command(plan):
     """The command that makes this model again: the settings that affect the result and are not the defaults."""
     parser, words = make_parser(), ["python -m minildm pretrain"]
     for name, value in plan.record.items():
-        if name not in FREE and value != parser.get_default(name):
+        if (name == "data" or name not in FREE) and value != parser.get_default(name):
             words += [f"--{name.replace('_', '-')}"] + [shlex.quote(str(value))] * (value is not True)
     return " ".join(words)
 
@@ -162,69 +178,74 @@ def main(arguments):
     size, seed, cache = plan.goal.size, plan.shared.seed, plan.machine.cache
     device, dtype = plan.device, getattr(torch, plan.goal.dtype)
     command = f"python -m minildm pretrain --resume {shlex.quote(str(plan.out))}"
+    stages = list(STAGES) if plan.goal.decoder_of is None else ["decoder"]
     runs = {
         stage: Run(plan.out / stage, plan.record, _was_begun(plan, stage), FREE, Networks.result, command)
-        for stage in STAGES
+        for stage in stages
     }
-    configs = {stage: stage_config(stage, settings, plan.shared) for stage, settings in plan.stages.items()}
+    configs = {stage: stage_config(stage, plan.stages[stage], plan.shared) for stage in stages}
 
     # Records -> images and prompts, split by patient
-    transform = plan.data.transform(size)
-    data, prompts, fingerprint = open_whole_data_set(plan, transform)
-    splits = split_by_patient(data.records, plan.data.split, seed)
-    splits["validation"] = splits["validation"][:: math.ceil(len(splits["validation"]) / HELD_OUT)]
-    images = [image_pairs(data.records, splits[name], transform) for name in ("train", "validation")]
-    for note in data.notes:
-        print(f"note: {note}")
-    counts = ", ".join(f"{len(indices):,} {name}" for name, indices in splits.items())
-    print(f"{data.name}: {counts} images of {size} px; run: {plan.out}")
-
-    # The model, with random weights
-    config = SHAPES[plan.goal.shape]
-    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, latent_size=size // 8))
-    model = new_model(config, seed, device)
-    if plan.shared.checkpointing:
-        checkpoint_blocks(model.vae, model.unet, model.text_encoder)
+    main_set = decoder_set = open_images(plan, plan.goal.data)
+    if plan.stages["decoder"].data is not None:
+        decoder_set = open_images(plan, plan.stages["decoder"].data)
     options = {"balance": plan.data.balance, "workers": plan.machine.workers}
     seconds = {}
 
-    def train_stage(stage, module, task):
-        runs[stage].begin(data=fingerprint)
-        announce(stage, task.config, runs[stage], len(splits["train"]))
+    def train_stage(stage, module, task, opened, **found):
+        runs[stage].begin(data=opened.fingerprint, **found)
+        announce(stage, task.config, runs[stage], len(opened.splits["train"]))
         seconds[stage] = run_stage(module, task, runs[stage], back_to_best=STAGES[stage].reads_captions)
 
-    def autoencoding(stage, crop):
-        return Autoencoding(model.vae, *images, configs[stage], stage, crop, device, dtype, **options)
+    def autoencoding(stage, crop, images):
+        balance = options | ({} if images is main_set.images else {"balance": None})
+        return Autoencoding(model.vae, *images, configs[stage], stage, crop, device, dtype, **balance)
 
-    # 1: the autoencoder; then images -> latents, encoded once
-    model.vae.requires_grad_(True)
-    train_stage("autoencoder", model.vae, autoencoding("autoencoder", plan.stages["autoencoder"].crop or size))
-    whiten_codes(model.vae, images[0], device)
-    samples = Samples(data.records, prompts, latent_cache(data.records, transform, model.vae, cache))
-    training, held_out = samples.subset(splits["train"]), samples.subset(splits["validation"])
-    vae = dataclasses.replace(model.config.vae, scaling_factor=unit_scale(training.latents))
-    model.config = dataclasses.replace(model.config, vae=vae)
+    if plan.goal.decoder_of is not None:
+        model = load(plan.goal.decoder_of, device=device, dtype=torch.float32)
+        found = {"vae": weights_fingerprint(model.vae)}
+        if plan.shared.checkpointing:
+            checkpoint_blocks(model.vae)
+    else:
+        # The model, with random weights
+        found, config = {}, SHAPES[plan.goal.shape]
+        config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, latent_size=size // 8))
+        model = new_model(config, seed, device)
+        if plan.shared.checkpointing:
+            checkpoint_blocks(model.vae, model.unet, model.text_encoder)
 
-    # 2: the text encoder
-    task = CaptionReading(model, training, held_out, configs["text_encoder"], dtype, **options)
-    train_stage("text_encoder", task.networks, task)
+        # 1: the autoencoder; then images -> latents, encoded once
+        model.vae.requires_grad_(True)
+        crop = plan.stages["autoencoder"].crop or size
+        train_stage("autoencoder", model.vae, autoencoding("autoencoder", crop, main_set.images), main_set)
+        whiten_codes(model.vae, main_set.images[0], device)
+        latents = latent_cache(main_set.records, plan.data.transform(size), model.vae, cache)
+        samples = Samples(main_set.records, main_set.prompts, latents)
+        training, held_out = (samples.subset(main_set.splits[name]) for name in ("train", "validation"))
+        vae = dataclasses.replace(model.config.vae, scaling_factor=unit_scale(training.latents))
+        model.config = dataclasses.replace(model.config, vae=vae)
 
-    # 3: the U-Net
-    model.unet.requires_grad_(True)
-    task = Finetuning(model, training, held_out, configs["diffusion"], cache, precision=dtype, **options)
-    train_stage("diffusion", model.unet, task)
+        # 2: the text encoder
+        task = CaptionReading(model, training, held_out, configs["text_encoder"], dtype, **options)
+        train_stage("text_encoder", task.networks, task, main_set)
+
+        # 3: the U-Net
+        model.unet.requires_grad_(True)
+        task = Finetuning(model, training, held_out, configs["diffusion"], cache, precision=dtype, **options)
+        train_stage("diffusion", model.unet, task, main_set)
 
     # 4: the decoder alone
     for module in (model.vae.decoder, model.vae.post_quant_conv):
         module.requires_grad_(True)
-    train_stage("decoder", model.vae, autoencoding("decoder", size))
+    train_stage("decoder", model.vae, autoencoding("decoder", size, decoder_set.images), decoder_set, **found)
 
     folder = plan.out / "model"
     save_folder({name: getattr(model, name) for name in NETWORKS}, model.config, folder)
-    decibels = psnr(model.vae, images[1], device)
+    decibels = psnr(model.vae, main_set.images[1], device)
     write_card(folder, rebuild_command(plan), plan, runs, seconds, decibels)
     print(f"reconstructions of held-out images: PSNR {decibels:.2f} dB; losses and hashes: {folder / 'README.md'}")
-    print(f"next: python sample.py {shlex.quote(held_out.prompts[0])} --base {shlex.quote(str(folder))}")
+    prompt = main_set.prompts[main_set.splits["validation"][0]]
+    print(f"next: python sample.py {shlex.quote(prompt)} --base {shlex.quote(str(folder))}")
     return 0
 
 
@@ -243,18 +264,43 @@ def announce(stage, config, run, n_images):
               "them; python -m minildm audit looks for copies")  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Images:
+    """A data set for a stage."""
+
+    records: tuple
+    prompts: tuple
+    fingerprint: str
+    splits: dict  # {name: indices of records}
+    images: tuple  # TrainingPairs of images without prompts: training, held out
+
+
+def open_images(plan, spec):
+    """Open and split a data set, and say what is in it. Args: spec: as in --data. Returns: Images."""
+    transform = plan.data.transform(plan.goal.size)
+    data, prompts, fingerprint = open_whole_data_set(plan, spec, transform)
+    splits = split_by_patient(data.records, plan.data.split, plan.shared.seed)
+    splits["validation"] = splits["validation"][:: math.ceil(len(splits["validation"]) / HELD_OUT)]
+    for note in data.notes:
+        print(f"note: {note}")
+    counts = ", ".join(f"{len(indices):,} {name}" for name, indices in splits.items())
+    print(f"{data.name}: {counts} images of {plan.goal.size} px; run: {plan.out}")
+    images = tuple(image_pairs(data.records, splits[name], transform) for name in ("train", "validation"))
+    return Images(data.records, prompts, fingerprint, splits, images)
+
+
 def image_pairs(records, indices, transform):
     """TrainingPairs of images without prompts."""
     records = [records[i] for i in indices]
     return TrainingPairs(records, [""] * len(records), transform)
 
 
-def open_whole_data_set(plan, transform):
+def open_whole_data_set(plan, spec, transform):
     """Open the data set and decode every file once, so that no bad file stops the run hours later.
 
     Returns: (DataSet, with --skip-bad without unreadable images; its prompts; a fingerprint of both).
     """
-    data = open_data_set(plan.goal.data, plan.data, plan.shared.seed)
+    data = open_data_set(spec, plan.data, plan.shared.seed)
     check_texts(data, plan.data, plan.shared.seed)
     files = [record for record in data.records if record.render is None]
     hashes, errors = {}, {}  # by record name

@@ -33,6 +33,11 @@ class AutoencoderSettings(StageSettings):
 
 
 @dataclass(frozen=True)
+class DecoderSettings(StageSettings):
+    data: str | None = setting(None, "other images for this stage, such as textures (default: --data)", metavar="NAME:PATH")
+
+
+@dataclass(frozen=True)
 class Stage:
     title: str
     prefix: str  # of its flags
@@ -44,7 +49,7 @@ STAGES = {
     "autoencoder": Stage("autoencoder", "vae_", False, AutoencoderSettings(6000, 8, 1e-3)),
     "text_encoder": Stage("text encoder", "text_", True, StageSettings(3000, 32, 1e-3)),
     "diffusion": Stage("U-Net", "", True, StageSettings(10000, 32, 1e-3)),
-    "decoder": Stage("decoder alone", "decoder_", False, StageSettings(2000, 8, 5e-4)),
+    "decoder": Stage("decoder alone", "decoder_", False, DecoderSettings(2000, 8, 5e-4)),
 }
 
 

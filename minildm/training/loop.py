@@ -73,7 +73,7 @@ def train(method, task, config, run, steps):
         stop_requests() as stops,
         Progress("training", "step", steps, initial=state.step) as bar,
     ):
-        if not saved:
+        if not saved or (state.step == steps and not _was_ended(task, run, steps)):  # --resume RUN --steps N, to end here
             between_steps()
         for batch in task.batches(state.step, steps):
             entry = train_step(state, method, task, config, batch, learning_rate(state.step, steps, config))
@@ -98,6 +98,13 @@ def train(method, task, config, run, steps):
         print(f"stopped after the last step. For the rest: {run.continue_with}")
         raise KeyboardInterrupt
     return state
+
+
+def _was_ended(task, run, steps):
+    """Whether a run whose state is that of its last step has been validated there; then its result is saved, too."""
+    if task.validation_interval is None:
+        return run.result.exists()
+    return any(entry["step"] == steps and "validation" in entry for entry in run.entries())
 
 
 def train_step(state, method, task, config, batch, lr):

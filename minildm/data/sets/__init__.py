@@ -16,11 +16,22 @@ file may define ``default_prompt(records)``. A data set rendered on demand has `
 no LOOKED_FOR, and is also listed in ``records.BUILT_IN``.
 """
 
-from minildm.data.sets import folder, iu_xray, mimic_cxr, montgomery, padchest, patch_gastric, phantom, procedural
+from minildm.data.sets import (
+    folder,
+    iu_xray,
+    mimic_cxr,
+    montgomery,
+    padchest,
+    patch_gastric,
+    phantom,
+    procedural,
+    textures,
+)
 
 DATA_SETS = {  # the name in --data: its file
     "phantom": phantom,
     "procedural": procedural,
+    "textures": textures,
     "folder": folder,
     "iu-xray": iu_xray,
     "montgomery": montgomery,
