@@ -172,21 +172,23 @@ def side_by_side(network):
     of the threads. Twin: the network itself, which is what runs where this does not pay.
 
     In a small network many operations take hardly longer than dividing them among threads does, and each waits until
-    the slowest thread is done. Two halves wait for each other once: 1.2 times as fast for ``weights/tiny`` on two cores.
+    the slowest is done. Two halves wait for each other once: 1.2 times as fast for ``weights/tiny`` on two cores.
 
     Args: network: (x (B, ...), timesteps (1,), context (B, ...)) -> (B, ...); called in inference mode.
     """
     with ThreadPoolExecutor(1) as pool:
-        yield lambda x, timesteps, context: (
-            _in_halves(pool, network, x, timesteps, context)
-            if halves_pay(network, x)
-            else network(x, timesteps, context)
+        yield (
+            lambda x, timesteps, context: (
+                _in_halves(pool, network, x, timesteps, context)
+                if halves_pay(network, x)
+                else network(x, timesteps, context)
+            )
         )
 
 
 def halves_pay(network, x):
-    """For networks smaller than any Stable Diffusion on a CPU; not where a compiler or autocast, which a new thread does
-    not know about, is on."""
+    """For networks smaller than any Stable Diffusion, on a CPU; neither compiled nor under autocast, of which a new
+    thread knows nothing."""
     return (
         enabled
         and x.device.type == "cpu"

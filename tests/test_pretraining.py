@@ -884,6 +884,65 @@ def test_the_large_shapes_are_the_published_ones():
         assert shape.schedule.prediction == prediction
 
 
+# --- the decoder alone -----------------------------------------------------------------------------------------------
+def decoder_flags(place, whole, **changes):
+    values = {
+        "decoder_of": whole / "model",
+        "data": "textures:40",
+        "size": 64,
+        "decoder_steps": 4,
+        "decoder_batch_size": 4,
+        "warmup": 1,
+        "sample_interval": 0,
+        "device": "cpu",
+    } | changes
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_the_decoder_of_a_model_trains_alone(place, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "sharper"
+    break_at(monkeypatch, VAE, 2, press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*decoder_flags(place, whole), "--out", str(out)])
+    monkeypatch.undo()
+    assert command.main(["--resume", str(out)]) == 0
+    assert command.main([*decoder_flags(place, whole), "--out", str(tmp_path / "again")]) == 0
+    assert files(out) == files(tmp_path / "again")
+    ours, theirs = files(out), files(whole)
+    assert [name for name in theirs if ours[name] != theirs[name]] == ["vae/diffusion_pytorch_model.safetensors"]
+    new, old = tensors(out, "vae"), tensors(whole, "vae")
+    changed = {name for name in old if not torch.equal(new[name], old[name])}
+    assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+    card = (out / "model" / "README.md").read_text()
+    assert f"those of {whole / 'model'}" in card and "--data textures:40" in card and "| decoder: step" in card
+    shown = capsys.readouterr().out
+    assert "stage 4 of 4, decoder alone: 4 steps of 4" in shown and "textures:40: 39 train" in shown
+
+
+def test_the_decoder_of_a_model_that_has_changed_is_not_continued(place, whole, tmp_path):
+    shutil.copytree(whole / "model", tmp_path / "model")
+    out = tmp_path / "run"
+    assert command.main([*decoder_flags(place, whole, decoder_of=tmp_path / "model"), "--out", str(out)]) == 0
+    shutil.copytree(out / "model" / "vae", tmp_path / "model" / "vae", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="vae"):
+        command.main(["--resume", str(out)])
+
+
+def test_the_last_stage_can_have_data_of_its_own(place, whole, tmp_path):
+    assert command.main([*flags(place, decoder_data="textures:40"), "--out", str(tmp_path / "run")]) == 0
+    ours, theirs = files(tmp_path / "run"), files(whole)
+    assert [name for name in theirs if ours[name] != theirs[name]] == ["vae/diffusion_pytorch_model.safetensors"]
+    with pytest.raises(InputError, match="unknown data set 'texture'"):  # before the first stage
+        command.main([*flags(place, decoder_data="texture"), "--out", str(tmp_path / "other")])
+    assert not list((tmp_path / "other").rglob("log.jsonl"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("shape", "sd15"), ("vae_steps", 5), ("text_lr", 1), ("steps", 5)])
+def test_settings_of_other_stages_are_refused_beside_decoder_of(place, whole, tmp_path, name, value):
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} would change nothing: --decoder-of"):
+        command.main([*decoder_flags(place, whole, **{name: value}), "--out", str(tmp_path / "run")])
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "words"),

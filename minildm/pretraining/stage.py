@@ -34,7 +34,9 @@ class AutoencoderSettings(StageSettings):
 
 @dataclass(frozen=True)
 class DecoderSettings(StageSettings):
-    data: str | None = setting(None, "other images for this stage, such as textures (default: --data)", metavar="NAME:PATH")
+    data: str | None = setting(
+        None, "other images for this stage, such as textures (default: --data)", metavar="NAME:PATH"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Grey textures at the scale of ribs and vessels, without an anatomy: what the embedded model's decoder learns sharpness
-from.
+"""Grey textures at the scale of ribs and vessels, without an anatomy, from which the embedded model's decoder learns to
+show fine detail.
 
 In: seeds. Out: grey images uint8 (B, size, size), without captions: soft and hard-edged masses in front of each other,
 filled with bent stripes, crossed by thin arcs. The codes of the autoencoder hold such detail, but a decoder that has
@@ -70,4 +70,6 @@ def _arc(rng, x, y):
     dx, dy = x - px, y - py
     along, across = _turned(dx, dy, angle)
     across = np.hypot(along, across + radius) - radius  # the distance from the circle
-    return np.exp(-0.5 * (across / width) ** 2 - 0.5 * (along / rng.uniform(0.05, 0.25)) ** 2) * (np.hypot(dx, dy) < 0.7)
+    return np.exp(-0.5 * (across / width) ** 2 - 0.5 * (along / rng.uniform(0.05, 0.25)) ** 2) * (
+        np.hypot(dx, dy) < 0.7
+    )

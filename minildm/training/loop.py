@@ -73,7 +73,7 @@ def train(method, task, config, run, steps):
         stop_requests() as stops,
         Progress("training", "step", steps, initial=state.step) as bar,
     ):
-        if not saved or (state.step == steps and not _was_ended(task, run, steps)):  # --resume RUN --steps N, to end here
+        if not saved or (state.step == steps and not _has_ended(task, run, steps)):
             between_steps()
         for batch in task.batches(state.step, steps):
             entry = train_step(state, method, task, config, batch, learning_rate(state.step, steps, config))
@@ -100,8 +100,9 @@ def train(method, task, config, run, steps):
     return state
 
 
-def _was_ended(task, run, steps):
-    """Whether a run whose state is that of its last step has been validated there; then its result is saved, too."""
+def _has_ended(task, run, steps):
+    """Whether a run that is at its last step has been validated there, and its result is saved. It is not where the end
+    is new: --resume RUN with --steps N, to end where it was stopped."""
     if task.validation_interval is None:
         return run.result.exists()
     return any(entry["step"] == steps and "validation" in entry for entry in run.entries())

@@ -1,5 +1,5 @@
-"""``--data textures``: for a decoder that keeps fine detail. Every other image is a grey texture (teaching/textures.py),
-the others are those of ``procedural``; all are rendered on demand. No chests.
+"""``--data textures``, for a decoder that keeps fine detail: grey textures (teaching/textures.py) and as many images of
+``procedural``, rendered on demand. No chests.
 """
 
 import functools
