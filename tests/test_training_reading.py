@@ -3,11 +3,12 @@
 import pytest
 import torch
 from made_runs import same_bits, short_run
-from peers import assert_says
+from peers import assert_says, random_model
 
 from minildm.adapters import METHODS, adapter_layers
+from minildm.config import ModelConfig
 from minildm.errors import InputError
-from minildm.training import finetune, reading
+from minildm.training import finetune, loss, reading
 from minildm.training.command_line import parse
 
 READING = {"read_captions": 12, "steps": 6}
@@ -38,8 +39,10 @@ def test_only_the_text_encoder_reads_and_its_error_falls(tmp_path, monkeypatch, 
     assert found["changed"] and found["changed"] <= found["text"]
 
 
-def test_a_run_that_stops_while_reading_or_later_is_the_same_in_the_end(tmp_path, monkeypatch):
-    model, _, run, _ = short_run(tmp_path / "whole", save_interval=2, **READING)
+@pytest.mark.parametrize("rate", [1.0, 0.0])
+def test_a_run_that_stops_while_reading_or_later_is_the_same_in_the_end(tmp_path, monkeypatch, rate):
+    settings = READING | {"text_encoder_rate": rate, "save_interval": 2}
+    model, _, run, _ = short_run(tmp_path / "whole", **settings)
     read, steps = reading._read, []
 
     def interrupted(*arguments):
@@ -54,15 +57,15 @@ def test_a_run_that_stops_while_reading_or_later_is_the_same_in_the_end(tmp_path
 
     monkeypatch.setattr(reading, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        short_run(tmp_path / "parts", save_interval=2, **READING)
+        short_run(tmp_path / "parts", **settings)
     monkeypatch.setattr(reading, "_read", read)
     ordinary = finetune.train.__globals__["train_step"]
     monkeypatch.setitem(finetune.train.__globals__, "train_step", stopping_at)
     with pytest.raises(RuntimeError, match="stopped"):
-        short_run(tmp_path / "parts", resume=True, save_interval=2, **READING)
+        short_run(tmp_path / "parts", resume=True, **settings)
     monkeypatch.setitem(finetune.train.__globals__, "train_step", ordinary)
     monkeypatch.setattr(reading, "_read", None)  # a saved state holds what was read
-    other, *_, parts, _ = short_run(tmp_path / "parts", resume=True, save_interval=2, **READING)
+    other, *_, parts, _ = short_run(tmp_path / "parts", resume=True, **settings)
     assert same_bits(model, other) and run.result.read_bytes() == parts.result.read_bytes()
 
 
@@ -110,3 +113,53 @@ def test_a_rising_held_out_error_brings_back_the_best_weights(tmp_path, monkeypa
     short_run(tmp_path / "run", **READING)
     assert "best after 6 of 12 steps" in capsys.readouterr().out
     assert all(map(torch.equal, kept["end"], kept[1])) and not all(map(torch.equal, kept["end"], kept[3]))
+
+
+# --- afterwards, at --text-encoder-rate 0 ----------------------------------------------------------------------------
+FROZEN = READING | {"text_encoder_rate": 0.0, "expand_interval": 2}
+
+
+def test_the_text_encoder_that_only_reads_stays_out_of_the_steps(tmp_path, monkeypatch):
+    kept, freeze = [], loss.Captions.freeze
+
+    def remember(captions):
+        freeze(captions)
+        kept.append(captions)
+
+    monkeypatch.setattr(loss.Captions, "freeze", remember)
+    model, *_ = short_run(tmp_path / "frozen", **FROZEN)
+    ranks = {path: layer.rank for path, layer in adapter_layers(model).items()}
+    assert {rank for path, rank in ranks.items() if path.startswith("text_encoder.")} == {1}  # nothing to test there
+    assert max(ranks.values()) > 1
+    assert len(kept) == 2 and all(captions.kept for captions in kept)  # of training and validation
+    with torch.no_grad():
+        for captions in kept:
+            for row, context in captions.kept.items():
+                assert torch.equal(context, model.text_encoder(captions.token_ids[row][None])[0])
+
+    monkeypatch.setattr(METHODS["selora"], "can_freeze_text_encoder", False)
+    other, *_ = short_run(tmp_path / "run along", **(FROZEN | {"expand_interval": 100}))
+    monkeypatch.setattr(METHODS["selora"], "can_freeze_text_encoder", True)
+    model, *_ = short_run(tmp_path / "frozen again", **(FROZEN | {"expand_interval": 100}))
+    for path, layer in adapter_layers(model).items():
+        for ours, theirs in zip(layer.factors(), adapter_layers(other)[path].factors()):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_contexts_beyond_the_memory_for_them_are_computed_again(monkeypatch):
+    model = random_model(ModelConfig.tiny())
+    captions = loss.Captions(model, ["a", "b", "c"])
+    rows, batch = torch.tensor([2, 0, -1, 2]), {"index": torch.tensor([2, 0, 1, 2])}
+    with torch.no_grad():
+        expected = captions(batch, rows)
+    monkeypatch.setattr(loss, "KEPT", 2 * expected[0].nbytes)
+    captions.freeze()
+    for _ in range(2):
+        torch.testing.assert_close(captions(batch, rows), expected, rtol=1e-5, atol=1e-5)
+        assert list(captions.kept) == [2, 0]
+
+
+@pytest.mark.parametrize("kind", ["adalora", "dylora"])
+def test_methods_that_change_the_text_encoders_ranks_run_it_at_every_step(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(loss.Captions, "freeze", None)
+    short_run(tmp_path / "run", adapter=kind, steps=3, text_encoder_rate=0.0)

@@ -159,6 +159,7 @@ class AdaLoRA(LoRA):
     # The authors' scripts use 5e-4 to 2.2e-3, with alpha / r between about 1 and 16. At scale 1, and while lora_E is
     # small, dW moves far less per step than LoRA's: at LoRA's 1e-4 a short run learns nothing.
     defaults = {"lr": 1e-3}
+    can_freeze_text_encoder = False  # its ranks are pruned by importance, which gradients tell
     follows_end = ("the rank budget (until it has reached its target)",)
 
     def __init__(self, model, settings, steps, seed):

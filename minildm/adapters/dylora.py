@@ -143,6 +143,7 @@ class DyLoRA(LoRA):
 
     settings_class = DyLoRASettings
     layer_class = DyLoRALinear
+    can_freeze_text_encoder = False  # each step uses another rank
     reads_captions = False  # at its full rank, while lower ranks must work, too
 
     def __init__(self, model, settings, steps, seed):

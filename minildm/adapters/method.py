@@ -30,6 +30,7 @@ class Method:
         float32_weights: load the base in float32, and use the run's precision for products only (autocast).
         result: name of the file or folder in the run's folder that `save` writes.
         compiled: whether the networks are compiled, so that a change of shapes is expensive; set by the caller.
+        can_freeze_text_encoder: whether the text encoder may stay out of the steps at --text-encoder-rate 0.
         reads_captions: whether --read-captions suits the method.
         follows_end: names of schedules that depend on the number of steps, for a resumed run that gets another.
     """
@@ -39,6 +40,7 @@ class Method:
     float32_weights = False
     result = "adapter.safetensors"
     compiled = False
+    can_freeze_text_encoder = True
     reads_captions = True
     follows_end = ()
 

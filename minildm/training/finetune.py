@@ -112,6 +112,12 @@ class Finetuning(Task):
         pairs = TrainingPairs(samples.records, samples.prompts, latents=samples.latents, contexts=contexts)
         return pairs, Captions(model, samples.prompts, contexts, cut)
 
+    def freeze_text_encoder(self):
+        """From now on the text encoder stays as it is (--text-encoder-rate 0), so each context is computed once."""
+        self.captions.freeze()
+        if self.validation_pairs is not None:
+            self.validation_captions.freeze()
+
     def batches(self, first_step, last_step):
         seed, size = self.config.seed, self.batch_size
         return training_batches(self.pairs, size, seed, first_step, last_step, self.workers, self.classes)
@@ -182,7 +188,8 @@ def finetune(task, method_class, settings, run, machine):
     with kernels.plain() if machine.plain else kernels.lean():
         probe = ForgettingProbe(model, run, task.image_size) if config.forgetting_probe and is_first() else None
         method = method_class(model, settings, task.steps, config.seed)
-        trains_text = any(name.startswith("text_encoder.") for name in method.trained())
+        text_rates = [method.rate(name) for name in method.trained() if name.startswith("text_encoder.")]
+        trains_text = bool(text_rates)
         assert not (trains_text and task.contexts), "cached contexts would not follow the text encoder"
         from_first(lambda: print_forecast(task, method, run))
         if config.checkpointing:
@@ -194,6 +201,8 @@ def finetune(task, method_class, settings, run, machine):
             model.text_encoder.compile()
         if config.read_captions and trains_text and not run.state.exists():
             read_captions(task, method, config.read_captions)
+        if trains_text and not any(text_rates) and method.can_freeze_text_encoder:
+            task.freeze_text_encoder()
         state = train(method, task, config, run, task.steps)
         if probe is not None:
             with state.averaged():
