@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from minildm.adapters.inject import NETWORKS
 from minildm.adapters.writing import FORMATS
 from minildm.settings import Settings, setting
 
@@ -31,7 +32,8 @@ PRESETS = {
         "batch_size": 8,
         "epochs": 10,
     },
-    # The embedded base is so small that it takes, and needs, larger steps than Stable Diffusion.
+    # The embedded base is so small that it takes, and needs, larger steps than Stable Diffusion. It knows no word for a
+    # chest or its diseases, so adapters read captions first.
     "tiny": {
         "lr": 2e-3,
         "lr_schedule": "cosine",
@@ -40,9 +42,37 @@ PRESETS = {
         "steps": 1500,
         "sample_interval": 500,
         "samples": 9,
-        "methods": {"full": {"lr": 1e-3}, "adalora": {"lr": 1e-2}},  # where a method wants another value
+        "read_captions": 750,
+        "reading": {"lr": 4e-3, "steps": 1000, "text_encoder_rate": 0.0},
+        "without_data": {"data": "phantom:6000", "balance": "diagnosis"},
+        "methods": {
+            "selora": {"expand_interval": 10},
+            "adalora": {"lr": 1e-2},
+            "dylora": {"read_captions": 0},
+            "full": {"lr": 1e-3, "read_captions": 0},
+        },
     },
 }
+
+
+def preset_values(preset, method, given):
+    """{setting: value} of a preset.
+
+    Args: preset: its name, or None. method: the name of the method. given: {setting: value} of the flags on the command
+        line. Three entries of a preset hold for some runs only: "methods", by name; "reading", where captions are read;
+        "without_data", where no data set is given.
+    """
+    values = dict(PRESETS.get(preset, {}))
+    reading, without_data, methods = (values.pop(name, {}) for name in ("reading", "without_data", "methods"))
+    own = methods.get(method, {})
+    can_read = "text_encoder" in given.get("targets", NETWORKS) and given.get("instance_prompt") is None
+    if can_read and (values | own | given).get("read_captions"):
+        values |= reading
+    else:
+        values.pop("read_captions", None)
+    if "data" not in given:
+        values |= without_data
+    return values | own
 
 
 @dataclass(frozen=True)

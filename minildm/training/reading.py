@@ -23,6 +23,7 @@ from minildm.training.loss import MOST_PAIRS, sample_randomness
 
 RATE, WARMUP = 1e-3, 50  # the reader's highest learning rate, which then falls by a cosine; steps until it is reached
 VALIDATIONS = 10
+BATCHES = 4  # of captions at a step: one would keep a processor waiting more than computing, as no image is involved
 ADAPTER_FACTOR = 10  # adapters learn faster by this factor, because B starts at zero
 
 
@@ -61,7 +62,7 @@ class CaptionReader(nn.Module):
 
 
 def read_captions(task, method, steps):
-    """Train the method's parameters in the text encoder for ``steps`` batches of the task; print how it went.
+    """Train the method's parameters in the text encoder for ``steps`` steps of four batches; print how it went.
 
     With images to validate on, the values with the lowest held-out error are kept: on a few hundred images that error
     soon rises. Of several processes the first one reads, and the others receive what it has learned.
@@ -80,7 +81,9 @@ def _read(task, trained, factor, steps):
     parameters = [*trained, *reader.parameters()]
     optimizer = AdamW(parameters, [factor] * len(trained) + [1] * (len(parameters) - len(trained)))
     best, best_step, kept = math.inf, 0, None
-    for step, batch in enumerate(Progress("reading captions", "step", steps, task.batches(0, steps))):
+    batches = iter(task.batches(0, BATCHES * steps))
+    for step in Progress("reading captions", "step", iterable=range(steps)):
+        batch = _joined([next(batches) for _ in range(BATCHES)])
         u = sample_randomness(task.config.seed, "caption", batch["id"], (1, 1, 1), 1).caption
         rows = task.captions.rows(batch["index"], u, task.config)
         _errors(task, reader, batch, task.captions, rows).mean().backward()
@@ -99,6 +102,11 @@ def _read(task, trained, factor, steps):
         )
     if not all(parameter.isfinite().all() for parameter in trained):
         raise InputError("the text encoder's weights are not finite after --read-captions; use --dtype float32")
+
+
+def _joined(batches):
+    """What reading needs of several batches, as one."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in ("id", "index", "mean")}
 
 
 def _new_reader(task):
