@@ -582,10 +582,11 @@ def test_every_entry_of_a_preset_is_a_setting():
     for method in METHODS:
         known |= parse(["--adapter", method]).settings.keys()
     for preset in PRESETS.values():
-        parts = {name: preset.get(name, {}).keys() for name in ("methods", "reading", "without_data")}
-        assert preset.keys() - parts.keys() <= known
-        assert parts["reading"] | parts["without_data"] <= known and parts["methods"] <= METHODS.keys()
-        for method, values in preset.get("methods", {}).items():
+        parts = [preset, preset.get("reading", {}), preset.get("without_data", {})]
+        assert preset.keys() - {"methods", "reading", "without_data"} <= known
+        for part in parts[1:]:
+            assert part.keys() - {"methods"} <= known
+        for method, values in [entry for part in parts for entry in part.get("methods", {}).items()]:
             assert values.keys() <= parse(["--adapter", method]).settings.keys()
 
 

@@ -43,14 +43,14 @@ PRESETS = {
         "sample_interval": 500,
         "samples": 9,
         "read_captions": 750,
-        "reading": {"lr": 4e-3, "steps": 1000, "text_encoder_rate": 0.0},
-        "without_data": {"data": "phantom:6000", "balance": "diagnosis"},
-        "methods": {
-            "selora": {"expand_interval": 10},
-            "adalora": {"lr": 1e-2},
-            "dylora": {"read_captions": 0},
-            "full": {"lr": 1e-3, "read_captions": 0},
+        "methods": {"adalora": {"lr": 1e-2}, "dylora": {"read_captions": 0}, "full": {"lr": 1e-3, "read_captions": 0}},
+        "reading": {
+            "lr": 4e-3,
+            "steps": 1000,
+            "text_encoder_rate": 0.0,
+            "methods": {"selora": {"rank": 8, "expand_interval": 10}, "adalora": {"lr": 1e-2}, "full": {"lr": 1e-3}},
         },
+        "without_data": {"data": "phantom:6000", "balance": "diagnosis"},
     },
 }
 
@@ -59,20 +59,21 @@ def preset_values(preset, method, given):
     """{setting: value} of a preset.
 
     Args: preset: its name, or None. method: the name of the method. given: {setting: value} of the flags on the command
-        line. Three entries of a preset hold for some runs only: "methods", by name; "reading", where captions are read;
-        "without_data", where no data set is given.
+        line. Parts of a preset hold for some runs only, and take precedence: "methods", by name; "reading", where
+        captions are read; "without_data", where no data set is given.
     """
-    values = dict(PRESETS.get(preset, {}))
-    reading, without_data, methods = (values.pop(name, {}) for name in ("reading", "without_data", "methods"))
-    own = methods.get(method, {})
+    values, parts = _for_method(PRESETS.get(preset, {}), method), {}
+    for name in ("reading", "without_data"):
+        parts[name] = _for_method(values.pop(name, {}), method)
     can_read = "text_encoder" in given.get("targets", NETWORKS) and given.get("instance_prompt") is None
-    if can_read and (values | own | given).get("read_captions"):
-        values |= reading
-    else:
-        values.pop("read_captions", None)
-    if "data" not in given:
-        values |= without_data
-    return values | own
+    if not (can_read and (values | given).get("read_captions")):
+        values["read_captions"], parts["reading"] = 0, {}
+    return values | parts["reading"] | ({} if "data" in given else parts["without_data"])
+
+
+def _for_method(part, method):
+    values = dict(part)
+    return values | values.pop("methods", {}).get(method, {})
 
 
 @dataclass(frozen=True)
