@@ -7,8 +7,9 @@ Each fast path replaces plain code, its twin, which the docstring names; a test 
 
 import contextlib
 import functools
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 import torch.nn.functional as F
@@ -187,13 +188,14 @@ def side_by_side(network):
 
 
 def halves_pay(network, x):
-    """For networks smaller than any Stable Diffusion, on a CPU; neither compiled nor under autocast, of which a new
-    thread knows nothing."""
+    """For networks smaller than any Stable Diffusion, on a CPU; neither compiled nor under autocast, whose state is
+    per thread. Only from the main thread: `torch.set_num_threads` would reach into the others."""
     return (
         enabled
         and x.device.type == "cpu"
         and len(x) > 1
         and torch.get_num_threads() > 1
+        and threading.current_thread() is threading.main_thread()
         and network._compiled_call_impl is None
         and not torch.is_autocast_enabled("cpu")
         and sum(parameter.numel() for parameter in network.parameters()) < SMALL
@@ -209,12 +211,12 @@ def _in_halves(pool, network, x, timesteps, context):
             return network(x[rows], timesteps, context[rows])
 
     middle = len(x) // 2
+    other = pool.submit(half, slice(middle, None))
     try:
-        other = pool.submit(half, slice(middle, None))
-        first = half(slice(middle))
-        return torch.cat([first, other.result()])
+        return torch.cat([half(slice(middle)), other.result()])
     finally:
-        torch.set_num_threads(threads)  # of this thread
+        wait([other])  # also where this half failed: the number is this thread's, and that of threads to come
+        torch.set_num_threads(threads)
 
 
 # --- bfloat16 on processors with and without instructions for it -----------------------------------------------------

@@ -926,6 +926,18 @@ def test_the_decoder_of_a_model_that_has_changed_is_not_continued(place, whole, 
     shutil.copytree(out / "model" / "vae", tmp_path / "model" / "vae", dirs_exist_ok=True)
     with pytest.raises(InputError, match="vae"):
         command.main(["--resume", str(out)])
+    shutil.copytree(whole / "model", tmp_path / "moved")
+    assert command.main(["--resume", str(out), "--decoder-of", str(tmp_path / "moved")]) == 0
+
+
+def test_a_decoder_needs_no_captions_and_no_field_to_balance_its_own_data_by(place, whole, tmp_path):
+    folder(tmp_path / "images", 40)
+    for path in (tmp_path / "images").glob("metadata.*"):
+        path.unlink()
+    words = decoder_flags(place, whole, data=f"folder:{tmp_path / 'images'}", views="all")
+    assert command.main([*words, "--out", str(tmp_path / "run")]) == 0
+    changes = {"decoder_data": "textures:40", "balance": "sex", "prompt_template": "{sex}"}
+    assert command.main([*flags(place, **changes), "--out", str(tmp_path / "other")]) == 0
 
 
 def test_the_last_stage_can_have_data_of_its_own(place, whole, tmp_path):

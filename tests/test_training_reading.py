@@ -69,6 +69,13 @@ def test_a_run_that_stops_while_reading_or_later_is_the_same_in_the_end(tmp_path
     assert same_bits(model, other) and run.result.read_bytes() == parts.result.read_bytes()
 
 
+def test_nothing_is_read_where_all_captions_are_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "read_captions", None)
+    monkeypatch.setattr(loss, "set", lambda prompts: {prompts[0]}, raising=False)
+    short_run(tmp_path / "run", **READING)
+    assert "all captions are the same" in capsys.readouterr().out
+
+
 def test_nothing_is_read_where_the_text_encoder_is_not_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "read_captions", None)
     model, *_ = short_run(tmp_path / "run", adapter="lora", targets=("unet",), **READING)

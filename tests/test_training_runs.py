@@ -17,6 +17,7 @@ import torch
 from made_data import folder
 from made_runs import small_model
 from peers import assert_says, edit_json, write_folder
+from safetensors.torch import load_file
 
 import train
 from minildm import kernels, load
@@ -212,32 +213,51 @@ def test_ctrl_c_ends_tidily_and_resume_finishes(place, whole, capsys, monkeypatc
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("validated", [True, False])
-def test_a_run_may_end_at_the_step_where_it_was_stopped(place, tmp_path, monkeypatch, validated):
+def stopped_at(step, run, arguments, monkeypatch):
+    """Train until ``step`` steps are done, then press Ctrl-C."""
     from minildm.training import loop
-
-    def values(**changes):
-        every = flag_values(place) | changes
-        if not validated:
-            every = {k: v for k, v in every.items() if not k.startswith("validation")} | {"split": "80/20"}
-        return as_flags(every)
 
     ordinary = loop.train_step
 
     def step_with_signal(state, *arguments):
-        if state.step == 6:
+        if state.step == step - 1:
             signal.raise_signal(signal.SIGINT)
         return ordinary(state, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "train_step", step_with_signal)
-        train.main([*values(), "--out", str(tmp_path / "stopped")])
-    assert train.main(["--resume", str(tmp_path / "stopped"), "--steps", "7"]) == 0
-    assert train.main([*values(steps=7), "--out", str(tmp_path / "short")]) == 0
-    assert_same_run(tmp_path / "stopped", tmp_path / "short")
-    before = (tmp_path / "stopped" / "log.jsonl").read_bytes()
-    assert train.main(["--resume", str(tmp_path / "stopped")]) == 0  # it has ended: nothing is measured again
-    assert (tmp_path / "stopped" / "log.jsonl").read_bytes() == before
+        train.main([*arguments, *([] if "--resume" in arguments else ["--out", str(run)])])
+
+
+@pytest.mark.parametrize("validation", ["elsewhere", "there", "never"])
+def test_a_run_may_end_at_the_step_where_it_was_stopped(place, tmp_path, monkeypatch, validation):
+    def values(**changes):
+        every = flag_values(place) | changes | {"validation_interval": 7 if validation == "there" else 6}
+        if validation == "never":
+            every = {k: v for k, v in every.items() if not k.startswith("validation")} | {"split": "80/20"}
+        return as_flags(every)
+
+    run, short = tmp_path / "stopped", tmp_path / "short"
+    stopped_at(7, run, values(), monkeypatch)
+    assert train.main(["--resume", str(run), "--steps", "7"]) == 0
+    assert train.main([*values(steps=7), "--out", str(short)]) == 0
+    ours, theirs = (load_file(path / "adapter.safetensors") for path in (run, short))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    last = [json.loads((path / "log.jsonl").read_text().splitlines()[-1]) for path in (run, short)]
+    assert validation == "never" or (last[0] == last[1] and last[0]["step"] == 7)
+    before = (run / "log.jsonl").read_bytes()
+    assert train.main(["--resume", str(run)]) == 0  # it has ended: nothing is measured again
+    assert (run / "log.jsonl").read_bytes() == before
+
+
+def test_a_new_end_without_validation_gives_the_weights_of_that_step(place, tmp_path, monkeypatch):
+    words = {k: v for k, v in flag_values(place).items() if not k.startswith("validation")} | {"split": "80/20"}
+    run = tmp_path / "run"
+    assert train.main([*as_flags(words | {"steps": 4}), "--out", str(run)]) == 0
+    stopped_at(7, run, ["--resume", str(run), "--steps", "10"], monkeypatch)
+    assert train.main(["--resume", str(run), "--steps", "7"]) == 0
+    assert train.main([*as_flags(words | {"steps": 7}), "--out", str(tmp_path / "short")]) == 0
+    assert (run / "adapter.safetensors").read_bytes() == (tmp_path / "short" / "adapter.safetensors").read_bytes()
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -49,8 +49,9 @@ SHARED = ("micro_batch", "warmup", "ema_decay", "caption_dropout", "min_snr_gamm
           "sample_interval", "save_interval")  # fmt: skip
 MACHINE = ("device", "workers", "cache")
 DEFAULTS = {"warmup": 200, "ema_decay": 0.999, "sample_interval": 1000, "save_interval": 200, "split": "98/2"}
-# What a resumed run may change. Data may lie somewhere else, since their contents are compared.
-FREE = (*MACHINE, "micro_batch", "checkpointing", "sample_interval", "save_interval", "data", "exclude")
+# What a resumed run may change. Data and models may lie somewhere else, since their contents are compared.
+MOVED = ("data", "decoder_of", "decoder_data")
+FREE = (*MACHINE, "micro_batch", "checkpointing", "sample_interval", "save_interval", *MOVED, "exclude")
 MANY_EPOCHS = 100  # above this a note warns that the model may memorise images
 
 
@@ -97,7 +98,9 @@ def parse(arguments):
             if (given.resume / "config.json").is_file() and "adapter" in read_record(given.resume)["settings"]:
                 raise InputError(f"{given.resume} is a run of train.py; python train.py --resume {given.resume} "
                                  "continues it")  # fmt: skip
-            raise FileNotFoundError(f"{given.resume} holds no pretraining run to resume (no autoencoder/config.json)")
+            raise FileNotFoundError(
+                f"{given.resume} holds no pretraining run to resume (no autoencoder/config.json or decoder/config.json)"
+            )
         parser.set_defaults(**read_record(given.resume / begun)["settings"])
     args = parser.parse_args(arguments)
     machine = from_flags(Machine, args)
@@ -167,7 +170,7 @@ def rebuild_command(plan):
     """The command that makes this model again: the settings that affect the result and are not the defaults."""
     parser, words = make_parser(), ["python -m minildm pretrain"]
     for name, value in plan.record.items():
-        if (name == "data" or name not in FREE) and value != parser.get_default(name):
+        if (name in MOVED or name not in FREE) and value != parser.get_default(name):
             words += [f"--{name.replace('_', '-')}"] + [shlex.quote(str(value))] * (value is not True)
     return " ".join(words)
 
@@ -185,10 +188,18 @@ def main(arguments):
     }
     configs = {stage: stage_config(stage, plan.stages[stage], plan.shared) for stage in stages}
 
+    found = {}  # of a model that is there
+    if plan.goal.decoder_of is not None:
+        model = load(plan.goal.decoder_of, device=device, dtype=torch.float32)
+        found = {name: weights_fingerprint(getattr(model, name)) for name in NETWORKS}
+        if plan.shared.checkpointing:
+            checkpoint_blocks(model.vae)
+
     # Records -> images and prompts, split by patient
-    main_set = decoder_set = open_images(plan, plan.goal.data)
+    main_set = decoder_set = open_images(plan, plan.goal.data, captioned=plan.goal.decoder_of is None)
     if plan.stages["decoder"].data is not None:
-        decoder_set = open_images(plan, plan.stages["decoder"].data)
+        others = dataclasses.replace(plan.data, balance=None, prompt_template=None)  # whose fields these may not have
+        decoder_set = open_images(dataclasses.replace(plan, data=others), plan.stages["decoder"].data, captioned=False)
     options = {"balance": plan.data.balance, "workers": plan.machine.workers}
     seconds = {}
 
@@ -198,17 +209,12 @@ def main(arguments):
         seconds[stage] = run_stage(module, task, runs[stage], back_to_best=STAGES[stage].reads_captions)
 
     def autoencoding(stage, crop, images):
-        balance = options | ({} if images is main_set.images else {"balance": None})
-        return Autoencoding(model.vae, *images, configs[stage], stage, crop, device, dtype, **balance)
+        own = options if images is main_set.images else options | {"balance": None}
+        return Autoencoding(model.vae, *images, configs[stage], stage, crop, device, dtype, **own)
 
-    if plan.goal.decoder_of is not None:
-        model = load(plan.goal.decoder_of, device=device, dtype=torch.float32)
-        found = {"vae": weights_fingerprint(model.vae)}
-        if plan.shared.checkpointing:
-            checkpoint_blocks(model.vae)
-    else:
+    if plan.goal.decoder_of is None:
         # The model, with random weights
-        found, config = {}, SHAPES[plan.goal.shape]
+        config = SHAPES[plan.goal.shape]
         config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, latent_size=size // 8))
         model = new_model(config, seed, device)
         if plan.shared.checkpointing:
@@ -244,7 +250,7 @@ def main(arguments):
     decibels = psnr(model.vae, main_set.images[1], device)
     write_card(folder, rebuild_command(plan), plan, runs, seconds, decibels)
     print(f"reconstructions of held-out images: PSNR {decibels:.2f} dB; losses and hashes: {folder / 'README.md'}")
-    prompt = main_set.prompts[main_set.splits["validation"][0]]
+    prompt = main_set.prompts[main_set.splits["validation"][0]] or "a chest x-ray"
     print(f"next: python sample.py {shlex.quote(prompt)} --base {shlex.quote(str(folder))}")
     return 0
 
@@ -275,10 +281,13 @@ class Images:
     images: tuple  # TrainingPairs of images without prompts: training, held out
 
 
-def open_images(plan, spec):
-    """Open and split a data set, and say what is in it. Args: spec: as in --data. Returns: Images."""
+def open_images(plan, spec, captioned):
+    """Open and split a data set, and say what is in it.
+
+    Args: spec: as in --data. captioned: whether prompts are needed. Returns: Images.
+    """
     transform = plan.data.transform(plan.goal.size)
-    data, prompts, fingerprint = open_whole_data_set(plan, spec, transform)
+    data, prompts, fingerprint = open_whole_data_set(plan, spec, transform, captioned)
     splits = split_by_patient(data.records, plan.data.split, plan.shared.seed)
     splits["validation"] = splits["validation"][:: math.ceil(len(splits["validation"]) / HELD_OUT)]
     for note in data.notes:
@@ -295,13 +304,13 @@ def image_pairs(records, indices, transform):
     return TrainingPairs(records, [""] * len(records), transform)
 
 
-def open_whole_data_set(plan, spec, transform):
+def open_whole_data_set(plan, spec, transform, captioned=True):
     """Open the data set and decode every file once, so that no bad file stops the run hours later.
 
     Returns: (DataSet, with --skip-bad without unreadable images; its prompts; a fingerprint of both).
     """
-    data = open_data_set(spec, plan.data, plan.shared.seed)
-    check_texts(data, plan.data, plan.shared.seed)
+    data = open_data_set(spec, plan.data, plan.shared.seed, captioned)
+    check_texts(data, plan.data, plan.shared.seed, captioned)
     files = [record for record in data.records if record.render is None]
     hashes, errors = {}, {}  # by record name
 
@@ -318,5 +327,5 @@ def open_whole_data_set(plan, spec, transform):
         raise InputError(f"{len(errors):,} of {len(data):,} images cannot be used: "
                          f"{'; '.join(list(errors.values())[:5])}; {advice}")  # fmt: skip
     data = dataclasses.replace(data, records=tuple(record for record in data.records if record.name not in errors))
-    prompts = tuple(prompts_for(data, plan.data.prompt_template))
+    prompts = tuple(prompts_for(data, plan.data.prompt_template)) if captioned else ("",) * len(data)
     return data, prompts, data_fingerprint(data.records, prompts, [hashes.get(r.name, b"") for r in data.records])

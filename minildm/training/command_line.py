@@ -88,8 +88,8 @@ def parse(arguments):
     if preset is None and not stored and _on_embedded_base(given.get("base")):
         preset = "tiny"
     name = given.get("adapter", (PRESETS.get(preset, {}) | stored).get("adapter", Goal.adapter))
-    if not isinstance(name, str) or name not in METHODS:  # a flag's choices are checked below; a run's file may hold
-        raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")  # anything
+    if not isinstance(name, str) or name not in METHODS:  # of a run's file, which may hold anything
+        raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]
     stored = {key: value for key, value in stored.items() if key not in ("resume", "out", "dry_run", "preset")}
 

@@ -65,10 +65,13 @@ def preset_values(preset, method, given):
     values, parts = _for_method(PRESETS.get(preset, {}), method), {}
     for name in ("reading", "without_data"):
         parts[name] = _for_method(values.pop(name, {}), method)
-    can_read = "text_encoder" in given.get("targets", NETWORKS) and given.get("instance_prompt") is None
+    dreambooth = given.get("instance_prompt") is not None
+    can_read = "text_encoder" in given.get("targets", NETWORKS) and not dreambooth
     if not (can_read and (values | given).get("read_captions")):
         values["read_captions"], parts["reading"] = 0, {}
-    return values | parts["reading"] | ({} if "data" in given else parts["without_data"])
+    if "data" in given or dreambooth:
+        parts["without_data"] = {}
+    return values | parts["reading"] | parts["without_data"]
 
 
 def _for_method(part, method):

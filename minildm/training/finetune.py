@@ -200,7 +200,10 @@ def finetune(task, method_class, settings, run, machine):
             model.unet.compile()
             model.text_encoder.compile()
         if config.read_captions and trains_text and not run.state.exists():
-            read_captions(task, method, config.read_captions)
+            if task.captions.n_different > 1:
+                read_captions(task, method, config.read_captions)
+            else:
+                print("note: all captions are the same, so --read-captions has nothing to learn from and is skipped")
         if trains_text and not any(text_rates) and method.can_freeze_text_encoder:
             task.freeze_text_encoder()
         state = train(method, task, config, run, task.steps)

@@ -62,6 +62,8 @@ def train(method, task, config, run, steps):
                 run.save_sheet(step, task.sample_sheet)
             if last and (found := method.finish(task.validate if interval is not None else None)):
                 run.log(step=step, **found)  # before the state is saved: a resumed run keeps it
+        if last:
+            state.ended = step
         if (last or step % config.save_interval == 0) and not state.bad_steps:
             require_same(state.trained.values())
             run.save_state(state.state_dict())
@@ -73,7 +75,7 @@ def train(method, task, config, run, steps):
         stop_requests() as stops,
         Progress("training", "step", steps, initial=state.step) as bar,
     ):
-        if not saved or (state.step == steps and not _has_ended(task, run, steps)):
+        if not saved or (state.step == steps and state.ended != steps):  # --resume RUN --steps N, to end where it is
             between_steps()
         for batch in task.batches(state.step, steps):
             entry = train_step(state, method, task, config, batch, learning_rate(state.step, steps, config))
@@ -98,14 +100,6 @@ def train(method, task, config, run, steps):
         print(f"stopped after the last step. For the rest: {run.continue_with}")
         raise KeyboardInterrupt
     return state
-
-
-def _has_ended(task, run, steps):
-    """Whether a run that is at its last step has been validated there, and its result is saved. It is not where the end
-    is new: --resume RUN with --steps N, to end where it was stopped."""
-    if task.validation_interval is None:
-        return run.result.exists()
-    return any(entry["step"] == steps and "validation" in entry for entry in run.entries())
 
 
 def train_step(state, method, task, config, batch, lr):

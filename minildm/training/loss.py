@@ -42,7 +42,7 @@ def sample_randomness(seed, purpose, ids, shape, n_timesteps):
     return Randomness(*(torch.stack(column) for column in zip(*rows)))
 
 
-KEPT = 1 << 28  # bytes of contexts in memory: 11,000 of the embedded model, 1,100 of SD v1.5 in float32
+KEPT = 1 << 28  # bytes of contexts in memory, for each Captions: 11,000 of the embedded model, 1,100 of SD v1.5
 
 
 class Captions:
@@ -55,7 +55,7 @@ class Captions:
     def __init__(self, model, prompts, contexts=None, cut=False):
         self.text_encoder, self.contexts = model.text_encoder, contexts
         self.device, self.dtype = model.device, model.dtype
-        texts = caption_texts(prompts, cut)
+        texts, self.n_different = caption_texts(prompts, cut), len(set(prompts))
         row = {text: i for i, text in enumerate(texts)}
         self.shorter = [[row[text] for text in shorter_captions(prompt)] if cut else [] for prompt in prompts]
         self.token_ids = None if contexts is not None else model.tokenize(texts)  # (n, 77)

@@ -23,7 +23,7 @@ from minildm.training.loss import MOST_PAIRS, sample_randomness
 
 RATE, WARMUP = 1e-3, 50  # the reader's highest learning rate, which then falls by a cosine; steps until it is reached
 VALIDATIONS = 10
-BATCHES = 4  # of captions at a step: one would keep a processor waiting more than computing, as no image is involved
+BATCHES = 4  # of captions at a step, one after the other
 ADAPTER_FACTOR = 10  # adapters learn faster by this factor, because B starts at zero
 
 
@@ -83,10 +83,10 @@ def _read(task, trained, factor, steps):
     best, best_step, kept = math.inf, 0, None
     batches = iter(task.batches(0, BATCHES * steps))
     for step in Progress("reading captions", "step", iterable=range(steps)):
-        batch = _joined([next(batches) for _ in range(BATCHES)])
-        u = sample_randomness(task.config.seed, "caption", batch["id"], (1, 1, 1), 1).caption
-        rows = task.captions.rows(batch["index"], u, task.config)
-        _errors(task, reader, batch, task.captions, rows).mean().backward()
+        for batch in [next(batches) for _ in range(BATCHES)]:
+            u = sample_randomness(task.config.seed, "caption", batch["id"], (1, 1, 1), 1).caption
+            rows = task.captions.rows(batch["index"], u, task.config)
+            (_errors(task, reader, batch, task.captions, rows).mean() / BATCHES).backward()
         clip_gradients(parameters, 1.0)
         optimizer.step(RATE * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for parameter in parameters:
@@ -102,11 +102,6 @@ def _read(task, trained, factor, steps):
         )
     if not all(parameter.isfinite().all() for parameter in trained):
         raise InputError("the text encoder's weights are not finite after --read-captions; use --dtype float32")
-
-
-def _joined(batches):
-    """What reading needs of several batches, as one."""
-    return {name: torch.cat([batch[name] for batch in batches]) for name in ("id", "index", "mean")}
 
 
 def _new_reader(task):

@@ -11,7 +11,7 @@ FP16_PATIENCE = 2000  # good steps before the scale doubles
 
 
 class State:
-    NUMBERS = ("step", "best", "bad_steps", "skipped", "loss_scale", "good_steps", "seconds")
+    NUMBERS = ("step", "best", "bad_steps", "skipped", "loss_scale", "good_steps", "seconds", "ended")
 
     def __init__(self, method, config):
         self.method = method
@@ -27,6 +27,7 @@ class State:
         self.loss_scale = FP16_SCALE if in_float16 else 1.0
         self.good_steps = 0  # since the last bad step
         self.seconds = 0.0  # of training, over all sessions
+        self.ended = 0  # the last step for which the run has done all that belongs to its end
 
     @contextlib.contextmanager
     def averaged(self):
@@ -55,6 +56,7 @@ class State:
 
     def load_state_dict(self, state, config):
         """Raises: LookupError, TypeError, ValueError, AttributeError or RuntimeError for the state of another run."""
+        state = {"ended": 0} | state  # those of earlier versions do not say
         _check_numbers(state)
         self.method.load_state_dict(state["method"])
         parameters = self.method.trained()
