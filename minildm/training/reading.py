@@ -23,7 +23,6 @@ from minildm.training.loss import MOST_PAIRS, sample_randomness
 
 RATE, WARMUP = 1e-3, 50  # the reader's highest learning rate, which then falls by a cosine; steps until it is reached
 VALIDATIONS = 10
-BATCHES = 4  # of captions at a step, one after the other
 ADAPTER_FACTOR = 10  # adapters learn faster by this factor, because B starts at zero
 
 
@@ -62,7 +61,7 @@ class CaptionReader(nn.Module):
 
 
 def read_captions(task, method, steps):
-    """Train the method's parameters in the text encoder for ``steps`` steps of four batches; print how it went.
+    """Train the method's parameters in the text encoder for ``steps`` batches of the task; print how it went.
 
     With images to validate on, the values with the lowest held-out error are kept: on a few hundred images that error
     soon rises. Of several processes the first one reads, and the others receive what it has learned.
@@ -81,12 +80,10 @@ def _read(task, trained, factor, steps):
     parameters = [*trained, *reader.parameters()]
     optimizer = AdamW(parameters, [factor] * len(trained) + [1] * (len(parameters) - len(trained)))
     best, best_step, kept = math.inf, 0, None
-    batches = iter(task.batches(0, BATCHES * steps))
-    for step in Progress("reading captions", "step", iterable=range(steps)):
-        for batch in [next(batches) for _ in range(BATCHES)]:
-            u = sample_randomness(task.config.seed, "caption", batch["id"], (1, 1, 1), 1).caption
-            rows = task.captions.rows(batch["index"], u, task.config)
-            (_errors(task, reader, batch, task.captions, rows).mean() / BATCHES).backward()
+    for step, batch in enumerate(Progress("reading captions", "step", steps, task.batches(0, steps))):
+        u = sample_randomness(task.config.seed, "caption", batch["id"], (1, 1, 1), 1).caption
+        rows = task.captions.rows(batch["index"], u, task.config)
+        _errors(task, reader, batch, task.captions, rows).mean().backward()
         clip_gradients(parameters, 1.0)
         optimizer.step(RATE * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for parameter in parameters:

@@ -65,7 +65,6 @@ def run(args, data, method, seed):
         return
     command = [sys.executable, "train.py", *METHODS[method], "--base", "weights/tiny", "--data", data]
     command += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--sample-interval", "0"]
-    command += ["--read-captions", "0"]  # which the preset would have some methods do
     command += ["--seed", str(seed), "--out", str(path.resolve())]
     if (path / "log.jsonl").is_file():
         command = [sys.executable, "train.py", "--resume", str(path.resolve())]
