@@ -44,7 +44,7 @@ from minildm.pretraining.text_encoder import CaptionReader, CaptionReading
 from minildm.teaching import shapes
 from minildm.training import loop
 from minildm.training.finetune import Samples
-from minildm.training.run import Run
+from minildm.training.run import Run, read_record
 from minildm.training.state import State
 from minildm.training.task import Task
 from minildm.unet import UNet
@@ -916,6 +916,8 @@ def test_the_decoder_of_a_model_trains_alone(place, whole, tmp_path, monkeypatch
     card = (out / "model" / "README.md").read_text()
     assert f"those of {whole / 'model'}" in card and "--data textures:40" in card and "| decoder: step" in card
     shown = capsys.readouterr().out
+    with pytest.raises(InputError, match=f"pretrain --resume {out} continues it"):
+        read_record(out)
     assert "stage 4 of 4, decoder alone: 4 steps of 4" in shown and "textures:40: 39 train" in shown
 
 

@@ -300,7 +300,7 @@ def read_record(folder):
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        if (Path(folder) / "autoencoder" / "config.json").is_file():
+        if any((Path(folder) / stage / "config.json").is_file() for stage in ("autoencoder", "decoder")):
             raise InputError(f"{folder} is a run of pretraining, with a config.json for each stage; python -m minildm "
                              f"pretrain --resume {folder} continues it")  # fmt: skip
         raise FileNotFoundError(f"{folder} holds no run to resume (no config.json)")
