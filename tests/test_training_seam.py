@@ -176,7 +176,7 @@ def test_a_state_keeps_every_number(network):
     method, config = Recorder(network), training_config()
     ours, theirs = State(method, config), State(method, config)
     numbers = {name for name, value in vars(ours).items() if value is None or isinstance(value, (int, float))}
-    assert len(numbers) == 7
+    assert len(numbers) == 8
     for i, name in enumerate(sorted(numbers)):
         setattr(ours, name, (0.5, 3) if name == "best" else 7 + i)
     theirs.load_state_dict(ours.state_dict(), config)
