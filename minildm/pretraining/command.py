@@ -188,7 +188,7 @@ def main(arguments):
     }
     configs = {stage: stage_config(stage, plan.stages[stage], plan.shared) for stage in stages}
 
-    found = {}  # of a model that is there
+    found = {}  # fingerprints of an existing model
     if plan.goal.decoder_of is not None:
         model = load(plan.goal.decoder_of, device=device, dtype=torch.float32)
         found = {name: weights_fingerprint(getattr(model, name)) for name in NETWORKS}
