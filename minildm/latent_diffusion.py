@@ -203,10 +203,10 @@ class LatentDiffusion(nn.Module):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         sample_noise = functools.partial(self._sample_noise, generators, self._latent_shape(settings))
         guided = settings.guidance > 1
-        with torch.inference_mode(), kernels.side_by_side(self.unet) as unet:
+        with torch.inference_mode():
             context = self.encode_prompt(negatives + prompts if guided else prompts)
             latents = self._first_latents(settings, init_images, latents, generators, sample_noise)
-            denoise = guide(unet, context, settings.guidance)
+            denoise = guide(kernels.in_two_halves(self.unet), context, settings.guidance)
             options = {"eta": eta} if sampler == "ddim" else {"karras": karras} if sampler == "dpm++" else {}
             trajectory = SAMPLERS[sampler](
                 denoise, latents, self.schedule, steps, sample_noise, settings.skipped_steps, **options

@@ -1,9 +1,13 @@
 """Fast paths against their twins: products in float32 where bfloat16 is slow, attention, halves side by side."""
 
 import copy
+import functools
+import os
 
+import made_runs
 import pytest
 import torch
+from made_runs import samples, short_run
 from peers import random_network, relative_error
 from torch import nn
 
@@ -11,6 +15,8 @@ from minildm import kernels
 from minildm.adapters.inject import wrap
 from minildm.adapters.lora import LoRALinear
 from minildm.config import UNetConfig
+from minildm.training.finetune import Finetuning
+from minildm.training.task import Task
 
 CPU = torch.device("cpu")
 
@@ -164,31 +170,34 @@ def two_threads():
 
 @pytest.mark.parametrize("batch", [2, 3])
 def test_two_halves_side_by_side_are_the_whole(two_threads, batch):
-    x, t, context = torch.randn(batch, 4), torch.tensor([7]), torch.randn(batch, 4)
-    with torch.inference_mode(), kernels.side_by_side(network := Small()) as run:
+    x, t, context = torch.randn(batch, 4, 16, 16), torch.tensor([7]), torch.randn(batch, 4, 16, 16)
+    with torch.inference_mode():
+        run = kernels.in_two_halves(network := Small())
         assert torch.equal(run(x, t, context), x + 7 + context)
     assert sorted(network.calls) == [(1, 1), (batch - 1, 1)]
 
 
 def test_a_unet_in_halves_is_the_unet(two_threads):
     unet = random_network(config := UNetConfig.tiny())
-    x, t, context = torch.randn(4, 4, 8, 8), torch.tensor([500]), torch.randn(4, 77, config.context_dim)
-    with torch.inference_mode(), kernels.side_by_side(unet) as run:
+    x, t, context = torch.randn(4, 4, 16, 24), torch.tensor([500]), torch.randn(4, 77, config.context_dim)
+    with torch.inference_mode():
         assert kernels.halves_pay(unet, x)
-        assert relative_error(run(x, t, context), unet(x, t, context)) < 5e-6
+        assert relative_error(kernels.in_two_halves(unet)(x, t, context), unet(x, t, context)) < 5e-6
 
 
 @pytest.mark.parametrize("where", ["first", "second"])
 def test_an_error_in_either_half_arrives_and_the_threads_are_restored(two_threads, where):
-    x = torch.tensor([torch.inf, 0.0] if where == "first" else [0.0, torch.inf])
-    with torch.inference_mode(), kernels.side_by_side(Small()) as run, pytest.raises(ValueError, match="not finite"):
-        run(x, torch.tensor([7]), x)
+    x = torch.zeros(2, 4, 16, 16)
+    x[0 if where == "first" else 1] = torch.inf
+    with torch.inference_mode(), pytest.raises(ValueError, match="not finite"):
+        kernels.in_two_halves(Small())(x, torch.tensor([7]), x)
 
 
 def test_halves_are_for_small_plain_networks_and_batches_on_several_threads(two_threads, monkeypatch):
-    network, x = Small(), torch.zeros(2)
+    network, x = Small(), torch.zeros(2, 4, 16, 16)
     assert kernels.halves_pay(network, x)
     assert not kernels.halves_pay(network, x[:1])
+    assert not kernels.halves_pay(network, x[..., :15])
     assert not kernels.halves_pay(network, x.to("meta"))
     with kernels.plain():
         assert not kernels.halves_pay(network, x)
@@ -203,3 +212,56 @@ def test_halves_are_for_small_plain_networks_and_batches_on_several_threads(two_
     torch.set_num_threads(1)
     assert not kernels.halves_pay(network, x)
     torch.set_num_threads(2)
+
+
+# --- halves in training ----------------------------------------------------------------------------------------------
+@pytest.fixture
+def supposed_threads():
+    """As many as that, without the cost of two threads that share each operation beside other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        patch.setattr(torch, "set_num_threads", lambda n: None)
+        yield
+
+
+def halved_run(folder, monkeypatch, adapter, halves=True, stop=None, resume=False, **changes):
+    """A short run on latents of 16 x 16 with a record of the batch sizes. Returns: (the factors, the sizes)."""
+    sizes, ordinary = [], Finetuning.losses
+
+    def losses(task, batch):
+        sizes.append(len(batch["id"]))
+        return ordinary(task, batch)
+
+    monkeypatch.setattr(Finetuning, "losses", losses)
+    monkeypatch.setattr(made_runs, "samples", functools.partial(samples, side=16))
+    if not halves:
+        monkeypatch.setattr(Finetuning, "halves", Task.halves)
+    model, *_ = short_run(folder, adapter=adapter, resume=resume, steps=6, batch_size=5, save_interval=3, **changes)
+    monkeypatch.undo()
+    trained = [p for p in model.unet.parameters() if p.requires_grad]
+    return [p.detach().clone() for p in trained], sizes[1:]  # the first is the forecast's
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora", "selora", "adalora", "dylora"])
+def test_a_step_in_halves_is_the_step_and_the_same_every_time(tmp_path, monkeypatch, supposed_threads, adapter):
+    whole, _ = halved_run(tmp_path / "whole", monkeypatch, adapter, halves=False)
+    halves, sizes = halved_run(tmp_path / "halves", monkeypatch, adapter)
+    again, _ = halved_run(tmp_path / "again", monkeypatch, adapter)
+    # SeLoRA's probe, at the fourth step, sums over the samples of a whole batch.
+    assert sorted(sizes) == sorted([2, 3] * 5 + [5] if adapter == "selora" else [2, 3] * 6)
+    for one, two, three in zip(whole, halves, again, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+        assert torch.equal(two, three)
+
+
+def test_micro_batches_are_not_halved(tmp_path, monkeypatch, supposed_threads):
+    _, sizes = halved_run(tmp_path / "run", monkeypatch, "lora", micro_batch=3)
+    assert sizes == [3, 2] * 6
+
+
+def test_a_forked_process_starts_its_own_second_thread(supposed_threads):
+    assert kernels.at_once(lambda part: part + 1, [1, 2]) == [2, 3]
+    process = os.fork()
+    if process == 0:
+        os._exit(0 if kernels.at_once(lambda part: part + 1, [1, 2]) == [2, 3] else 1)
+    assert os.waitpid(process, 0)[1] == 0

@@ -918,6 +918,7 @@ def test_the_decoder_of_a_model_trains_alone(place, whole, tmp_path, monkeypatch
     shown = capsys.readouterr().out
     with pytest.raises(InputError, match=f"pretrain --resume {out} continues it"):
         read_record(out)
+    assert f"--base {whole / 'model'} --vae {out / 'model'}" in shown
     assert "stage 4 of 4, decoder alone: 4 steps of 4" in shown and "textures:40: 39 train" in shown
 
 

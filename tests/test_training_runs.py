@@ -602,18 +602,50 @@ def test_every_entry_of_a_preset_is_a_setting():
     for method in METHODS:
         known |= parse(["--adapter", method]).settings.keys()
     for preset in PRESETS.values():
-        assert preset.keys() - {"methods"} <= known
-        for method, values in preset.get("methods", {}).items():
+        parts = [preset, preset.get("reading", {}), preset.get("without_data", {})]
+        assert preset.keys() - {"methods", "reading", "without_data"} <= known
+        for part in parts[1:]:
+            assert part.keys() - {"methods"} <= known
+        for method, values in [entry for part in parts for entry in part.get("methods", {}).items()]:
             assert values.keys() <= parse(["--adapter", method]).settings.keys()
 
 
 def test_a_value_comes_from_its_flag_then_the_preset_then_the_method_then_the_default():
     assert parse(["--adapter", "full", "--base", "x"]).config.lr == 1e-5  # the method's
     assert parse(["--adapter", "full", "--preset", "tiny"]).config.lr == 1e-3  # the preset's, for this method
-    assert parse(["--adapter", "lora", "--preset", "tiny"]).config.lr == 2e-3
+    assert parse(["--adapter", "dylora", "--preset", "tiny"]).config.lr == 2e-3
     assert parse(["--adapter", "full", "--preset", "tiny", "--lr", "0.5"]).config.lr == 0.5
     assert parse(["--base", "x"]).config == TrainingConfig()
     assert parse(["--preset", "tiny", "--epochs", "2"]).config.steps is None  # the epochs count
+
+
+@pytest.mark.parametrize(
+    ("words", "reads"),
+    [
+        ([], True),
+        (["--adapter", "lora", "--targets", "text_encoder"], True),
+        (["--read-captions", "5"], True),
+        (["--adapter", "dylora"], False),
+        (["--adapter", "full"], False),
+        (["--adapter", "full", "--targets", "unet", "text_encoder", "--read-captions", "5"], True),
+        (["--adapter", "lora", "--targets", "unet"], False),
+        (["--read-captions", "0"], False),
+        (["--instance-prompt", "a photo of sks chest"], False),
+    ],
+)
+def test_the_text_encoder_rests_in_the_tiny_preset_only_where_it_has_read(words, reads):
+    plan = parse(["--preset", "tiny", *words])
+    assert (plan.config.read_captions > 0) == reads
+    rate = getattr(plan.method_settings, "text_encoder_rate", None)
+    assert rate == (0.0 if reads else 1.0)
+    assert plan.config.steps == (1000 if reads else 1500)
+
+
+def test_the_tiny_preset_chooses_its_phantoms_only_where_no_data_is_given():
+    data = [parse(["--preset", "tiny", *words]) for words in ([], ["--data", "phantom"])]
+    assert [(plan.goal.data, plan.data.balance) for plan in data] == [("phantom:6000", "diagnosis"), ("phantom", None)]
+    assert parse(["--preset", "tiny", "--balance", "sex"]).data.balance == "sex"
+    assert parse(["--base", "x"]).goal.data == "phantom"
 
 
 @pytest.mark.parametrize("arguments", [["--epoch", "3"], ["--expand", "4"], ["--lr=1", "--sed", "1"]])

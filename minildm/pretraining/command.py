@@ -50,8 +50,8 @@ SHARED = ("micro_batch", "warmup", "ema_decay", "caption_dropout", "min_snr_gamm
 MACHINE = ("device", "workers", "cache")
 DEFAULTS = {"warmup": 200, "ema_decay": 0.999, "sample_interval": 1000, "save_interval": 200, "split": "98/2"}
 # What a resumed run may change. Data and models may lie somewhere else, since their contents are compared.
-MOVED = ("data", "decoder_of", "decoder_data")
-FREE = (*MACHINE, "micro_batch", "checkpointing", "sample_interval", "save_interval", *MOVED, "exclude")
+PATHS = ("data", "decoder_of", "decoder_data", "exclude")
+FREE = (*MACHINE, "micro_batch", "checkpointing", "sample_interval", "save_interval", *PATHS)
 MANY_EPOCHS = 100  # above this a note warns that the model may memorise images
 
 
@@ -170,7 +170,7 @@ def rebuild_command(plan):
     """The command that makes this model again: the settings that affect the result and are not the defaults."""
     parser, words = make_parser(), ["python -m minildm pretrain"]
     for name, value in plan.record.items():
-        if (name in MOVED or name not in FREE) and value != parser.get_default(name):
+        if (name in PATHS or name not in FREE) and value != parser.get_default(name):
             words += [f"--{name.replace('_', '-')}"] + [shlex.quote(str(value))] * (value is not True)
     return " ".join(words)
 
@@ -188,17 +188,19 @@ def main(arguments):
     }
     configs = {stage: stage_config(stage, plan.stages[stage], plan.shared) for stage in stages}
 
-    found = {}  # fingerprints of an existing model
+    base = {}  # fingerprints of an existing model's networks
     if plan.goal.decoder_of is not None:
         model = load(plan.goal.decoder_of, device=device, dtype=torch.float32)
-        found = {name: weights_fingerprint(getattr(model, name)) for name in NETWORKS}
+        base = {name: weights_fingerprint(getattr(model, name)) for name in NETWORKS}
         if plan.shared.checkpointing:
             checkpoint_blocks(model.vae)
 
     # Records -> images and prompts, split by patient
     main_set = decoder_set = open_images(plan, plan.goal.data, captioned=plan.goal.decoder_of is None)
     if plan.stages["decoder"].data is not None:
-        others = dataclasses.replace(plan.data, balance=None, prompt_template=None)  # whose fields these may not have
+        others = dataclasses.replace(
+            plan.data, balance=None, prompt_template=None
+        )  # these images may lack their fields
         decoder_set = open_images(dataclasses.replace(plan, data=others), plan.stages["decoder"].data, captioned=False)
     options = {"balance": plan.data.balance, "workers": plan.machine.workers}
     seconds = {}
@@ -243,7 +245,7 @@ def main(arguments):
     # 4: the decoder alone
     for module in (model.vae.decoder, model.vae.post_quant_conv):
         module.requires_grad_(True)
-    train_stage("decoder", model.vae, autoencoding("decoder", size, decoder_set.images), decoder_set, **found)
+    train_stage("decoder", model.vae, autoencoding("decoder", size, decoder_set.images), decoder_set, **base)
 
     folder = plan.out / "model"
     save_folder({name: getattr(model, name) for name in NETWORKS}, model.config, folder)
@@ -251,7 +253,8 @@ def main(arguments):
     write_card(folder, rebuild_command(plan), plan, runs, seconds, decibels)
     print(f"reconstructions of held-out images: PSNR {decibels:.2f} dB; losses and hashes: {folder / 'README.md'}")
     prompt = main_set.prompts[main_set.splits["validation"][0]] or "a chest x-ray"
-    print(f"next: python sample.py {shlex.quote(prompt)} --base {shlex.quote(str(folder))}")
+    use = "--base" if plan.goal.decoder_of is None else f"--base {shlex.quote(plan.goal.decoder_of)} --vae"
+    print(f"next: python sample.py {shlex.quote(prompt)} {use} {shlex.quote(str(folder))}")
     return 0
 
 

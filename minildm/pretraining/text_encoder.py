@@ -6,7 +6,10 @@ shapes is above. In 2,000 steps of this stage, two minutes, it learns that, and 
 shapes at all. A likely reason: here only the words carry information, while a noisy image mostly shows itself.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -14,11 +17,45 @@ from minildm.data.loader import TrainingPairs, training_batches
 from minildm.data.splits import classes_of
 from minildm.images import FROM_DATA, contact_sheet, save_png
 from minildm.latent_diffusion import to_pil
+from minildm.layers import Attention, FeedForward, to_map
 from minildm.pretraining.stage import low_precision
 from minildm.seeds import seeded, to_device
 from minildm.training.loss import Captions, sample_randomness
-from minildm.training.reading import CaptionReader
 from minildm.training.task import Task
+
+
+class CaptionReader(nn.Module):
+    """Predict an image's code from its caption: context (B, 77, D) -> (B, 4, side, side).
+
+    A learned query for each of at most 8 x 8 patches attends to the words; its output is the patch's code. The reader
+    trains the text encoder and is then discarded, like the image half of CLIP.
+    """
+
+    def __init__(self, dim, n_heads, side, n_layers=2):
+        super().__init__()
+        self.side, self.patch = side, math.ceil(side / 8)
+        self.grid = math.ceil(side / self.patch)
+        self.queries = nn.Parameter(torch.randn(self.grid**2, dim))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(dim),
+                    "attention": Attention(dim, n_heads, dim),
+                    "norm2": nn.LayerNorm(dim),
+                    "mlp": FeedForward(dim),
+                }
+            )
+            for _ in range(n_layers)
+        )
+        self.out = nn.Linear(dim, 4 * self.patch**2)
+
+    def forward(self, context):
+        x = self.queries.expand(len(context), -1, -1)  # (B, patches, D)
+        for layer in self.layers:
+            x = x + layer["attention"](layer["norm1"](x), context)
+            x = x + layer["mlp"](layer["norm2"](x))
+        code = F.pixel_shuffle(to_map(self.out(x), self.grid, self.grid), self.patch)
+        return code[:, :, : self.side, : self.side]
 
 
 class CaptionReading(Task):

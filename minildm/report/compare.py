@@ -149,6 +149,8 @@ def train_flags(settings, further):
     words = ["--data", settings.data, "--steps", str(settings.steps), "--sample-interval", "0"]
     words += ["--base", settings.base] if settings.base else []
     words += ["--limit", str(settings.limit)] if settings.limit else []
+    if "--read-captions" not in further:  # a preset would have some methods read and not the others
+        words += ["--read-captions", "0"]
     return [*words, *further]
 
 

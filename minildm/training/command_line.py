@@ -18,7 +18,7 @@ from minildm.distributed import from_first
 from minildm.errors import InputError
 from minildm.loading import is_embedded
 from minildm.settings import Parser, Settings, add_flags, flag, from_flags, setting
-from minildm.training.config import PRESETS, TrainingConfig
+from minildm.training.config import PRESETS, TrainingConfig, preset_values
 from minildm.training.dreambooth import DreamBoothSettings
 from minildm.training.machine import Machine
 from minildm.training.run import data_fingerprint, read_record
@@ -87,29 +87,27 @@ def parse(arguments):
     preset = given.get("preset")
     if preset is None and not stored and _on_embedded_base(given.get("base")):
         preset = "tiny"
-    defaults = PRESETS.get(preset, {})
-    name = given.get("adapter", (defaults | stored).get("adapter", Goal.adapter))
-    if (
-        not isinstance(name, str) or name not in METHODS
-    ):  # a flag's choices are checked below, but the run's file may hold anything
-        raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")
+    name = given.get("adapter", (PRESETS.get(preset, {}) | stored).get("adapter", Goal.adapter))
+    if not isinstance(name, str) or name not in METHODS:  # a flag's choices are checked below; a run's file may hold
+        raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")  # anything
     method = METHODS[name]
     stored = {key: value for key, value in stored.items() if key not in ("resume", "out", "dry_run", "preset")}
-    defaults = method.defaults | defaults | defaults.get("methods", {}).get(name, {}) | stored
-    for length, other in (("epochs", "steps"), ("steps", "epochs")):
-        if length in given and other not in given and (stored or length == "epochs"):
-            defaults.pop(other, None)  # a preset's steps would cut the epochs that were asked for; the new end counts
 
     parser = _parser()
     add_flags(parser, method.settings_class, f"method: {name}")
     _add_common_flags(parser)
-    parser.set_defaults(**{key: value for key, value in defaults.items() if key != "methods"})
+    values = preset_values(preset, name, parser.given(arguments))
+    defaults = method.defaults | values | stored
+    for length, other in (("epochs", "steps"), ("steps", "epochs")):
+        if length in given and other not in given and (stored or length == "epochs"):
+            defaults.pop(other, None)  # a preset's steps would cut the epochs that were asked for; the new end counts
+    parser.set_defaults(**defaults)
     args, unknown = parser.parse_known_args(arguments)
     _refuse(unknown, name, parser)
     dreambooth, config = from_flags(DreamBoothSettings, args), from_flags(TrainingConfig, args)
     _check_dreambooth(dreambooth, config, given)
     if dreambooth.instance_prompt is not None:
-        config = dataclasses.replace(config, caption_cut=0.0, read_captions=0)  # of a preset
+        config = dataclasses.replace(config, caption_cut=0.0)  # of a preset
     if config.save_format != "native" and method.export is Method.export:
         raise InputError(f"--save-format {config.save_format} is for adapters; --adapter {name} writes a checkpoint, "
                          "which needs none: leave it out")  # fmt: skip
@@ -127,7 +125,7 @@ def parse(arguments):
         dry_run=args.dry_run,
     )
     _refuse_unused(plan, parser.given(arguments))
-    if unused := sorted({*PRESETS.get(preset, {})} - {*plan.settings, "methods"}):
+    if unused := sorted({*values} - {*plan.settings}):
         names = ", ".join(flag(setting) for setting in unused)
         warnings.warn(f"--preset {preset} also sets {names}, which --adapter {name} does not have", stacklevel=2)
     return plan
@@ -205,7 +203,7 @@ def _check_dreambooth(dreambooth, config, given):
         raise InputError(
             "--caption-cut shortens captions, and --instance-prompt gives all images one prompt; leave one of them out"
         )
-    if dreambooth.instance_prompt is not None and "read_captions" in given:
+    if dreambooth.instance_prompt is not None and given.get("read_captions"):
         raise InputError("--read-captions learns from what captions tell apart, and --instance-prompt gives all images "
                          "one prompt; leave one of them out")  # fmt: skip
     if dreambooth.n_class_images and config.batch_size < 2:
@@ -224,7 +222,10 @@ def _refuse_unused(plan, given):
     unused = {
         "samples": (not config.sample_interval, "there are no sheets of sample images; give --sample-interval, too"),
         "text_encoder_rate": ("text_encoder" not in targets, "the text encoder is not trained; name it in --targets"),
-        "read_captions": ("text_encoder" not in targets, "the text encoder is not trained; name it in --targets"),
+        "read_captions": (
+            "text_encoder" not in targets and config.read_captions > 0,
+            "the text encoder is not trained; name it in --targets",
+        ),
     }
     if "validation" not in SPLITS[plan.data.split]:
         reason = f"--split {plan.data.split} has no images for validation; give another --split"

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from minildm.adapters.inject import NETWORKS
 from minildm.adapters.writing import FORMATS
 from minildm.settings import Settings, setting
 
@@ -31,7 +32,8 @@ PRESETS = {
         "batch_size": 8,
         "epochs": 10,
     },
-    # The embedded base is so small that it takes, and needs, larger steps than Stable Diffusion.
+    # The embedded base is so small that it takes, and needs, larger steps than Stable Diffusion. It knows no word for a
+    # chest or its diseases, so adapters read captions first.
     "tiny": {
         "lr": 2e-3,
         "lr_schedule": "cosine",
@@ -40,9 +42,38 @@ PRESETS = {
         "steps": 1500,
         "sample_interval": 500,
         "samples": 9,
-        "methods": {"full": {"lr": 1e-3}, "adalora": {"lr": 1e-2}},  # where a method wants another value
+        "read_captions": 1000,
+        "methods": {"adalora": {"lr": 1e-2}, "dylora": {"read_captions": 0}, "full": {"lr": 1e-3, "read_captions": 0}},
+        "reading": {
+            "lr": 4e-3,
+            "steps": 1000,
+            "text_encoder_rate": 0.0,
+            "methods": {"selora": {"rank": 16}, "lora": {"rank": 16}, "adalora": {"lr": 1e-2}, "full": {"lr": 1e-3}},
+        },
+        "without_data": {"data": "phantom:6000", "balance": "diagnosis"},
     },
 }
+
+
+def preset_values(preset, method, given):
+    """{setting: value} of a preset.
+
+    Args: preset: its name, or None. method: the name of the method. given: {setting: value} of the flags on the command
+        line. Parts of a preset hold for some runs only, and take precedence: "methods", by name; "reading", where
+        captions are read; "without_data", where no data set is given.
+    """
+    values, parts = _for_method(PRESETS.get(preset, {}), method), {}
+    for name in ("reading", "without_data"):
+        parts[name] = _for_method(values.pop(name, {}), method)
+    can_read = "text_encoder" in given.get("targets", NETWORKS) and given.get("instance_prompt") is None
+    if not (can_read and (values | given).get("read_captions")):
+        values["read_captions"], parts["reading"] = 0, {}
+    return values | parts["reading"] | ({} if "data" in given else parts["without_data"])
+
+
+def _for_method(part, method):
+    values = dict(part)
+    return values | values.pop("methods", {}).get(method, {})
 
 
 @dataclass(frozen=True)

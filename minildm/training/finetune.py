@@ -89,6 +89,7 @@ class Finetuning(Task):
         self.images_per_step = config.batch_size if images_per_step is None else images_per_step
         self.steps = config.total_steps(self.n_images, self.images_per_step)
         self.contexts = contexts
+        self.text_encoder_rests = False  # in the steps: --text-encoder-rate 0; then each context is computed once
         self.pairs, self.captions = self._pairs(training, cut=config.caption_cut > 0)
         self.latent_shape = self.pairs[0]["mean"].shape  # (4, h, w)
         self.classes = None if balance is None else classes_of(training.records, balance)
@@ -112,11 +113,11 @@ class Finetuning(Task):
         pairs = TrainingPairs(samples.records, samples.prompts, latents=samples.latents, contexts=contexts)
         return pairs, Captions(model, samples.prompts, contexts, cut)
 
-    def freeze_text_encoder(self):
-        """From now on the text encoder stays as it is (--text-encoder-rate 0), so each context is computed once."""
-        self.captions.freeze()
-        if self.validation_pairs is not None:
-            self.validation_captions.freeze()
+    def begin(self):
+        if self.text_encoder_rests:
+            self.captions.freeze()
+            if self.validation_pairs is not None:
+                self.validation_captions.freeze()
 
     def batches(self, first_step, last_step):
         seed, size = self.config.seed, self.batch_size
@@ -127,6 +128,12 @@ class Finetuning(Task):
         randomness = sample_randomness(self.config.seed, "sample", batch["id"], self.latent_shape, n_timesteps)
         with self.products():
             return denoising_losses(self.model, batch, randomness, self.captions, self.config)
+
+    def halves(self, batch):
+        usual = self.precision in (None, torch.float32) and not self.config.checkpointing
+        if not (usual and kernels.halves_pay(self.model.unet, batch["mean"])):
+            return [batch]
+        return [{name: values[rows] for name, values in batch.items()} for rows in kernels.two_halves(len(batch["id"]))]
 
     def products(self):
         """Inside, matrix products and convolutions run in ``precision``; weights and losses stay float32."""
@@ -204,8 +211,7 @@ def finetune(task, method_class, settings, run, machine):
                 read_captions(task, method, config.read_captions)
             else:
                 print("note: all captions are the same, so --read-captions has nothing to learn from and is skipped")
-        if trains_text and not any(text_rates) and method.can_freeze_text_encoder:
-            task.freeze_text_encoder()
+        task.text_encoder_rests = trains_text and not any(text_rates) and method.can_freeze_text_encoder
         state = train(method, task, config, run, task.steps)
         if probe is not None:
             with state.averaged():

@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from minildm import kernels
 from minildm.distributed import on_any_process, require_same, sum_gradients, wait_for_all
 from minildm.errors import InputError, is_out_of_memory
 from minildm.optimizer import clip_gradients
@@ -43,6 +44,7 @@ def train(method, task, config, run, steps):
             "--epochs"
         )
     run.adopt_settings()
+    task.begin()
 
     def between_steps():
         """Validation, the best result, sample images, the saved state: each at its interval, and at the end."""
@@ -108,13 +110,20 @@ def train_step(state, method, task, config, batch, lr):
     parameters = state.optimizer.parameters
     device = parameters[0].device
     loss = torch.zeros((), device=device)
+
+    def backward(part):
+        weight = to_device(part["weight"], device)
+        part_loss = (weight * task.losses(part)).sum() / size  # of (b,) each
+        (part_loss * state.loss_scale).backward()
+        return part_loss.detach()
+
     with method.watch(state.step):
         for first in range(0, len(batch["id"]), micro):
             part = {name: values[first : first + micro] for name, values in batch.items()}
-            weight = to_device(part["weight"], device)
-            part_loss = (weight * task.losses(part)).sum() / size  # of (b,) each
-            (part_loss * state.loss_scale).backward()
-            loss = loss + part_loss.detach()
+            # Two halves at once only where no sum could depend on which one is done first (a + b = b + a).
+            alone = len(batch["id"]) > micro or method.statistics()
+            for part_loss in kernels.at_once(backward, [part] if alone else task.halves(part)):
+                loss = loss + part_loss
     if torch.distributed.is_initialized():
         sum_gradients(parameters, [loss, *method.statistics()])
     measured = {"loss": loss}

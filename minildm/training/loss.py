@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import default_collate
 
+from minildm.config import MAX_TOKENS
 from minildm.distributed import share, share_size, sum_over_processes
 from minildm.progress import Progress
 from minildm.seeds import seeded, to_device
@@ -61,9 +62,16 @@ class Captions:
         self.token_ids = None if contexts is not None else model.tokenize(texts)  # (n, 77)
         self.kept = None  # {row: its context}, see `freeze`
 
+    @torch.no_grad()
     def freeze(self):
-        """The text encoder no longer changes: compute contexts once, without gradients, and keep up to KEPT bytes."""
-        self.kept = {}
+        """The text encoder no longer changes: compute contexts now, in the same batches every time, and keep them, up
+        to KEPT bytes, the empty caption's first."""
+        config = self.text_encoder.config
+        most = KEPT // (MAX_TOKENS * config.width * self.dtype.itemsize)
+        rows, self.kept = [-1, *range(len(self.token_ids) - 1)][:most], {}
+        for first in Progress("encoding captions", "batch", iterable=range(0, len(rows), 16), leave=False):
+            some = rows[first : first + 16]
+            self.kept |= dict(zip(some, self.text_encoder(to_device(self.token_ids[some], self.device))))
 
     def rows(self, index, u, config):
         """Which text each sample gets, as a row of `caption_texts`: its caption; the empty one with the probability
@@ -92,12 +100,9 @@ class Captions:
 
     @torch.no_grad()
     def _kept(self, row):
-        """The context (77, D) of one row, always computed alone: in a batch its rounding would depend on the others."""
+        """The context (77, D) of one row. Those not kept are computed alone: in a batch, rounding depends on others."""
         if row not in self.kept:
-            context = self.text_encoder(to_device(self.token_ids[row][None], self.device))[0]
-            if (len(self.kept) + 1) * context.nbytes > KEPT:
-                return context
-            self.kept[row] = context
+            return self.text_encoder(to_device(self.token_ids[row][None], self.device))[0]
         return self.kept[row]
 
 

@@ -17,6 +17,9 @@ class Task:
     batch_size = None
     validation_interval = None
 
+    def begin(self):
+        """Called before the first step of a run, and of a resumed one, with the weights that it begins with."""
+
     def batches(self, first_step, last_step):
         """The batches of the steps [first_step, last_step)."""
         raise NotImplementedError
@@ -24,6 +27,10 @@ class Task:
     def losses(self, batch):
         """The loss of each sample of a batch, or of a part of it: (b,) float32."""
         raise NotImplementedError
+
+    def halves(self, batch):
+        """[batch], or its two halves, where computing their gradients at the same time is faster."""
+        return [batch]
 
     def validate(self):
         """The validation loss, a float: the same samples, timesteps and noise at every call."""
