@@ -190,7 +190,7 @@ def in_two_halves(network):
 def halves_pay(network, x):
     """In a small network many operations take hardly longer than dividing them among threads does, and each waits until
     the slowest is done. Two halves of a batch wait for each other once: on two cores 1.2 times as fast for
-    ``weights/tiny``, and a training step of 16 images 1.4 times.
+    ``weights/tiny``, in sampling and in training.
 
     For networks smaller than any Stable Diffusion, on a CPU; neither compiled nor under autocast, whose state is per
     thread. Only from the main thread: `torch.set_num_threads` also sets the number that threads started later begin

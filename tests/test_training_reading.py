@@ -36,34 +36,33 @@ def chests(n, seed):
 
 
 def read(kind, monkeypatch, steps, n=64, validation=32):
-    """Read `chests`. Returns: (the share of the word's effect that was learned, the task, the method)."""
+    """Read `chests`. Returns: the share of the word's effect on the code that was learned."""
     changes = {"read_captions": steps, "batch_size": 16, "caption_dropout": 0.0}
     method_settings, config = settings(kind, targets=("unet", "text_encoder"), **changes)
     (training, effect), (held_out, _) = chests(n, 0), chests(validation, 1)
     task = Finetuning(small_model(), training, held_out, config)
     method = METHODS[kind](task.model, method_settings, config.steps, 0)
-    made, ordinary = {}, (reading._new_reader, reading._whitening)
-    monkeypatch.setattr(reading, "_new_reader", lambda *a: made.setdefault("reader", ordinary[0](*a)))
-    monkeypatch.setattr(reading, "_whitening", lambda *a: made.setdefault("whiten", ordinary[1](*a)))
+    made, ordinary = {}, (reading.MeanReader, reading.Whitening)
+    monkeypatch.setattr(reading, "MeanReader", lambda *a, **k: made.setdefault("reader", ordinary[0](*a, **k)))
+    monkeypatch.setattr(reading, "Whitening", lambda *a: made.setdefault("whiten", ordinary[1](*a)))
     reading.read_captions(task, method, steps)
     with torch.no_grad():
-        contexts = task.model.encode_prompt(["chest x-ray, pacemaker", "chest x-ray, normal"]).mean(1)
-        predicted = made["reader"](contexts).diff(dim=0)[0].neg()
+        contexts = task.model.encode_prompt(["chest x-ray, normal", "chest x-ray, pacemaker"])
+        predicted = made["reader"](contexts).diff(dim=0)[0]
         true = effect * task.model.config.vae.scaling_factor @ made["whiten"].matrix
-    return (predicted @ true / true.square().sum()).item(), task, method
+    return (predicted @ true / true.square().sum()).item()
 
 
 @pytest.mark.parametrize("kind", ["full", "selora", "lora", "adalora"])
 def test_a_word_is_learned_although_its_image_hardly_differs(monkeypatch, capsys, kind):
-    share, task, method = read(kind, monkeypatch, 150)
+    share = read(kind, monkeypatch, 150)
     assert "captions read: they explain" in capsys.readouterr().out
-    print(kind, share)
     assert share > 0.7
 
 
 def test_without_whitening_it_would_not_be_learned(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", lambda S: (torch.full((len(S),), S.trace() / len(S)), torch.eye(len(S))))
-    assert read("selora", monkeypatch, 150)[0] < 0.4
+    assert read("selora", monkeypatch, 150) < 0.4
 
 
 def test_whitened_codes_have_the_variance_of_the_formula():

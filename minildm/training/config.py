@@ -46,8 +46,12 @@ PRESETS = {
         "methods": {"adalora": {"lr": 1e-2}, "dylora": {"read_captions": 0}, "full": {"lr": 1e-3, "read_captions": 0}},
         "reading": {
             "lr": 4e-3,
-            "steps": 1000,
+            "batch_size": 8,
+            "steps": 2000,
             "text_encoder_rate": 0.0,
+            "caption_cut": 0.1,
+            "min_snr_gamma": 1.0,
+            "ema_decay": 0.999,
             "methods": {"selora": {"rank": 16}, "lora": {"rank": 16}, "adalora": {"lr": 1e-2}, "full": {"lr": 1e-3}},
         },
         "without_data": {"data": "phantom:6000", "balance": "diagnosis"},

@@ -53,6 +53,17 @@ class Whitening:
         return (codes - self.mean) @ self.matrix
 
 
+class MeanReader(nn.Linear):
+    """Context (B, 77, D) -> whitened code (B, n), by a linear layer on the mean token. It predicts 0 at first."""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, context):
+        return super().forward(context.mean(1))
+
+
 def read_captions(task, method, steps):
     """Train the method's parameters in the text encoder for ``steps`` batches of the task; print how it went.
 
@@ -70,7 +81,7 @@ def read_captions(task, method, steps):
 
 def _read(task, trained, factor, steps):
     whiten = _whitening(task)
-    reader = _new_reader(task, len(whiten.mean))
+    reader = MeanReader(task.model.text_encoder.config.width, len(whiten.mean), device=task.model.device)
     parameters = [*trained, *reader.parameters()]
     optimizer = AdamW(parameters, [factor] * len(trained) + [1] * (len(parameters) - len(trained)))
     before = best = _held_out_error(task, reader, whiten) if task.validation_pairs else math.inf
@@ -90,8 +101,8 @@ def _read(task, trained, factor, steps):
     if task.validation_pairs:
         torch._foreach_copy_([parameter.data for parameter in trained], kept)
         print(
-            f"captions read: they explain {100 * (1 - best / before):.1f} % of the variance of held-out whitened codes, "
-            f"most after {best_step:,} of {steps:,} steps"
+            f"captions read: they explain {100 * (1 - best / before):.1f} % of the variance of held-out whitened "
+            f"codes, most after {best_step:,} of {steps:,} steps"
         )
     if not all(parameter.isfinite().all() for parameter in trained):
         raise InputError("the text encoder's weights are not finite after --read-captions; use --dtype float32")
@@ -108,19 +119,11 @@ def _whitening(task):
     return Whitening(torch.cat([_code(task, task.pairs[i]["mean"][None]) for i in order.tolist()]))
 
 
-def _new_reader(task, n):
-    """A linear layer, mean token (B, D) -> whitened code (B, n), that predicts 0 at first."""
-    reader = nn.Linear(task.model.text_encoder.config.width, n, device=task.model.device)
-    for parameter in reader.parameters():
-        nn.init.zeros_(parameter)
-    return reader
-
-
 def _errors(task, reader, whiten, batch, captions, rows):
     """(B,): the mean squared error of each sample's predicted code."""
     with task.products():
         context = captions(batch, rows)  # (B, 77, D)
-    return (reader(context.float().mean(1)) - whiten(_code(task, batch["mean"]))).square().mean(1)
+    return (reader(context.float()) - whiten(_code(task, batch["mean"]))).square().mean(1)
 
 
 @torch.no_grad()
