@@ -241,12 +241,15 @@ def at_once(function, parts):
         torch.set_num_threads(max(1, threads // 2))
         return function(part)
 
-    other = _second_thread.submit(with_half_the_threads, second)
+    others = []
     try:
-        return [with_half_the_threads(first), other.result()]
+        others.append(_second_thread.submit(with_half_the_threads, second))
+        return [with_half_the_threads(first), others[0].result()]
     finally:
-        wait([other])  # also where this half failed: it sets the number for threads started later, too
-        torch.set_num_threads(threads)
+        try:
+            wait(others)  # also where this half failed: it sets the number for threads started later, too
+        finally:
+            torch.set_num_threads(threads)
 
 
 # --- bfloat16 on processors with and without instructions for it -----------------------------------------------------

@@ -114,7 +114,7 @@ def test_sample_uses_the_base_alone_with_adapter_none(capsys, tmp_path):
 
 def test_the_embedded_base_has_its_own_settings_which_flags_override(tmp_path):
     plan = parse(["--base", str(EMBEDDED), "--lr", "0.5"])
-    assert plan.config.lr == 0.5 and plan.config.steps == PRESETS["tiny"]["steps"] and plan.preset == "tiny"
+    assert plan.config.lr == 0.5 and plan.config.steps == PRESETS["tiny"]["reading"]["steps"] and plan.preset == "tiny"
     assert parse(["--base", str(tmp_path)]).config.lr == 1e-4
     assert parse(["--base", str(EMBEDDED), "--preset", "selora-iu"]).config.steps is None
     assert parse(["--base", str(EMBEDDED), "--epochs", "100"]).config.steps is None  # no limit on the epochs

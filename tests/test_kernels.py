@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import signal
 
 import made_runs
 import pytest
@@ -15,6 +16,7 @@ from minildm import kernels
 from minildm.adapters.inject import wrap
 from minildm.adapters.lora import LoRALinear
 from minildm.config import UNetConfig
+from minildm.errors import InputError
 from minildm.training.finetune import Finetuning
 from minildm.training.task import Task
 
@@ -224,8 +226,8 @@ def supposed_threads():
         yield
 
 
-def halved_run(folder, monkeypatch, adapter, halves=True, stop=None, resume=False, **changes):
-    """A short run on latents of 16 x 16 with a record of the batch sizes. Returns: (the factors, the sizes)."""
+def halved_run(folder, monkeypatch, adapter, halves=True, steps=6, **changes):
+    """A short run on latents of 16 x 16. Returns: (what was trained, the sizes of all parts of batches)."""
     sizes, ordinary = [], Finetuning.losses
 
     def losses(task, batch):
@@ -236,9 +238,9 @@ def halved_run(folder, monkeypatch, adapter, halves=True, stop=None, resume=Fals
     monkeypatch.setattr(made_runs, "samples", functools.partial(samples, side=16))
     if not halves:
         monkeypatch.setattr(Finetuning, "halves", Task.halves)
-    model, *_ = short_run(folder, adapter=adapter, resume=resume, steps=6, batch_size=5, save_interval=3, **changes)
+    model, *_ = short_run(folder, adapter=adapter, steps=steps, batch_size=5, **changes)
     monkeypatch.undo()
-    trained = [p for p in model.unet.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     return [p.detach().clone() for p in trained], sizes[1:]  # the first is the forecast's
 
 
@@ -254,14 +256,42 @@ def test_a_step_in_halves_is_the_step_and_the_same_every_time(tmp_path, monkeypa
         assert torch.equal(two, three)
 
 
-def test_micro_batches_are_not_halved(tmp_path, monkeypatch, supposed_threads):
-    _, sizes = halved_run(tmp_path / "run", monkeypatch, "lora", micro_batch=3)
-    assert sizes == [3, 2] * 6
+def test_a_resumed_run_in_halves_is_the_run(tmp_path, monkeypatch, supposed_threads):
+    whole, _ = halved_run(tmp_path / "whole", monkeypatch, "selora")
+    halved_run(tmp_path / "parts", monkeypatch, "selora", steps=2)
+    parts, _ = halved_run(tmp_path / "parts", monkeypatch, "selora", resume=True)
+    assert all(map(torch.equal, whole, parts))
+
+
+def test_an_error_in_half_a_step_is_raised(tmp_path, monkeypatch, supposed_threads):
+    ordinary, calls = Finetuning.losses, []
+
+    def losses(task, batch):
+        calls.append(len(batch["id"]))
+        if len(batch["id"]) == 3:
+            raise InputError("the second half fails")
+        return ordinary(task, batch)
+
+    monkeypatch.setattr(made_runs, "samples", functools.partial(samples, side=16))
+    monkeypatch.setattr(Finetuning, "losses", losses)
+    with pytest.raises(InputError, match="the second half fails"):
+        short_run(tmp_path / "run", adapter="lora", batch_size=5)
+    assert 2 in calls
+
+
+@pytest.mark.parametrize("changes", [{"checkpointing": True}, {"micro_batch": 3}])
+def test_halves_are_not_taken_where_they_could_not_be_the_same(tmp_path, monkeypatch, supposed_threads, changes):
+    _, sizes = halved_run(tmp_path / "run", monkeypatch, "lora", **changes)
+    assert sizes == [5] * 6 if "checkpointing" in changes else [3, 2] * 6
 
 
 def test_a_forked_process_starts_its_own_second_thread(supposed_threads):
     assert kernels.at_once(lambda part: part + 1, [1, 2]) == [2, 3]
     process = os.fork()
     if process == 0:
-        os._exit(0 if kernels.at_once(lambda part: part + 1, [1, 2]) == [2, 3] else 1)
+        signal.alarm(20)  # it would wait for ever
+        try:
+            os._exit(0 if kernels.at_once(lambda part: part + 1, [1, 2]) == [2, 3] else 1)
+        finally:
+            os._exit(2)
     assert os.waitpid(process, 0)[1] == 0

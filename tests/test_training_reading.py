@@ -75,6 +75,20 @@ def test_whitened_codes_have_the_variance_of_the_formula():
     assert reading.Whitening(torch.ones(3, 6))(torch.ones(3, 6)).eq(0).all()
 
 
+def test_whitening_leaves_out_directions_that_no_code_shows():
+    few, others = torch.randn(4, 50), torch.randn(1000, 50)
+    z = reading.Whitening(few)(others)
+    assert z.square().mean() < 2 and (z.square().mean(0) > 0).sum() == 3
+
+
+def test_captions_that_predict_nothing_leave_the_text_encoder_as_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reading, "_held_out_error", lambda *arguments: 1.0)
+    model, *_ = short_run(tmp_path / "run", **(READING | {"text_encoder_rate": 0.0, "expand_interval": 100}))
+    assert "the captions predict nothing about held-out images" in capsys.readouterr().out
+    layers = [layer for path, layer in adapter_layers(model).items() if path.startswith("text_encoder.")]
+    assert layers and all(B.eq(0).all() for layer in layers for _, B in layer.blocks())
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.0])
 def test_a_run_that_stops_while_reading_or_later_is_the_same_in_the_end(tmp_path, monkeypatch, rate):
     settings = READING | {"text_encoder_rate": rate, "save_interval": 2}
@@ -178,7 +192,8 @@ def test_the_text_encoder_that_only_reads_stays_out_of_the_steps(tmp_path, monke
     with torch.no_grad():
         for captions in kept:
             for row, context in captions.kept.items():
-                assert torch.equal(context, model.text_encoder(captions.token_ids[row][None])[0])
+                alone = model.text_encoder(captions.token_ids[row][None])[0]
+                torch.testing.assert_close(context, alone, rtol=1e-4, atol=1e-5)
 
     monkeypatch.setattr(METHODS["selora"], "can_freeze_text_encoder", False)
     other, *_ = short_run(tmp_path / "run along", **(FROZEN | {"expand_interval": 100}))

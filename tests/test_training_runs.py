@@ -626,6 +626,7 @@ def test_a_value_comes_from_its_flag_then_the_preset_then_the_method_then_the_de
         (["--adapter", "lora", "--targets", "text_encoder"], True),
         (["--read-captions", "5"], True),
         (["--adapter", "dylora"], False),
+        (["--adapter", "adalora"], False),
         (["--adapter", "full"], False),
         (["--adapter", "full", "--targets", "unet", "text_encoder", "--read-captions", "5"], True),
         (["--adapter", "lora", "--targets", "unet"], False),
@@ -636,16 +637,34 @@ def test_a_value_comes_from_its_flag_then_the_preset_then_the_method_then_the_de
 def test_the_text_encoder_rests_in_the_tiny_preset_only_where_it_has_read(words, reads):
     plan = parse(["--preset", "tiny", *words])
     assert (plan.config.read_captions > 0) == reads
-    rate = getattr(plan.method_settings, "text_encoder_rate", None)
-    assert rate == (0.0 if reads else 1.0)
-    assert plan.config.steps == (1000 if reads else 1500)
+    rests = reads and "unet" in getattr(plan.method_settings, "targets", ())
+    assert getattr(plan.method_settings, "text_encoder_rate", None) == (0.0 if rests else 1.0)
+    assert plan.config.steps == (2000 if reads else 1500)
 
 
 def test_the_tiny_preset_chooses_its_phantoms_only_where_no_data_is_given():
     data = [parse(["--preset", "tiny", *words]) for words in ([], ["--data", "phantom"])]
     assert [(plan.goal.data, plan.data.balance) for plan in data] == [("phantom:6000", "diagnosis"), ("phantom", None)]
     assert parse(["--preset", "tiny", "--balance", "sex"]).data.balance == "sex"
+    assert parse(["--preset", "tiny", "--read-captions", "0"]).goal.data == "phantom"
     assert parse(["--base", "x"]).goal.data == "phantom"
+
+
+def test_the_tiny_presets_rank_gives_way_to_limits_and_alpha():
+    for words, rank in ([], 16), (["--rank", "2"], 2), (["--max-rank", "8"], 1), (["--max-parameters", "90000"], 1):
+        assert parse(["--preset", "tiny", *words]).method_settings.rank == rank
+    assert parse(["--preset", "tiny", "--adapter", "lora", "--alpha", "8"]).method_settings.rank == 4
+
+
+def test_a_text_encoder_alone_must_have_a_rate():
+    with pytest.raises(InputError, match="leaves nothing to train"):
+        parse(["--adapter", "lora", "--targets", "text_encoder", "--text-encoder-rate", "0"])
+
+
+def test_help_shows_the_presets_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--preset", "tiny", "--help"])
+    assert "(default: 0.004)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("arguments", [["--epoch", "3"], ["--expand", "4"], ["--lr=1", "--sed", "1"]])

@@ -10,6 +10,9 @@ one step like this (training/loop.py):
     clip; optimizer.step(lr)
     method.update(step, optimizer)                # SeLoRA grows here, AdaLoRA prunes
 
+On a CPU, forward and backward of a small network may run in two threads at once, each on half of the batch. They do not
+in steps for which `statistics` returns something: a method that adds up what it sees in hooks must return it there.
+
 To add a method, write one file with a frozen `Settings` dataclass (its fields are the method's flags) and a subclass of
 `Method`, then name it in ``METHODS`` (adapters/__init__.py). Nothing else changes. `full.py` is the shortest example.
 """

@@ -88,15 +88,15 @@ def parse(arguments):
     if preset is None and not stored and _on_embedded_base(given.get("base")):
         preset = "tiny"
     name = given.get("adapter", (PRESETS.get(preset, {}) | stored).get("adapter", Goal.adapter))
-    if not isinstance(name, str) or name not in METHODS:  # a flag's choices are checked below; a run's file may hold
-        raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")  # anything
+    if not isinstance(name, str) or name not in METHODS:  # a resumed run's file may hold anything
+        raise InputError(f"--adapter must be one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]
     stored = {key: value for key, value in stored.items() if key not in ("resume", "out", "dry_run", "preset")}
 
     parser = _parser()
     add_flags(parser, method.settings_class, f"method: {name}")
     _add_common_flags(parser)
-    values = preset_values(preset, name, parser.given(arguments))
+    values = preset_values(preset, name, _given(arguments, method))
     defaults = method.defaults | values | stored
     for length, other in (("epochs", "steps"), ("steps", "epochs")):
         if length in given and other not in given and (stored or length == "epochs"):
@@ -187,9 +187,11 @@ def _add_common_flags(parser):
     add_flags(parser, Machine, "machine")
 
 
-def _given(arguments):
-    """{name: value} of the flags that decide about other flags, as far as they are given."""
+def _given(arguments, method=None):
+    """{name: value} of the flags that are given: those of all methods, and a method's own."""
     parser = _parser(add_help=False)
+    if method is not None:
+        add_flags(parser, method.settings_class, "method")
     _add_common_flags(parser)
     return parser.given(arguments)
 
@@ -230,6 +232,8 @@ def _refuse_unused(plan, given):
     if "validation" not in SPLITS[plan.data.split]:
         reason = f"--split {plan.data.split} has no images for validation; give another --split"
         unused |= dict.fromkeys(("validation_interval", "validation_pairs"), (True, reason))
+    if getattr(plan.method_settings, "text_encoder_rate", 1) == 0 and "unet" not in targets:
+        raise InputError("--text-encoder-rate 0 leaves nothing to train: the text encoder is the only one of --targets")
     if config.read_captions and not plan.method.reads_captions:
         raise InputError(f"--read-captions does not suit --adapter {plan.goal.adapter}; leave it out")
     for name, (is_unused, reason) in unused.items():

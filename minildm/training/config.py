@@ -43,7 +43,11 @@ PRESETS = {
         "sample_interval": 500,
         "samples": 9,
         "read_captions": 1000,
-        "methods": {"adalora": {"lr": 1e-2}, "dylora": {"read_captions": 0}, "full": {"lr": 1e-3, "read_captions": 0}},
+        "methods": {
+            "adalora": {"lr": 1e-2, "read_captions": 0},  # it might prune what was read: it goes by denoising gradients
+            "dylora": {"read_captions": 0},
+            "full": {"lr": 1e-3, "read_captions": 0},
+        },
         "reading": {
             "lr": 4e-3,
             "batch_size": 8,
@@ -64,14 +68,19 @@ def preset_values(preset, method, given):
 
     Args: preset: its name, or None. method: the name of the method. given: {setting: value} of the flags on the command
         line. Parts of a preset hold for some runs only, and take precedence: "methods", by name; "reading", where
-        captions are read; "without_data", where no data set is given.
+        captions are read; "without_data", where they are and no data set is given.
     """
     values, parts = _for_method(PRESETS.get(preset, {}), method), {}
     for name in ("reading", "without_data"):
         parts[name] = _for_method(values.pop(name, {}), method)
-    can_read = "text_encoder" in given.get("targets", NETWORKS) and given.get("instance_prompt") is None
+    targets = given.get("targets", NETWORKS)
+    can_read = "text_encoder" in targets and given.get("instance_prompt") is None
     if not (can_read and (values | given).get("read_captions")):
-        values["read_captions"], parts["reading"] = 0, {}
+        return values | {"read_captions": 0}
+    if "unet" not in targets:
+        parts["reading"].pop("text_encoder_rate", None)  # something has to be trained
+    if given.keys() & {"alpha", "max_rank", "max_parameters"}:
+        parts["reading"].pop("rank", None)  # which these were chosen for
     return values | parts["reading"] | ({} if "data" in given else parts["without_data"])
 
 

@@ -89,7 +89,7 @@ class Finetuning(Task):
         self.images_per_step = config.batch_size if images_per_step is None else images_per_step
         self.steps = config.total_steps(self.n_images, self.images_per_step)
         self.contexts = contexts
-        self.text_encoder_rests = False  # in the steps: --text-encoder-rate 0; then each context is computed once
+        self.text_encoder_frozen = False  # in the steps: --text-encoder-rate 0; then each context is computed once
         self.pairs, self.captions = self._pairs(training, cut=config.caption_cut > 0)
         self.latent_shape = self.pairs[0]["mean"].shape  # (4, h, w)
         self.classes = None if balance is None else classes_of(training.records, balance)
@@ -114,10 +114,11 @@ class Finetuning(Task):
         return pairs, Captions(model, samples.prompts, contexts, cut)
 
     def begin(self):
-        if self.text_encoder_rests:
-            self.captions.freeze()
-            if self.validation_pairs is not None:
-                self.validation_captions.freeze()
+        if self.text_encoder_frozen:
+            with self.products():
+                self.captions.freeze()
+                if self.validation_pairs is not None:
+                    self.validation_captions.freeze(MOST_PAIRS)
 
     def batches(self, first_step, last_step):
         seed, size = self.config.seed, self.batch_size
@@ -130,8 +131,8 @@ class Finetuning(Task):
             return denoising_losses(self.model, batch, randomness, self.captions, self.config)
 
     def halves(self, batch):
-        usual = self.precision in (None, torch.float32) and not self.config.checkpointing
-        if not (usual and kernels.halves_pay(self.model.unet, batch["mean"])):
+        plain = self.precision in (None, torch.float32) and not self.config.checkpointing
+        if not (plain and kernels.halves_pay(self.model.unet, batch["mean"])):
             return [batch]
         return [{name: values[rows] for name, values in batch.items()} for rows in kernels.two_halves(len(batch["id"]))]
 
@@ -206,12 +207,12 @@ def finetune(task, method_class, settings, run, machine):
             torch._dynamo.config.recompile_limit = 64  # at 8 it would give up, silently, as layers grow
             model.unet.compile()
             model.text_encoder.compile()
-        if config.read_captions and trains_text and not run.state.exists():
+        if config.read_captions and trains_text and not from_first(run.state.exists):
             if task.captions.n_different > 1:
                 read_captions(task, method, config.read_captions)
             else:
                 print("note: all captions are the same, so --read-captions has nothing to learn from and is skipped")
-        task.text_encoder_rests = trains_text and not any(text_rates) and method.can_freeze_text_encoder
+        task.text_encoder_frozen = trains_text and not any(text_rates) and method.can_freeze_text_encoder
         state = train(method, task, config, run, task.steps)
         if probe is not None:
             with state.averaged():

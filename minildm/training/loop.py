@@ -121,8 +121,8 @@ def train_step(state, method, task, config, batch, lr):
         for first in range(0, len(batch["id"]), micro):
             part = {name: values[first : first + micro] for name, values in batch.items()}
             # Two halves at once only where no sum could depend on which one is done first (a + b = b + a).
-            alone = len(batch["id"]) > micro or method.statistics()
-            for part_loss in kernels.at_once(backward, [part] if alone else task.halves(part)):
+            whole = len(batch["id"]) > micro or method.statistics()
+            for part_loss in kernels.at_once(backward, [part] if whole else task.halves(part)):
                 loss = loss + part_loss
     if torch.distributed.is_initialized():
         sum_gradients(parameters, [loss, *method.statistics()])

@@ -5,6 +5,7 @@ function of the run's seed and the sample's id. It does not depend on how batche
 whether the run was interrupted.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,11 +64,11 @@ class Captions:
         self.kept = None  # {row: its context}, see `freeze`
 
     @torch.no_grad()
-    def freeze(self):
-        """The text encoder no longer changes: compute contexts now, in the same batches every time, and keep them, up
-        to KEPT bytes, the empty caption's first."""
+    def freeze(self, most=math.inf):
+        """The text encoder no longer changes: compute contexts now, in the same batches every time, and keep them: up
+        to KEPT bytes and ``most`` of them, the empty caption's first."""
         config = self.text_encoder.config
-        most = KEPT // (MAX_TOKENS * config.width * self.dtype.itemsize)
+        most = min(most, KEPT // (MAX_TOKENS * config.width * self.dtype.itemsize))
         rows, self.kept = [-1, *range(len(self.token_ids) - 1)][:most], {}
         for first in Progress("encoding captions", "batch", iterable=range(0, len(rows), 16), leave=False):
             some = rows[first : first + 16]

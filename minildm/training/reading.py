@@ -2,17 +2,17 @@
 image's code (its latent) from its caption.
 
 Denoising teaches it few words, because the noisy image gives most of the answer away. Here only the words carry
-information. It is generalized least squares:
+information. The loss is that of generalized least squares:
 
-    c       the code, averaged over patches to at most 16 x 16, as a vector (n,); over the training images it has
-    m, S    the mean and the covariance S = U diag(l) U^T
-    z       = (c - m) U / sqrt(l + mean l), the whitened code                                            `Whitening`
-    loss    = |z - reader(mean over the caption's tokens of the context)|^2 / n
+    c       the code, averaged over patches to at most 16 x 16, as a vector (n,)
+    m, S    mean and covariance of c, from at most 2,000 training images; S = U diag(l) U^T
+    z       = (c - m) U / sqrt(l + mean l), times a constant: the whitened code                          `Whitening`
+    loss    = |z - reader(context)|^2 / n; reader: one linear layer on the mean of the 77 tokens        `MeanReader`
 
-The reader is one linear layer and is then discarded. Each of these choices matters (docs/pretraining.md has the
-experiments). Whitening: a few directions in which all chests differ (size, position, exposure) have most of the
-variance of c, and a pacemaker has 2 % of it, but 6 % of that of z. And a linear reader: one that has to find each word
-by attention learns so slowly that the text encoder, pushed on meanwhile, throws words away.
+The reader is discarded in the end. Both choices matter (docs/pretraining.md has the experiments). Whitening: a few
+directions in which all chests differ (size, position, exposure) have most of the variance of c; a pacemaker has 2 % of
+it, but 6 % of that of z. The linear reader: one that has to find each word by attention learns so slowly that
+meanwhile the text encoder forgets words.
 """
 
 import math
@@ -30,24 +30,26 @@ from minildm.seeds import seeded, to_device
 from minildm.training.loss import MOST_PAIRS, sample_randomness
 
 RATE, WARMUP = 3e-3, 50  # the highest learning rate, which then falls by a cosine; steps until it is reached
-WHOLE = 1 / 3  # factor of the rate for a whole text encoder: adapters learn faster, because B starts at zero
+WHOLE_ENCODER = 1 / 3  # factor of the rate for it: adapters learn faster, because B starts at zero
 VALIDATIONS = 10
-SIDE = 16  # of the codes that are predicted, at most: more would be detail that no caption tells
-MOST_CODES = 2000  # that the covariance is estimated from
+SIDE = 16  # of the averaged code, at most: captions do not describe finer detail
+MOST_CODES = 2000  # for the covariance
 
 
 class Whitening:
-    """c -> z of the codes c (N, n): each direction has variance l / (l + mean l), scaled so that the mean is 1.
+    """c -> z of the codes c (N, n): each direction has variance l / (l + mean l), scaled so that their mean is 1.
 
-    Directions of little variance, which are noise and badly estimated from few codes, stay small.
+    Directions of little variance, which are noise and badly estimated, stay small. Those that N codes do not reach are
+    left out.
     """
 
     def __init__(self, codes):
         self.mean = codes.mean(0)
-        variances, directions = torch.linalg.eigh(torch.cov((codes - self.mean).t()))  # (n,), (n, n): columns
+        variances, directions = torch.linalg.eigh(torch.cov((codes - self.mean).t()))  # (n,) ascending, (n, n): columns
         variances = variances.clamp(min=1e-12)  # rounding
         raised = variances + variances.mean()
         self.matrix = directions / (raised * (variances / raised).mean()).sqrt()  # (n, n)
+        self.matrix[:, : max(0, len(self.mean) - (len(codes) - 1))] = 0
 
     def __call__(self, codes):
         return (codes - self.mean) @ self.matrix
@@ -73,7 +75,7 @@ def read_captions(task, method, steps):
     trained = [parameter for name, parameter in method.trained().items() if name.startswith("text_encoder.")]
     if is_first():
         with alone():
-            _read(task, trained, WHOLE if method.float32_weights else 1, steps)
+            _read(task, trained, WHOLE_ENCODER if method.float32_weights else 1, steps)
     else:
         torch._foreach_zero_([parameter.data for parameter in trained])
     sum_over_processes([parameter.data for parameter in trained])
@@ -85,7 +87,7 @@ def _read(task, trained, factor, steps):
     parameters = [*trained, *reader.parameters()]
     optimizer = AdamW(parameters, [factor] * len(trained) + [1] * (len(parameters) - len(trained)))
     before = best = _held_out_error(task, reader, whiten) if task.validation_pairs else math.inf
-    best_step, kept = 0, [parameter.detach().clone() for parameter in trained]
+    best_step, kept = 0, [parameter.detach().clone() for parameter in parameters]
     for step, batch in enumerate(Progress("reading captions", "step", steps, task.batches(0, steps))):
         u = sample_randomness(task.config.seed, "caption", batch["id"], (1, 1, 1), 1).caption
         rows = task.captions.rows(batch["index"], u, task.config)
@@ -97,15 +99,24 @@ def _read(task, trained, factor, steps):
         if task.validation_pairs and ((step + 1) % max(1, steps // VALIDATIONS) == 0 or step + 1 == steps):
             error = _held_out_error(task, reader, whiten)
             if error < best:
-                best, best_step, kept = error, step + 1, [parameter.detach().clone() for parameter in trained]
+                best, best_step, kept = error, step + 1, [parameter.detach().clone() for parameter in parameters]
     if task.validation_pairs:
-        torch._foreach_copy_([parameter.data for parameter in trained], kept)
-        print(
-            f"captions read: they explain {100 * (1 - best / before):.1f} % of the variance of held-out whitened "
-            f"codes, most after {best_step:,} of {steps:,} steps"
-        )
+        torch._foreach_copy_([parameter.data for parameter in parameters], kept)
+        print(_outcome(before, best, best_step, steps))
     if not all(parameter.isfinite().all() for parameter in trained):
         raise InputError("the text encoder's weights are not finite after --read-captions; use --dtype float32")
+
+
+def _outcome(before, best, best_step, steps):
+    if best_step == 0:
+        return (
+            "note: the captions predict nothing about held-out images, so the text encoder stays as it was (a "
+            "--text-encoder-rate above 0 trains it with the U-Net)"
+        )
+    return (
+        f"captions read: they explain {100 * (1 - best / before):.1f} % of the variance of held-out whitened codes, "
+        f"most after {best_step:,} of {steps:,} steps"
+    )
 
 
 def _code(task, means):

@@ -65,6 +65,7 @@ def run(args, data, method, seed):
         return
     command = [sys.executable, "train.py", *METHODS[method], "--base", "weights/tiny", "--data", data]
     command += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--sample-interval", "0"]
+    command += ["--read-captions", "0"]  # a preset would have some methods read and not the others
     command += ["--seed", str(seed), "--out", str(path.resolve())]
     if (path / "log.jsonl").is_file():
         command = [sys.executable, "train.py", "--resume", str(path.resolve())]
