@@ -179,8 +179,8 @@ FROZEN = READING | {"text_encoder_rate": 0.0, "expand_interval": 2}
 def test_the_text_encoder_that_only_reads_stays_out_of_the_steps(tmp_path, monkeypatch):
     kept, freeze = [], loss.Captions.freeze
 
-    def remember(captions):
-        freeze(captions)
+    def remember(captions, *most):
+        freeze(captions, *most)
         kept.append(captions)
 
     monkeypatch.setattr(loss.Captions, "freeze", remember)

@@ -276,7 +276,7 @@ def figure(args):
         ("PA", "male", "normal", ""),
         ("PA", "female", "cardiomegaly", ""),
         ("AP", "male", "pleural effusion", "right"),
-        ("PA", "female", "normal", ""),
+        ("PA", "female", "pacemaker", ""),
     ]
     people = [
         next(
@@ -304,7 +304,7 @@ def figure(args):
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parts = ["shapes", "unseen", "psnr", "time", "chest", "findings"]
-    parser.add_argument("--only", nargs="*", default=parts, choices=parts, help="which parts")
+    parser.add_argument("--only", nargs="*", default=parts, choices=[*parts, "figure"], help="which parts")
     parser.add_argument("--base", type=Path, default=EMBEDDED)
     parser.add_argument("--adapter", default=str(EMBEDDED_ADAPTER))
     parser.add_argument("-n", type=int, default=200, help="prompts, or images; of findings: of each")

@@ -5,8 +5,8 @@
 
 A word's true effect is estimated by least squares from held-out images' codes, on view, sex and finding (with its
 side); its learned effect in the same way from the codes that the reader predicts from their captions. The share is
-learned . true / true . true, the last of two estimates from different images, whose errors are independent: 1 = all of
-it, 0 = nothing.
+learned . true / training . true, where "training" is the estimate from the training images, whose errors are others: 1
+= all of it, 0 = nothing.
 """
 
 import argparse
@@ -106,12 +106,15 @@ def main():
     seconds = time.perf_counter() - begun
 
     with torch.no_grad():
-        codes = torch.cat([reading._code(task, pair["mean"][None]) for pair in task.validation_pairs])
+        codes, training_codes = (
+            torch.cat([reading._code(task, pair["mean"][None]) for pair in pairs])
+            for pairs in (task.validation_pairs, task.pairs)
+        )
         predicted = torch.cat([made["reader"](model.encode_prompt([prompt])) for prompt in held_out.prompts])
         predicted = predicted @ torch.linalg.inv(made["whiten"].matrix)
     learned = effects(predicted, held_out.records)
-    one, two = (effects(codes[first::2], held_out.records[first::2]) for first in (0, 1))
-    shares = {word: (learned[word] @ (one[word] + two[word]) / 2 / (one[word] @ two[word])).item() for word in learned}
+    true, in_training = effects(codes, held_out.records), effects(training_codes, training.records)
+    shares = {word: (learned[word] @ true[word] / (in_training[word] @ true[word])).item() for word in true}
     print(f"{args.reader} reader, {args.targets}, {args.adapter}: {16 * args.steps:,} captions in {seconds:.0f} s")
     print(", ".join(f"{word} {share:.2f}" for word, share in shares.items()))
 
