@@ -111,9 +111,8 @@ def train_step(state, method, task, config, batch, lr):
     device = parameters[0].device
     loss = torch.zeros((), device=device)
 
-    def backward(part):
-        weight = to_device(part["weight"], device)
-        part_loss = (weight * task.losses(part)).sum() / size  # of (b,) each
+    def backward(part):  # the lines below, as a function for two threads
+        part_loss = (to_device(part["weight"], device) * task.losses(part)).sum() / size
         (part_loss * state.loss_scale).backward()
         return part_loss.detach()
 
@@ -121,9 +120,12 @@ def train_step(state, method, task, config, batch, lr):
         for first in range(0, len(batch["id"]), micro):
             part = {name: values[first : first + micro] for name, values in batch.items()}
             # Two halves at once only where no sum could depend on which one is done first (a + b = b + a).
-            whole = len(batch["id"]) > micro or method.statistics()
-            for part_loss in kernels.at_once(backward, [part] if whole else task.halves(part)):
-                loss = loss + part_loss
+            if len(batch["id"]) <= micro and not method.statistics() and len(halves := task.halves(part)) == 2:
+                loss = loss + sum(kernels.at_once(backward, halves))
+                continue
+            part_loss = (to_device(part["weight"], device) * task.losses(part)).sum() / size  # of (b,) each
+            (part_loss * state.loss_scale).backward()
+            loss = loss + part_loss.detach()
     if torch.distributed.is_initialized():
         sum_gradients(parameters, [loss, *method.statistics()])
     measured = {"loss": loss}
